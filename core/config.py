@@ -1,0 +1,192 @@
+"""The configuration: one frozen tree, and the only reader of the environment.
+
+A setting is named here and nowhere else: CLI help and the docs page are generated from this tree. Sources, later
+wins: defaults, the YAML file, `--set a.b=c`. At most 80 settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from baton.core.errors import ConfigError
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+TransportName = Literal["shm", "nixl", "tcp"]
+
+
+class _Tree(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Tree):
+    name: str = Field("smollm2-135m", description="Model to serve: a name `baton model pull` knows, a .gguf file, or a Hugging Face directory.")
+    served_name: str | None = Field(None, description="Name clients use; default: `name`, or the file's stem.")
+    cache_dir: str | None = Field(None, description="Where pulled and converted models live; default: $BATON_CACHE or ~/.cache/baton.")
+
+
+class EngineConfig(_Tree):
+    block_size: Literal[16, 32, 48, 64] = Field(16, description="Tokens per KV block. Must be equal on all workers of a fleet.")
+    num_blocks: Count | None = Field(None, description="KV blocks per worker; default: kv_memory_bytes / block bytes.")
+    kv_memory_bytes: Count = Field(1 << 30, description="KV memory per worker when num_blocks is not set, in bytes.")
+    max_model_len: Count | None = Field(None, description="Longest prompt + output in tokens; default: the model's context, cut to what the pool holds.")
+    threads: Count = Field(1, description="Compute threads per worker. More threads than free cores is slower, not faster.")
+    dtype: Literal["fp32"] = Field("fp32", description="Weights and KV element type.")
+
+
+class PoolConfig(_Tree):
+    replicas: Annotated[int, Field(ge=0, le=64)] = Field(1, description="Workers in this pool.")
+    max_step_tokens: Count = Field(512, description="Token budget of one engine step.")
+    max_chunk_tokens: Count = Field(512, description="Most prompt tokens of one sequence in one step.")
+    max_sequences: Count = Field(64, description="Sequences running at once.")
+    max_waiting: Count = Field(256, description="Requests queued before the worker refuses (RESOURCE_EXHAUSTED).")
+
+
+class HandoffConfig(_Tree):
+    transports: tuple[TransportName, ...] = Field(("shm", "nixl", "tcp"), description="Transports a worker offers; which one a pair uses is measured.")
+    lease_ttl_s: Seconds = Field(10.0, description="A lease ends this long after its last renewal.")
+    pull_timeout_s: Seconds = Field(5.0, description="Deadline of one pull; then its destination blocks are quarantined.")
+    alive_interval_s: Seconds = Field(0.5, description="A lender without news says so this often.")
+    peer_timeout_s: Seconds = Field(3.0, description="No sign of life for this long: the peer is lost.")
+    release_timeout_s: Seconds = Field(1.0, description="Deadline of a lease's release and renewal calls.")
+    quarantine_poll_s: Seconds = Field(0.25, description="How often quarantined pulls are looked at.")
+    quarantine_max_s: Seconds = Field(10.0, description="A pull quarantined for longer gets its peer fenced.")
+    quarantine_cap: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Share of the pool in quarantine above which peers are fenced at once.")
+    probe_bytes: Count = Field(4 << 20, description="Bytes moved per transport in the measured handshake.")
+    data_bind: str = Field("127.0.0.1", description="Address the tcp transport listens on.")
+    strict: bool = Field(False, description="Make every fallback an error instead of a counter and a log line.")
+
+
+class RouterConfig(_Tree):
+    host: str = Field("127.0.0.1", description="Address the HTTP and gRPC servers bind.")
+    http_port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="HTTP port; 0 takes a free one.")
+    grpc_port: Annotated[int, Field(ge=0, le=65_535)] = Field(8001, description="gRPC port; 0 takes a free one.")
+    request_timeout_s: Seconds = Field(600.0, description="Deadline of a request that names none.")
+    max_attempts: Count = Field(4, description="Times a request is dispatched before it fails.")
+    heartbeat_s: Seconds = Field(0.5, description="Workers report at least this often.")
+    suspect_s: Seconds = Field(1.5, description="A silent worker gets no new requests after this.")
+    dead_s: Seconds = Field(3.0, description="A silent worker is dead after this; its requests go elsewhere.")
+    local_prefill_max_tokens: Annotated[int, Field(ge=0)] = Field(64, description="Uncached suffixes up to this length prefill on the decode worker.")
+    assumed_prefill_tokens_per_s: Annotated[float, Field(gt=0)] = Field(2000.0, description="Prefill speed priced until a worker has measured its own.")
+    assumed_bandwidth_bytes_per_s: Annotated[float, Field(gt=0)] = Field(1e9, description="Pair bandwidth priced until a pair has measured its own.")
+    client_buffer_tokens: Count = Field(4096, description="Undelivered tokens per request before a slow client is cancelled.")
+    max_body_bytes: Count = Field(8 << 20, description="Largest HTTP body accepted.")
+    max_inflight: Count = Field(512, description="Requests in the router at once; more get 429.")
+
+
+class ClusterConfig(_Tree):
+    pool: Literal["ray", "local"] = Field("ray", description="Who runs the workers: Ray actors, or plain local processes.")
+    ray_address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine.")
+    redis_url: str | None = Field(None, description="Redis or Valkey to use (redis://host:port/0, unix:///path); default: an embedded one.")
+    worker_host: str = Field("127.0.0.1", description="Address workers bind and announce.")
+    start_timeout_s: Seconds = Field(120.0, description="Longest wait for a worker to come up.")
+    registry_poll_s: Seconds = Field(0.5, description="How often the registry is read for new workers.")
+
+
+class Config(_Tree):
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    prefill: PoolConfig = Field(default_factory=PoolConfig)
+    decode: PoolConfig = Field(default_factory=lambda: PoolConfig(max_step_tokens=256, max_chunk_tokens=128))
+    handoff: HandoffConfig = Field(default_factory=HandoffConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+
+def settings() -> Iterator[tuple[str, Any, str]]:
+    """(dotted name, default, description) of every setting, for help texts and the docs page."""
+    defaults = Config()
+    for section, field in Config.model_fields.items():
+        tree = field.annotation
+        assert isinstance(tree, type) and issubclass(tree, BaseModel)
+        for name, leaf in tree.model_fields.items():
+            yield f"{section}.{name}", getattr(getattr(defaults, section), name), leaf.description or ""
+
+
+def load(document: Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Build the tree from a parsed YAML document and `a.b=c` overrides (values are JSON, else plain text).
+
+    Raises ConfigError naming the wrong setting and, for a typo, the nearest right one. Nothing is ignored.
+    """
+    merged = Config().model_dump(mode="json")
+    for section, values in (document or {}).items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{section} must hold settings, not {values!r}.{_nearest(section)}", str(section))
+        for name, value in values.items():
+            _put(merged, f"{section}.{name}", value)
+    for item in overrides:
+        dotted, sep, text = item.partition("=")
+        if not sep:
+            raise ConfigError(f"--set {item!r} is not of the form section.name=value.")
+        _put(merged, dotted.strip(), _parse(text))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as e:
+        first = e.errors()[0]
+        dotted = ".".join(str(p) for p in first["loc"][:2])
+        raise ConfigError(f"{dotted} = {first['input']!r} is wrong: {first['msg']}. See `baton config show`.", dotted) from None
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    section, _, name = dotted.partition(".")
+    if section not in tree or name not in tree[section]:
+        raise ConfigError(f"there is no setting {dotted!r}.{_nearest(dotted)}", dotted)
+    tree[section][name] = value
+
+
+def _nearest(dotted: str) -> str:
+    names = [n for n, _, _ in settings()]
+    close = difflib.get_close_matches(dotted, names, 1, 0.5) or difflib.get_close_matches(
+        dotted.rpartition(".")[2], [n.partition(".")[2] for n in names], 1, 0.6)
+    full = [n for n in names if close and (n == close[0] or n.endswith("." + close[0]))]
+    return f" Did you mean {full[0]!r}?" if full else " `baton config show` lists them all."
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# ---- the environment ---------------------------------------------------------------------------------------------
+
+
+def config_path() -> str | None:
+    """$BATON_CONFIG: the YAML file used when --config is not given."""
+    return os.environ.get("BATON_CONFIG") or None
+
+
+def data_dir() -> Path | None:
+    """$BATON_DATA: public traces and the like, for tests and benches. None where it does not exist."""
+    path = Path(os.environ.get("BATON_DATA", "../shared"))
+    return path if path.is_dir() else None
+
+
+def cache_dir(config: ModelConfig | None = None) -> Path:
+    """Where models are kept: model.cache_dir, $BATON_CACHE, ~/.cache/baton."""
+    chosen = (config and config.cache_dir) or os.environ.get("BATON_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "baton"
+
+
+def child_env(threads: int) -> dict[str, str]:
+    """Environment of a worker process: ours, plus one OpenMP team of the stated size (barriers on contended cores
+    cost 50x) and quiet libraries. Values the user set win."""
+    ours = {
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "NIXL_LOG_LEVEL": "ERROR",
+        "UCX_WARN_UNUSED_ENV_VARS": "n", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**ours, **os.environ}
+
+
+def apply_child_env(threads: int) -> None:
+    """The same, for a process that was started by somebody else (a Ray actor), before it imports torch."""
+    for name, value in child_env(threads).items():
+        os.environ.setdefault(name, value)

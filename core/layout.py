@@ -1,0 +1,75 @@
+"""How KV blocks lie in memory, and what a worker says of itself so that only fitting pairs are made.
+
+A block is one contiguous piece of bytes, `[layer, kv_head, K|V, token, dim]`: one descriptor for a transfer, and
+a head slice is one run per layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final
+
+DTYPE_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "u64": 8}
+PROTOCOL_VERSION: Final = 1
+HASH_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape and element type of one block. `block_size` is tokens per block."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """[layer, kv_head, K|V, token, dim]."""
+        return (self.num_layers, self.num_kv_heads, 2, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.num_kv_heads * 2 * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What a worker can do and how it stores KV. Published at registration; the router pairs only what fits."""
+
+    model: str
+    model_fingerprint: str
+    layout: KVLayout
+    max_model_len: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...] = ()
+    numerics: str = "torch-fp32"
+    hash_version: int = HASH_VERSION
+    protocol_version: int = PROTOCOL_VERSION
+    transports: tuple[tuple[str, bytes], ...] = ()
+    """(name, advert) in order of preference; the advert is opaque to all but that transport."""
+
+    def advert(self, name: str) -> bytes | None:
+        return dict(self.transports).get(name)
+
+
+_MUST_MATCH = ("model_fingerprint", "numerics", "hash_version", "protocol_version")
+
+
+def difference(a: Capability, b: Capability) -> str | None:
+    """The first field that keeps a pair apart, as 'name: a's value vs b's value', or None when they fit."""
+    for name in _MUST_MATCH:
+        if getattr(a, name) != getattr(b, name):
+            return f"{name}: {getattr(a, name)} vs {getattr(b, name)}"
+    for f in dataclasses.fields(KVLayout):
+        mine, theirs = getattr(a.layout, f.name), getattr(b.layout, f.name)
+        if mine != theirs:
+            return f"layout.{f.name}: {mine} vs {theirs}"
+    if not {n for n, _ in a.transports} & {n for n, _ in b.transports}:
+        return f"transports: {[n for n, _ in a.transports]} vs {[n for n, _ in b.transports]} (none in common)"
+    return None

@@ -1,0 +1,99 @@
+"""What travels on the one long-lived stream between a router and a worker. Plain values: wire/ turns them into
+protobuf, the simulator carries them as they are.
+
+Up: Hello, then Submit and Cancel. Down: one StepMessage per engine step with the tokens of all requests, KV events
+and load; between steps a StepMessage without tokens is the heartbeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.core.block_hash import BlockHash
+from baton.core.request import FinishReason, Request
+from baton.core.worker import Ledger, Route, Span, WorkerInfo, WorkerLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a stream; the worker answers with a StepMessage whose `snapshot` is set."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+    route: Route
+    epoch: int
+    """Attempts of this request so far. Everything a worker says about it carries the epoch; the router drops
+    what an older attempt says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+    epoch: int
+    reason: str = "the client went away"
+
+
+UpMessage = Hello | Submit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """News of one request. (request_id, epoch, first_index) makes delivery exact: duplicates and stale epochs are
+    dropped, a gap is an error."""
+
+    request_id: str
+    epoch: int
+    first_index: int
+    token_ids: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    error_code: str = ""
+    """With finish=ERROR: the BatonError's code, and its message below."""
+    error_message: str = ""
+    cached_tokens: int = 0
+    """Prompt tokens not computed for this request. With the first chunk and the last."""
+    spans: tuple[Span, ...] = ()
+    """The worker's part of the waterfall, with the last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVEvents:
+    """A change of a worker's prefix map. `seq` counts from 1 per boot without gaps; a reader that misses one
+    reconnects and takes the snapshot."""
+
+    seq: int
+    stored: tuple[BlockHash, ...] = ()
+    removed: tuple[BlockHash, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KVSnapshot:
+    """The whole prefix map as of event `seq`."""
+
+    seq: int
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    boot_id: str
+    load: WorkerLoad
+    chunks: tuple[TokenChunk, ...] = ()
+    kv_events: tuple[KVEvents, ...] = ()
+    snapshot: KVSnapshot | None = None
+    ledger: Ledger | None = None
+    """With heartbeats only."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """Answer of a worker's `status` call."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+    ledger: Ledger
+    counters: tuple[tuple[str, float], ...]
+    """Rendered samples 'name{label="value"}', from core/metrics.py."""

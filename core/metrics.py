@@ -1,0 +1,102 @@
+"""Every metric's name, in one table. Rooms count with `Metrics.inc` / `set`; a name that is not here is a bug.
+
+Exposition (Prometheus) is the servers' business: `samples()` gives them names, labels and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+def _c(name: str, text: str, *labels: str) -> Metric:
+    return Metric(name, "counter", text, labels)
+
+
+def _g(name: str, text: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", text, labels)
+
+
+TABLE = (
+    # router
+    _c("baton_requests_total", "Requests by how they ended.", "outcome"),
+    _c("baton_prompt_tokens_total", "Prompt tokens of finished requests."),
+    _c("baton_output_tokens_total", "Output tokens delivered to clients."),
+    _c("baton_cached_prompt_tokens_total", "Prompt tokens that were not computed for their request."),
+    _c("baton_dispatches_total", "Requests sent to a decode worker, by prefill place.", "prefill"),
+    _c("baton_dispatch_retries_total", "Requests sent again after a refusal or a lost worker.", "reason"),
+    _c("baton_stale_chunks_total", "Token messages dropped: an older epoch, a duplicate, an unknown request.", "reason"),
+    _c("baton_worker_lost_total", "Workers declared dead by the router.", "role"),
+    _c("baton_index_resyncs_total", "Prefix index rebuilt from a snapshot after a gap or a new boot."),
+    _g("baton_workers", "Workers by role and state.", "role", "state"),
+    _g("baton_index_blocks", "Distinct block hashes in the prefix index."),
+    # worker
+    _c("baton_steps_total", "Engine steps."),
+    _c("baton_step_tokens_total", "Tokens computed, by kind.", "kind"),
+    _c("baton_preemptions_total", "Sequences preempted by recompute."),
+    _c("baton_fallbacks_total", "Something slower was done instead; each also logs one line.", "kind"),
+    _c("baton_refusals_total", "Submits and prefills refused.", "reason"),
+    _g("baton_blocks", "The block ledger; the sum is the pool.", "state"),
+    # hand-off
+    _c("baton_leases_total", "Leases by how they ended.", "end"),
+    _c("baton_published_blocks_total", "Blocks lent."),
+    _c("baton_pulls_total", "Pulls by transport and end.", "transport", "end"),
+    _c("baton_pulled_bytes_total", "Bytes that came in over a transport.", "transport"),
+    _c("baton_verified_bytes_total", "Pulled bytes whose digest and generation were right."),
+    _c("baton_verified_before_last_chunk_bytes_total", "Of these, verified before the lender's last chunk was computed."),
+    _c("baton_integrity_failures_total", "Pulled blocks thrown away.", "reason"),
+    _c("baton_quarantined_blocks_total", "Blocks that entered quarantine."),
+    _c("baton_fences_total", "Peers fenced because quarantine was over its cap or too old.", "transport"),
+    _c("baton_served_bytes_total", "Bytes sent to readers (transports where the lender takes part).", "transport"),
+)
+BY_NAME = {m.name: m for m in TABLE}
+
+
+class Metrics:
+    """Counts of one process. Not thread-safe: count on the event loop."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def inc(self, name: str, amount: float = 1, **labels: str) -> None:
+        key = self._key(name, labels)
+        self._values[key] = self._values.get(key, 0) + amount
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self._values[self._key(name, labels)] = value
+
+    def value(self, name: str, **labels: str) -> float:
+        """With all labels given that sample, with none the sum over all."""
+        if labels:
+            return self._values.get(self._key(name, labels), 0)
+        assert name in BY_NAME, f"{name} is not in core/metrics.py"
+        return sum(v for (n, _), v in self._values.items() if n == name)
+
+    def samples(self) -> Iterator[tuple[Metric, dict[str, str], float]]:
+        for (name, values), value in sorted(self._values.items()):
+            metric = BY_NAME[name]
+            yield metric, dict(zip(metric.labels, values, strict=True)), value
+
+    def rendered(self) -> tuple[tuple[str, float], ...]:
+        """('name{label="value"}', value) for status messages."""
+        out = []
+        for metric, labels, value in self.samples():
+            inside = ",".join(f'{k}="{v}"' for k, v in labels.items())
+            out.append((f"{metric.name}{{{inside}}}" if inside else metric.name, value))
+        return tuple(out)
+
+    @staticmethod
+    def _key(name: str, labels: dict[str, str]) -> tuple[str, tuple[str, ...]]:
+        metric = BY_NAME.get(name)
+        assert metric is not None, f"{name} is not in core/metrics.py"
+        assert set(labels) == set(metric.labels), f"{name} has labels {metric.labels}, got {tuple(labels)}"
+        return name, tuple(labels[k] for k in metric.labels)

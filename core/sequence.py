@@ -1,0 +1,73 @@
+"""A sequence is `num_computed_tokens` catching up with `num_tokens`. Chunked prefill, prefix hits, received KV,
+decode and draft tokens are all that one case, so the scheduler has no phases and the engine no roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.core.block_hash import BlockHash
+from baton.core.request import FinishReason, Request
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """Physical block ids of a sequence, in order. Append-only while the sequence runs; the pool owns the blocks."""
+
+    block_size: int
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def capacity_tokens(self) -> int:
+        return len(self.blocks) * self.block_size
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One running generation on one worker. Owned by the scheduler between `add` and `remove`."""
+
+    request: Request
+    epoch: int
+    tokens: list[int]
+    """prompt + output."""
+    block_table: BlockTable
+    max_output_tokens: int
+    """End after this many output tokens: sampling.max_tokens, cut to the context; on a prefill worker
+    len(delivered) + 1."""
+    num_computed_tokens: int = 0
+    """Tokens whose KV is in the blocks (committed steps only)."""
+    num_tokens_in_flight: int = 0
+    """Tokens of this sequence inside a step that was scheduled but not committed."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix map or received: not computed here."""
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as they were needed."""
+    finish: FinishReason | None = None
+    num_preemptions: int = 0
+    arrival: int = 0
+    """Order of arrival at the scheduler; the youngest is preempted first."""
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """What a step could still take: tokens known, neither computed nor in flight."""
+        return len(self.tokens) - self.num_computed_tokens - self.num_tokens_in_flight
+
+
+def new_sequence(request: Request, epoch: int, block_size: int, max_output_tokens: int) -> SequenceState:
+    """A sequence that has computed nothing. Delivered tokens are part of its tokens: they are replayed."""
+    return SequenceState(request, epoch, [*request.prompt, *request.delivered], BlockTable(block_size), max_output_tokens)

@@ -1,0 +1,93 @@
+"""Workers as the rest of the fleet sees them, and the router's choice between them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from baton.core.layout import Capability
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """One incarnation of a worker. A restart keeps `worker_id` and changes `boot_id`: everything that was said
+    about the old boot (blocks, leases, index entries) is void."""
+
+    worker_id: str
+    boot_id: str
+    role: Role
+    address: str
+    """host:port of its gRPC server (in the simulator: a name on the simulated network)."""
+    capability: Capability
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker says of its own load with each step message."""
+
+    queued_prefill_tokens: int = 0
+    """Tokens of admitted sequences that are still to be computed, running chunks included."""
+    num_running: int = 0
+    num_waiting: int = 0
+    context_tokens: int = 0
+    """Sum of num_computed_tokens over running sequences: what a decode step has to read."""
+    available_blocks: int = 0
+    """free + cached, less outstanding credit."""
+    total_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    """Smoothed from this worker's own steps; 0 until it has computed a chunk."""
+    decode_step_s: float = 0.0
+    """Smoothed duration of a step without prefill chunks; 0 until there was one."""
+    steps: int = 0
+    """Engine steps since boot. It must grow while num_running + num_waiting > 0."""
+    pair_bandwidth: tuple[tuple[str, str, float], ...] = ()
+    """(peer worker_id, transport chosen, measured bytes/s) for each peer this worker has pulled from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where every block of a pool is: each counts once, under the first that applies, and the sum is the pool."""
+
+    quarantined: int
+    lent: int
+    active: int
+    cached: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        return self.quarantined + self.lent + self.active + self.cached + self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The router's choice for one attempt, with its price and reason."""
+
+    decode: str
+    prefill: WorkerInfo | None
+    """None: the decode worker prefills itself (short or mostly cached prompts, or nobody else fits)."""
+    cost_s: float = 0.0
+    terms: tuple[tuple[str, float], ...] = ()
+    """(name, seconds) of each term of the cost."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One bar of a request's waterfall. Times are seconds since the decode worker got the request; the router's
+    own spans may therefore be negative."""
+
+    name: str
+    start_s: float
+    end_s: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    spans: tuple[Span, ...] = field(default_factory=tuple)
