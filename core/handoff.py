@@ -68,10 +68,9 @@ class PrefillCall:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """First event of a Prefill stream. `cached_tokens` were found in the lender's own prefix cache."""
+    """First event of a Prefill stream: the lease is granted, and empty."""
 
     lease: Lease
-    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +117,9 @@ class HandoffState:
     num_computed_tokens: int
     """Tokens whose KV is in the lease."""
     finish: FinishReason | None
+    """STOP if the lender sampled a stop token; whether the length is used up, the reader knows."""
+    cached_tokens: int
+    """Of these, found in the lender's own prefix cache."""
     spans: tuple[Span, ...] = ()
 
     def check(self) -> None:
