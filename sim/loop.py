@@ -1,0 +1,298 @@
+"""The simulator's asyncio loop: virtual time, a schedule chosen by a seed, and processes that can freeze or die.
+
+Owns the clock and the order in which ready callbacks run. Does not know what runs on it: production code calls
+asyncio and asyncio.get_running_loop().time() and cannot tell the difference.
+
+Life of one turn (`_Clock.select`, which asyncio calls once per turn):
+
+    1. nothing is ready: the clock jumps to the next timer. No timer either: SimDeadlock, with what every task waits for
+    2. due timers join the ready callbacks; callbacks of dead processes vanish, those of frozen ones wait
+    3. the rest is shuffled by the seed. asyncio itself runs callbacks first in, first out; production code must not
+       lean on that between tasks, because no real network keeps it
+
+Nothing here depends on id() or hash() of an object: tasks and futures get counter hashes, because TaskGroup and
+asyncio.wait keep them in sets, and otherwise another process would cancel them in another order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import heapq
+import random
+import selectors
+import warnings
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from typing import Any, Never, TypeVar
+
+T = TypeVar("T")
+
+MAX_TURNS_PER_INSTANT = 100_000
+"""So many turns without the clock moving is a busy loop; a step of the busiest world takes a few dozen."""
+
+
+class SimDeadlock(RuntimeError):
+    """Nothing is ready and no timer is set: nobody can ever wake anybody."""
+
+
+class SimLivelock(RuntimeError):
+    """Callbacks keep waking each other and the clock stands still."""
+
+
+class SimProcess:
+    """What a real process is to the world: its tasks freeze, thaw and die together.
+
+    Everything started by `spawn`, and everything that starts in turn, belongs to it (through a context variable).
+    """
+
+    def __init__(self, loop: SimLoop, name: str) -> None:
+        self.name = name
+        self.frozen = False
+        self.dead = False
+        self._loop = loop
+        self._context = contextvars.Context()
+        self._context.run(_process.set, self)
+
+    def __repr__(self) -> str:
+        state = "dead" if self.dead else "frozen" if self.frozen else "alive"
+        return f"<{self.name} {state}>"
+
+    @property
+    def running(self) -> bool:
+        return not (self.frozen or self.dead)
+
+    def spawn(self, coro: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
+        return self._loop.create_task(coro, name=name, context=self._context.copy())
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """Those not finished, oldest first."""
+        return [t for t in self._loop.tasks() if t.process is self]
+
+    def freeze(self) -> None:
+        """SIGSTOP: nothing of it runs; its timers and messages pile up."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """SIGCONT: everything that piled up is ready at once."""
+        self.frozen = False
+        self._loop.release_stalled(self)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing of it ever runs again, no `finally` either."""
+        self.dead = True
+        self._loop.bury(self.tasks())
+
+
+_process: contextvars.ContextVar[SimProcess | None] = contextvars.ContextVar("sim_process", default=None)
+
+
+def current_process() -> SimProcess | None:
+    """The process this code runs in; None for the world itself (driver, network, oracle)."""
+    return _process.get()
+
+
+class SimTask(asyncio.Task[Any]):
+    def __init__(self, coro: Any, *, loop: SimLoop, context: contextvars.Context | None = None) -> None:
+        self._number = loop.next_number()
+        self.process: SimProcess | None = _process.get() if context is None else context.get(_process)
+        super().__init__(coro, loop=loop, context=context)
+
+    def __hash__(self) -> int:
+        return self._number
+
+    __eq__ = object.__eq__
+
+
+class SimFuture(asyncio.Future[Any]):
+    def __init__(self, *, loop: SimLoop) -> None:
+        self._number = loop.next_number()
+        super().__init__(loop=loop)
+
+    def __hash__(self) -> int:
+        return self._number
+
+    __eq__ = object.__eq__
+
+
+class _Clock(selectors.BaseSelector):
+    """The place where asyncio would wait for sockets: here the clock moves instead."""
+
+    loop: SimLoop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self.loop.turn(timeout)
+        return []
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> Never:
+        raise RuntimeError("there are no sockets in the simulator: use sim.network")
+
+    def unregister(self, fileobj: Any) -> Never:
+        raise KeyError(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return {}
+
+
+class SimLoop(asyncio.SelectorEventLoop):
+    """`rng` belongs to the schedule; a part of the world that needs chance derives its own with `fork`."""
+
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
+    _timer_cancelled_count: int
+
+    def __init__(self, seed: int) -> None:
+        clock = _Clock()
+        clock.loop = self
+        self.seed = seed
+        self.rng = random.Random(f"schedule {seed}")
+        self.problems: list[str] = []
+        """Exceptions nobody took, generators nobody closed: each is a bug of the code under test."""
+        self.num_turns = 0
+        self._now = 0.0
+        self._numbers = 0
+        self._turns_at_this_instant = 0
+        self._stalled: list[asyncio.Handle] = []
+        self._graveyard: list[asyncio.Task[Any]] = []
+        super().__init__(clock)
+        self.set_task_factory(lambda loop, coro, **kw: SimTask(coro, loop=self, **kw))
+        self.set_exception_handler(lambda loop, what: self._note(what))
+
+    def time(self) -> float:
+        return self._now
+
+    def fork(self, name: str) -> random.Random:
+        """A generator of its own for `name`, so that one consumer more does not change what another one draws."""
+        return random.Random(f"{name} {self.seed}")
+
+    def next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def tasks(self) -> list[SimTask]:
+        """All that are not finished and not dead, oldest first."""
+        buried = set(self._graveyard)
+        found = [t for t in asyncio.all_tasks(self) if isinstance(t, SimTask) and t not in buried]
+        return sorted(found, key=hash)
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return SimFuture(loop=self)
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Never:  # type: ignore[override]
+        raise RuntimeError("there are no threads in the simulator: this code belongs behind an adapter")
+
+    def turn(self, timeout: float | None) -> None:
+        """One turn's bookkeeping; see the module's head. `timeout` is asyncio's: None without any timer."""
+        if timeout is None:
+            raise SimDeadlock("everybody waits and no timer is set:\n" + self.describe())
+        if timeout > 0 and self._scheduled[0].when() > self._now:
+            self._now = self._scheduled[0].when()
+            self.start_instant()
+        self.num_turns += 1
+        self._turns_at_this_instant += 1
+        if self._turns_at_this_instant > MAX_TURNS_PER_INSTANT:
+            raise SimLivelock(f"{MAX_TURNS_PER_INSTANT} turns at t={self._now}:\n" + self.describe())
+        ready = [h for h in self._ready if self._may_run(h)]
+        self._ready.clear()
+        while self._scheduled and self._scheduled[0].when() <= self._now:
+            timer = heapq.heappop(self._scheduled)
+            timer._scheduled = False  # type: ignore[attr-defined]
+            if timer.cancelled():
+                self._timer_cancelled_count -= 1
+            elif self._may_run(timer):
+                ready.append(timer)
+        self.rng.shuffle(ready)
+        self._ready.extend(ready)
+
+    def start_instant(self) -> None:
+        self._turns_at_this_instant = 0
+
+    def _may_run(self, handle: asyncio.Handle) -> bool:
+        process: SimProcess | None = handle._context.get(_process)  # type: ignore[attr-defined]
+        if process is None or process.running:
+            return True
+        if not process.dead:
+            self._stalled.append(handle)
+        return False
+
+    def release_stalled(self, process: SimProcess) -> None:
+        mine = [h for h in self._stalled if h._context.get(_process) is process]  # type: ignore[attr-defined]
+        self._stalled = [h for h in self._stalled if h not in mine]
+        self._ready.extend(mine)
+
+    def bury(self, tasks: list[asyncio.Task[Any]]) -> None:
+        """Keep dead tasks until the loop is closed: collected earlier, their `finally` would run after all."""
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        self._graveyard.extend(tasks)
+
+    def describe(self) -> str:
+        """What each unfinished task waits for, one line each."""
+        lines = []
+        for task in self.tasks():
+            frames = task.get_stack(limit=1)
+            where = f"{frames[0].f_code.co_qualname}:{frames[0].f_lineno}" if frames else "?"
+            owner = task.process.name if task.process else "world"
+            lines.append(f"  {owner}: {task.get_name()} at {where}")
+        return "\n".join(lines)
+
+    def _note(self, what: dict[str, Any]) -> None:
+        error = what.get("exception")
+        self.problems.append(f"{what['message']}: {error!r}" if error else str(what["message"]))
+
+    def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
+        name = getattr(agen, "__qualname__", "?")
+        self.problems.append(f"async generator {name} was dropped, not closed: its clean-up runs when it is collected")
+        if not self.is_closed():
+            self._asyncgens.discard(agen)  # type: ignore[attr-defined]
+            self.create_task(agen.aclose())
+
+    def close(self) -> None:
+        super().close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for task in self._graveyard:
+                coro = task.get_coro()
+                with contextlib.suppress(BaseException):
+                    assert coro is not None
+                    coro.close()
+            self._graveyard.clear()
+
+    def _make_self_pipe(self) -> None:
+        """No pipe: no thread ever has to wake us."""
+
+    def _close_self_pipe(self) -> None:
+        pass
+
+    def _write_to_self(self) -> None:
+        pass
+
+
+def run(seed: int, main: Callable[[SimLoop], Coroutine[Any, Any, T]]) -> T:
+    """Run `main(loop)` on a loop of this seed; afterwards cancel what it left running.
+
+    Raises what `main` raises, SimDeadlock and SimLivelock. Nests in nothing: no other loop may run in this thread.
+    """
+    loop = SimLoop(seed)
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(main(loop))
+    finally:
+        try:
+            _cancel_leftovers(loop)
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+
+def _cancel_leftovers(loop: SimLoop) -> None:
+    for process in {t.process: None for t in loop.tasks() if t.process is not None}:
+        process.thaw()
+    loop.start_instant()
+    left = loop.tasks()
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left, timeout=60.0))
+    loop.run_until_complete(loop.shutdown_asyncgens())
