@@ -1,0 +1,130 @@
+"""Builds a real worker process: model, memory, engine, transports, gRPC server, registration. The simulator builds its
+own world instead.
+
+ 1. the model is opened (converted once per host) and says its layout
+ 2. KV memory is mapped and the engine built on it
+ 3. transports bind and advertise; the capability document is complete
+ 4. the gRPC server binds; the worker registers: from now on routers call
+ 5. until cancelled: steps, timers, and a look at the registry to meet prefill workers before a request does
+ 6. deregister, stop serving, close
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable
+
+from baton.cluster.store import Registry
+from baton.core.block_hash import HashScope
+from baton.core.config import Config
+from baton.core.errors import BatonError, SetupError
+from baton.core.layout import Capability, KVLayout, difference
+from baton.core.metrics import Metrics
+from baton.core.worker import Role, WorkerInfo
+from baton.engine.block_pool import BlockPool
+from baton.engine.scheduler import Scheduler
+from baton.engine.torch_runner import TorchRunner
+from baton.kv_transfer.lease import LeaseTable
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.offer import open_transports
+from baton.kv_transfer.puller import Puller
+from baton.models.catalog import ModelFiles, open_model
+from baton.wire.client import GrpcDial
+from baton.wire.server import start_worker_server
+from baton.worker.node import NodeParts, WorkerNode
+from baton.worker.policy import RolePolicy
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+PolicyFor = Callable[[Config, tuple[int, ...]], RolePolicy]
+
+
+async def serve_worker(config: Config, worker_id: str, registry: Registry, policy_for: PolicyFor) -> None:
+    """Run one worker until cancelled. `policy_for(config, eos_token_ids)` is what makes it prefill or decode."""
+    files = await asyncio.to_thread(open_model, config.model)
+    layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
+    num_blocks = config.engine.num_blocks or max(1, config.engine.kv_memory_bytes // layout.block_bytes)
+    policy = policy_for(config, files.spec.eos_token_ids)
+    metrics = Metrics()
+    async with contextlib.AsyncExitStack() as stack:
+        memory = KVMemory(num_blocks, layout.block_bytes, shared=True)
+        stack.callback(memory.close)
+        pool = BlockPool(num_blocks, layout.block_size)
+        leases = LeaseTable(pool, metrics)
+        boot_id = uuid.uuid4().hex[:12]
+        transports = await open_transports(worker_id, boot_id, memory, leases, config.handoff, metrics)
+        puller = Puller(memory, transports, pool, config.handoff, metrics)
+        stack.push_async_callback(puller.close)
+        capability = _capability(config, files, layout, num_blocks, tuple((n, t.advert) for n, t in transports.items()))
+        runner = TorchRunner(files.directory, memory.buffer, num_blocks, layout, config.engine.threads)
+        stack.push_async_callback(runner.close)
+        dial = GrpcDial()
+        stack.push_async_callback(dial.close)
+        scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
+        parts = NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics)
+        unplaced = WorkerInfo(worker_id, boot_id, policy.role, "", capability)
+        await _serve(unplaced, parts, policy, config, registry)
+
+
+def _capability(config: Config, files: ModelFiles, layout: KVLayout, num_blocks: int,
+                adverts: tuple[tuple[str, bytes], ...]) -> Capability:
+    holds = num_blocks * layout.block_size
+    limit = min(config.engine.max_model_len or files.spec.max_model_len, files.spec.max_model_len, holds)
+    if limit < 2:
+        raise SetupError(f"{num_blocks} blocks hold {holds} tokens: no request fits. Raise engine.num_blocks or engine.kv_memory_bytes.")
+    return Capability(
+        model=config.model.served_name or files.name, model_fingerprint=files.fingerprint, layout=layout,
+        max_model_len=limit, num_blocks=num_blocks, eos_token_ids=files.spec.eos_token_ids, transports=adverts,
+    )
+
+
+async def _serve(unplaced: WorkerInfo, parts: NodeParts, policy: RolePolicy, config: Config, registry: Registry) -> None:
+    node = WorkerNode(unplaced, parts, policy, config)
+    server = await start_worker_server(node, config.cluster.worker_host, 0)
+    info = WorkerInfo(unplaced.worker_id, unplaced.boot_id, policy.role, f"{config.cluster.worker_host}:{server.port}",
+                      unplaced.capability)
+    node.info = info
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(node.run())
+            tasks.create_task(_stay_registered(info, registry, config))
+            if policy.role is Role.DECODE:
+                tasks.create_task(_meet_peers(node, registry, config))
+    finally:
+        with contextlib.suppress(BatonError):
+            await registry.deregister(info.worker_id, info.boot_id)
+        await server.stop(STOP_GRACE_S)
+
+
+async def _stay_registered(info: WorkerInfo, registry: Registry, config: Config) -> None:
+    """Again and again: the registry may have been restarted empty. Its loss hurts nobody who knows us."""
+    told_lost = False
+    while True:
+        try:
+            await registry.register(info)
+            told_lost = False
+        except BatonError as e:
+            if not told_lost:
+                log.warning("the registry does not answer (%s); serving on, and trying again", e.message)
+            told_lost = True
+        await asyncio.sleep(4 * config.cluster.registry_poll_s)
+
+
+async def _meet_peers(node: WorkerNode, registry: Registry, config: Config) -> None:
+    """Handshake with each fitting prefill worker once per incarnation, before a request needs the pair."""
+    met: set[str] = set()
+    while True:
+        with contextlib.suppress(BatonError):
+            for peer in await registry.list():
+                fits = peer.role is Role.PREFILL and difference(node.info.capability, peer.capability) is None
+                if fits and peer.boot_id not in met:
+                    met.add(peer.boot_id)
+                    try:
+                        await node.meet(peer)
+                    except BatonError as e:
+                        log.warning("no way to pull from %s yet: %s", peer.worker_id, e.message)
+        await asyncio.sleep(config.cluster.registry_poll_s)

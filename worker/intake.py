@@ -1,0 +1,401 @@
+"""The decode side of a request: one `Intake` per submit (docs/protocol.md, "Request on the decode worker").
+
+ 1. submitted: the cached prefix is pinned and credit for the rest reserved, or the submit is refused
+ 2. called: Prefill goes to the routed worker
+ 3. bound: at the first publish the credit becomes destination blocks; chunks are pulled while the next is computed
+ 4. the first token is forwarded as soon as it comes
+ 5. handed: all blocks verified, the lease released as good: they enter the prefix map
+ 6. running: the scheduler has the sequence; each step's token goes to the router
+ 7. ended: `end` is the one way out, whatever happened
+
+When prefill or a pull fails, the verified prefix is kept and the sequence goes to our own scheduler: a counted
+fallback with the same tokens. Without a prefill worker in the route steps 2 to 5 do not happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+
+from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InternalError, Overloaded, PeerLost
+from baton.core.handoff import Accepted, Alive, FirstToken, HandoffState, Lease, PrefillCall, PrefillEvent, Published
+from baton.core.messages import Submit, TokenChunk
+from baton.core.metrics import Metrics
+from baton.core.request import FinishReason
+from baton.core.sequence import SequenceState
+from baton.core.services import Dial, WorkerService
+from baton.core.step import Progress
+from baton.core.worker import Span, WorkerInfo
+from baton.engine.block_pool import BlockPool, Credit
+from baton.kv_transfer.puller import Puller
+from baton.worker.outbox import Outbox
+from baton.worker.steps import StepLoop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeParts:
+    """What every Intake of a worker shares."""
+
+    worker_id: str
+    steps: StepLoop
+    pool: BlockPool
+    puller: Puller
+    dial: Dial
+    metrics: Metrics
+    clock: Callable[[], float]
+    peer_timeout_s: float
+    lease_ttl_s: float
+    release_timeout_s: float
+    strict: bool
+    ended: Callable[[Intake], None]
+    """Called once, when the intake holds nothing any more."""
+    spawn: Callable[[Coroutine[None, None, None]], None]
+    """Run to completion in the background, owned by the node."""
+
+
+class Intake:
+    """From submit to the last chunk. `begin` starts it; `end` may be called at any moment, once or often."""
+
+    def __init__(self, parts: IntakeParts, submit: Submit, seq: SequenceState, outbox: Outbox) -> None:
+        self.submit = submit
+        self.seq = seq
+        self.outbox = outbox
+        self._parts = parts
+        self._started_s = parts.clock()
+        self._task: asyncio.Task[None] | None = None
+        self._ended = False
+        self._credit: Credit | None = None
+        self.in_scheduler = False
+        """The scheduler holds the blocks from here on."""
+        self._delivered = len(submit.request.delivered)
+        self._verified: set[int] = set()
+        """Indices in the block table whose KV is ours: held before, or pulled and verified."""
+        self._num_held = 0
+        self._spans: list[Span] = []
+        self._handed = False
+        self._remote_cached = 0
+        self._decode_started_s: float | None = None
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Raises Overloaded when there is no credit or no place in the queue; nothing is held then."""
+        if self.submit.route.prefill is None:
+            self._to_scheduler()
+            return
+        parts, seq = self._parts, self.seq
+        hashes = parts.steps.scheduler.hashes(seq, (seq.num_tokens - 1) // parts.pool.block_size)
+        held = parts.pool.match(hashes)
+        parts.pool.acquire(held)
+        needed = -(-(seq.num_tokens + 1) // parts.pool.block_size) - len(held)
+        self._credit = parts.pool.reserve(needed)
+        if self._credit is None:
+            parts.pool.release(held)
+            raise Overloaded(
+                f"{parts.worker_id} has {parts.pool.num_available} blocks available, the prompt needs {needed}. "
+                "Try again later, or add decode workers."
+            )
+        seq.block_table.blocks.extend(held)
+        self._num_held = len(held)
+        self._verified.update(range(len(held)))
+        self._task = asyncio.get_running_loop().create_task(self._hand_over(self.submit.route.prefill))
+        self._task.add_done_callback(self._on_task_done)
+
+    def end(self, error: BatonError | None = None, finish: FinishReason | None = None) -> None:
+        """The one path for end, cancel, deadline, lost router and bugs: everything held goes back, and the router
+        hears the last word (unless its stream is closed)."""
+        if self._ended:
+            return
+        self._ended = True
+        parts = self._parts
+        if self._task is not None:
+            self._task.cancel()
+        if self.in_scheduler:
+            parts.steps.remove(self.seq.request_id)
+        self._last_word(error, finish)
+        if self._task is None or self._task.done():
+            self._give_back()
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        if self._ended:
+            self._give_back()
+        if not task.cancelled() and task.exception() is not None:
+            log.error("hand-off of %s failed with a bug", self.seq.request_id, exc_info=task.exception())
+            self.end(InternalError(f"the hand-off of {self.submit.request.request_id} failed; the worker's log says why."))
+
+    def _give_back(self) -> None:
+        """Blocks and credit, unless the scheduler has the sequence and gives them back itself. Destinations of pulls
+        that are not terminal are in quarantine by now: giving our reference back does not free them."""
+        if not self.in_scheduler:
+            self._parts.pool.release(self.seq.block_table.blocks)
+            self.seq.block_table.blocks.clear()
+            self._drop_credit()
+            self._parts.steps.wake()
+        self._parts.ended(self)
+
+    def _drop_credit(self) -> None:
+        if self._credit is not None:
+            self._parts.pool.drop(self._credit)
+            self._credit = None
+
+    # ---- remote prefill ------------------------------------------------------------------------------------------
+
+    async def _hand_over(self, lender: WorkerInfo) -> None:
+        try:
+            handoff = _Handoff(self, self._parts, lender)
+            finish = await handoff.run()
+        except BatonError as e:
+            self._fall_back(e)
+            return
+        self._own_received()
+        if finish is not None:
+            self.end(finish=finish)
+        else:
+            self._to_scheduler()
+
+    def _own_received(self) -> None:
+        """Everything in the table is verified: it enters the prefix map."""
+        size, seq = self._parts.pool.block_size, self.seq
+        full = min(seq.num_computed_tokens // size, len(seq.block_table.blocks))
+        for index, block_hash in enumerate(self._parts.steps.scheduler.hashes(seq, full)):
+            if index >= self._num_held:
+                self._parts.pool.publish(seq.block_table.blocks[index], block_hash)
+
+    def _fall_back(self, cause: BatonError) -> None:
+        """Prefill here, from the verified prefix on. The blocks after it go back (those still being written to are in
+        quarantine and stay there)."""
+        parts, seq = self._parts, self.seq
+        kind = f"local_prefill_{cause.code}"
+        parts.metrics.inc("baton_fallbacks_total", kind=kind)
+        log.warning("request %s: prefill falls back to this worker: %s", self.submit.request.request_id, cause.message)
+        if parts.strict:
+            self.end(cause)
+            return
+        good = next((i for i in range(len(seq.block_table.blocks)) if i not in self._verified), len(seq.block_table.blocks))
+        good = min(good, (seq.num_tokens - 1) // parts.pool.block_size)
+        parts.pool.release(seq.block_table.blocks[good:])
+        del seq.block_table.blocks[good:]
+        self._drop_credit()
+        seq.num_computed_tokens = good * parts.pool.block_size
+        self._own_received()
+        self._to_scheduler()
+
+    def _to_scheduler(self) -> None:
+        try:
+            self._parts.steps.add(self.seq, self._on_progress)
+        except Overloaded as e:
+            if self._task is None:
+                raise
+            self.end(e)
+            return
+        self.in_scheduler = True
+        self._decode_started_s = self._parts.clock()
+        self._parts.steps.wake()
+
+    # ---- called by the hand-off ----------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """First publish: credit becomes blocks."""
+        assert self._credit is not None, "bound twice"
+        self.seq.block_table.blocks.extend(self._parts.pool.bind(self._credit))
+        self._credit = None
+
+    def is_bound(self) -> bool:
+        return self._credit is None
+
+    @property
+    def num_held(self) -> int:
+        return self._num_held
+
+    def verified(self, indices: set[int]) -> None:
+        self._verified |= indices
+
+    def forget_received(self) -> None:
+        """The lease was not good: only what we held before is ours."""
+        self._verified = set(range(self._num_held))
+
+    def first_token(self, event: FirstToken) -> FinishReason | None:
+        """Forward it at once, before the KV is in. Returns LENGTH if it was the last one allowed."""
+        if event.index != self._delivered or event.index != self.seq.num_output_tokens:
+            raise InternalError(f"first token has index {event.index}, expected {self._delivered}")
+        self.seq.tokens.append(event.token_id)
+        self._emit(event.index, (event.token_id,))
+        self._parts.steps.wake()
+        self.outbox.flush()
+        return FinishReason.LENGTH if self.seq.num_output_tokens >= self.seq.max_output_tokens else None
+
+    def span(self, name: str, start_s: float, detail: str = "") -> None:
+        """Record a bar from loop time `start_s` until now."""
+        self._spans.append(Span(name, start_s - self._started_s, self._parts.clock() - self._started_s, detail))
+
+    def foreign_spans(self, state: HandoffState, called_s: float) -> None:
+        """The lender's bars, moved to our time line by when we called, and what it had cached beyond our own."""
+        self._handed = True
+        offset = called_s - self._started_s
+        self._spans += [Span(s.name, s.start_s + offset, s.end_s + offset, s.detail) for s in state.spans]
+        self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
+
+    # ---- tokens --------------------------------------------------------------------------------------------------
+
+    def _on_progress(self, progress: Progress, started: float) -> None:
+        if progress.new_token is None:
+            self.span("prefill chunk (local)", started, f"{progress.num_computed_tokens - progress.start} tokens")
+            return
+        if progress.finish is None:
+            self._emit(progress.num_output_tokens - 1, (progress.new_token,))
+        else:
+            self.end(finish=progress.finish)
+
+    def _emit(self, first_index: int, token_ids: tuple[int, ...]) -> None:
+        self.outbox.put(TokenChunk(self.submit.request.request_id, self.submit.epoch, first_index, token_ids,
+                                   cached_tokens=self._cached_tokens()))
+        self._delivered = first_index + len(token_ids)
+
+    def _cached_tokens(self) -> int:
+        held = self._num_held * self._parts.pool.block_size
+        cached = held + self._remote_cached if self._handed else max(held, self.seq.num_cached_tokens)
+        return min(cached, self.seq.num_prompt_tokens)
+
+    def _last_word(self, error: BatonError | None, finish: FinishReason | None) -> None:
+        if self._decode_started_s is not None:
+            steps = self.seq.num_output_tokens - len(self.submit.request.delivered)
+            self.span("decode", self._decode_started_s, f"{steps} tokens")
+        first = self._delivered
+        rest = tuple(self.seq.tokens[self.seq.num_prompt_tokens + first :]) if finish is not None else ()
+        if error is not None:
+            finish = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
+        self.outbox.put(TokenChunk(
+            self.submit.request.request_id, self.submit.epoch, first, rest, finish,
+            error_code=error.code if error else "", error_message=error.message if error else "",
+            cached_tokens=self._cached_tokens(), spans=tuple(self._spans),
+        ))
+        self.outbox.flush()
+
+
+class _Handoff:
+    """The Prefill call of one Intake: reads its events, pulls what is published, renews the lease, releases it."""
+
+    def __init__(self, intake: Intake, parts: IntakeParts, lender: WorkerInfo) -> None:
+        self._intake = intake
+        self._parts = parts
+        self._lender = lender
+        self._service: WorkerService = parts.dial(lender)
+        self._lease: Lease | None = None
+        self._state: HandoffState | None = None
+        self._finish: FinishReason | None = None
+        self._last_published = False
+        self._verified_bytes = 0
+
+    async def run(self) -> FinishReason | None:
+        """Until the sequence's KV is here, verified and released. Returns how the request ended, if the first token
+        ended it. Raises the BatonError that broke the hand-off; the intake then knows what was verified."""
+        intake, submit = self._intake, self._intake.submit
+        call = PrefillCall(submit.request, submit.epoch, self._parts.worker_id, intake.num_held, self._parts.lease_ttl_s)
+        called_s = self._parts.clock()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                renewal = tasks.create_task(self._renew())
+                async with asyncio.TaskGroup() as pulls:
+                    await self._read(self._service.prefill(call), pulls)
+                renewal.cancel()
+        except asyncio.CancelledError:
+            self._parts.spawn(self._release_quietly())
+            raise
+        except* BatonError as group:
+            first = group.exceptions[0]
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            failure: BatonError | None = first
+        else:
+            failure = None
+        if failure is not None:
+            await self._release_quietly()
+            raise failure
+        assert self._state is not None and self._lease is not None
+        intake.foreign_spans(self._state, called_s)
+        await self._release(self._lease)
+        intake.seq.num_computed_tokens = self._state.num_computed_tokens
+        return self._finish
+
+    async def _read(self, events: AsyncIterator[PrefillEvent], tasks: asyncio.TaskGroup) -> None:
+        """All events until HandoffState, each within peer_timeout_s of the one before."""
+        try:
+            while self._state is None:
+                try:
+                    async with asyncio.timeout(self._parts.peer_timeout_s):
+                        event = await anext(events)
+                except TimeoutError:
+                    raise DeadlineExceeded(f"{self._lender.worker_id} said nothing for {self._parts.peer_timeout_s} s") from None
+                except StopAsyncIteration:
+                    raise PeerLost(f"{self._lender.worker_id} ended the prefill without its state") from None
+                self._on_event(event, tasks)
+        finally:
+            close = getattr(events, "aclose", None)
+            if close is not None:
+                await close()
+
+    def _on_event(self, event: PrefillEvent, tasks: asyncio.TaskGroup) -> None:
+        match event:
+            case Accepted(lease):
+                self._lease = lease
+            case Published():
+                if not self._intake.is_bound():
+                    self._intake.bind()
+                if event.last:
+                    self._last_published = True
+                    self._parts.metrics.inc("baton_verified_before_last_chunk_bytes_total", self._verified_bytes)
+                if event.blocks:
+                    tasks.create_task(self._pull(event))
+            case FirstToken():
+                self._finish = self._intake.first_token(event)
+            case HandoffState():
+                event.check()
+                self._state = event
+                self._finish = event.finish or self._finish
+            case Alive():
+                pass
+
+    async def _pull(self, event: Published) -> None:
+        table, started = self._intake.seq.block_table.blocks, self._parts.clock()
+        destination = [table[b.index] for b in event.blocks]
+        await self._parts.puller.pull(self._lender, event.lease_id, event.blocks, destination)
+        self._intake.verified({b.index for b in event.blocks})
+        self._verified_bytes += self._parts.puller.block_bytes * len(event.blocks)
+        self._intake.span("transfer", started, f"{len(event.blocks)} blocks over {self._parts.puller.transport_of(self._lender)}")
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._parts.lease_ttl_s / 3)
+            if self._lease is not None:
+                try:
+                    answer = await self._service.lease(self._lease.lease_id, False, self._parts.release_timeout_s)
+                except BatonError as e:
+                    log.info("renewing a lease at %s failed: %s", self._lender.worker_id, e.message)
+                    continue
+                if not answer.good:
+                    raise PeerLost(f"{self._lender.worker_id} ended the lease: {answer.reason}")
+
+    async def _release(self, lease: Lease) -> None:
+        """Learn whether the lease was good throughout. A lost lender leaves the digests to decide."""
+        try:
+            answer = await self._service.lease(lease.lease_id, True, self._parts.release_timeout_s)
+        except (PeerLost, DeadlineExceeded) as e:
+            self._parts.metrics.inc("baton_fallbacks_total", kind="release_unanswered")
+            log.warning("%s did not answer the release: %s; every block's digest was right", self._lender.worker_id, e.message)
+            return
+        if not answer.good:
+            self._intake.forget_received()
+            self._parts.metrics.inc("baton_integrity_failures_total", reason="lease")
+            raise PeerLost(f"the lease at {self._lender.worker_id} was not good throughout: {answer.reason}")
+
+    async def _release_quietly(self) -> None:
+        """After a failure the lender should not wait for its lease to expire."""
+        if self._lease is not None:
+            try:
+                await self._service.lease(self._lease.lease_id, True, self._parts.release_timeout_s)
+            except BatonError as e:
+                log.info("releasing a lease at %s failed: %s", self._lender.worker_id, e.message)

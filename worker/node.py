@@ -1,0 +1,261 @@
+"""One worker: the four calls that both roles serve, around one step loop.
+
+Owns the requests on this worker (an `Intake` per submit, a `Lending` per prefill call), the streams of the routers
+and the timers. Does not know its role (a `RolePolicy` is injected), text, or how calls reach it (`wire/` or the
+simulated network adapt it).
+
+Life of the node: `run()` turns the step loop, the quarantine timer and the lease timer until it is cancelled;
+everything else happens in calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+
+from baton.core.config import Config
+from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
+from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
+from baton.core.messages import Cancel, Hello, KVEvents, KVSnapshot, StepMessage, Submit, TokenChunk, UpMessage, WorkerStatus
+from baton.core.metrics import Metrics
+from baton.core.request import FinishReason, Request
+from baton.core.sequence import SequenceState, new_sequence
+from baton.core.services import Dial
+from baton.core.step import Runner
+from baton.core.worker import WorkerInfo, WorkerLoad
+from baton.engine.block_pool import BlockPool
+from baton.engine.scheduler import Scheduler
+from baton.kv_transfer.lease import LeaseTable
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.puller import Puller
+from baton.worker.intake import Intake, IntakeParts
+from baton.worker.ledger import check_ledger
+from baton.worker.lending import LenderParts, Lending
+from baton.worker.outbox import Outbox
+from baton.worker.policy import RolePolicy
+from baton.worker.steps import StepLoop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeParts:
+    """What a node is built of; assembled in worker/assembly.py or by the simulator."""
+
+    pool: BlockPool
+    scheduler: Scheduler
+    runner: Runner
+    memory: KVMemory
+    leases: LeaseTable
+    puller: Puller
+    dial: Dial
+    metrics: Metrics
+
+
+class WorkerNode:
+    """Implements core.services.WorkerService."""
+
+    def __init__(self, info: WorkerInfo, parts: NodeParts, policy: RolePolicy, config: Config) -> None:
+        loop = asyncio.get_running_loop()
+        self.info = info
+        self.parts = parts
+        self._config = config
+        self.become(policy)
+        self._steps = StepLoop(parts.scheduler, parts.runner, parts.metrics, self._after_step)
+        self._intakes: dict[str, Intake] = {}
+        self._outboxes: set[Outbox] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        handoff = config.handoff
+        self._lender = LenderParts(self._steps, parts.pool, parts.memory, parts.leases, parts.metrics, loop.time,
+                                   handoff.alive_interval_s)
+        self._intake_parts = IntakeParts(
+            worker_id=info.worker_id, steps=self._steps, pool=parts.pool, puller=parts.puller, dial=parts.dial,
+            metrics=parts.metrics, clock=loop.time, peer_timeout_s=handoff.peer_timeout_s,
+            lease_ttl_s=handoff.lease_ttl_s, release_timeout_s=handoff.release_timeout_s, strict=handoff.strict,
+            ended=self._forget, spawn=self._spawn,
+        )
+
+    def become(self, policy: RolePolicy) -> None:
+        """Take another role without restart: only numbers change."""
+        self.parts.scheduler.limits = policy.limits
+
+    async def run(self) -> None:
+        """Until cancelled. An exception here is a bug: the process must end (its pool restarts it)."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._steps.run())
+                tasks.create_task(self.parts.puller.run())
+                tasks.create_task(self._expire_leases())
+        finally:
+            for intake in list(self._intakes.values()):
+                intake.end(Cancelled(f"{self.info.worker_id} is shutting down"))
+            for outbox in self._outboxes:
+                outbox.close()
+
+    async def meet(self, peer: WorkerInfo) -> None:
+        """Measure the ways to a peer before the first request needs one. Raises what the handshake raises."""
+        await self.parts.puller.connect(peer)
+
+    # ---- WorkerService -------------------------------------------------------------------------------------------
+
+    async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
+        outbox = Outbox(self._compose)
+        self._outboxes.add(outbox)
+        reader = asyncio.get_running_loop().create_task(self._read_up(up, outbox))
+        try:
+            while (message := await outbox.next(self._config.router.heartbeat_s)) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            self._outboxes.discard(outbox)
+            outbox.closed = True
+            for intake in [i for i in self._intakes.values() if i.outbox is outbox]:
+                intake.end(Cancelled("the router's stream ended"))
+
+    async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+        seq = self._sequence(call.request, call.epoch, max_output_tokens=len(call.request.delivered) + 1)
+        now = asyncio.get_running_loop().time()
+        lease = self.parts.leases.grant(call, self.info.worker_id, self.info.boot_id, now)
+        lending = Lending(self._lender, call, seq, lease)
+        events = lending.events()
+        try:
+            async for event in events:
+                yield event
+        except Overloaded:
+            self.parts.metrics.inc("baton_refusals_total", reason="prefill_queue_full")
+            raise
+        finally:
+            await events.aclose()
+
+    async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
+        now = asyncio.get_running_loop().time()
+        if not release:
+            return self.parts.leases.renew(lease_id, now)
+        answer = self.parts.leases.release(lease_id, now)
+        self._steps.wake()
+        return answer
+
+    async def status(self, timeout_s: float) -> WorkerStatus:
+        self._gauge_ledger()
+        return WorkerStatus(self.info, self.load(), self.parts.pool.ledger(), self.parts.metrics.rendered())
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    async def _read_up(self, up: AsyncIterator[UpMessage], outbox: Outbox) -> None:
+        try:
+            async for message in up:
+                match message:
+                    case Hello():
+                        self._broadcast_events()
+                        outbox.greet(self.parts.pool.snapshot())
+                    case Submit():
+                        self._submit(message, outbox)
+                    case Cancel():
+                        intake = self._intakes.get(_attempt(message.request_id, message.epoch))
+                        if intake is not None:
+                            intake.end(Cancelled(message.reason))
+        finally:
+            outbox.close()
+
+    def _submit(self, submit: Submit, outbox: Outbox) -> None:
+        request, key = submit.request, _attempt(submit.request.request_id, submit.epoch)
+        try:
+            if key in self._intakes:
+                raise InvalidRequest(f"request {request.request_id} attempt {submit.epoch} is already here")
+            room = self.info.capability.max_model_len - len(request.prompt)
+            if room < 1:
+                raise InvalidRequest(
+                    f"the prompt has {len(request.prompt)} tokens; this worker holds {self.info.capability.max_model_len} "
+                    "for prompt and output together. Shorten it."
+                )
+            seq = self._sequence(request, submit.epoch, min(request.sampling.max_tokens, room))
+            intake = Intake(self._intake_parts, submit, seq, outbox)
+            intake.begin()
+        except BatonError as e:
+            if isinstance(e, Overloaded):
+                self.parts.metrics.inc("baton_refusals_total", reason="no_credit" if submit.route.prefill else "queue_full")
+            outbox.put(TokenChunk(request.request_id, submit.epoch, len(request.delivered), (), FinishReason.ERROR,
+                                  error_code=e.code, error_message=e.message))
+            outbox.flush()
+            return
+        self._intakes[key] = intake
+        asyncio.get_running_loop().call_later(request.deadline_s, self._expire, key, intake)
+
+    def _expire(self, key: str, intake: Intake) -> None:
+        if self._intakes.get(key) is intake:
+            intake.end(DeadlineExceeded("the request's deadline passed before it was finished"))
+
+    def _sequence(self, request: Request, epoch: int, max_output_tokens: int) -> SequenceState:
+        """The engine's id names the attempt, so that two attempts of one request can be on a worker at once; the
+        sampler's key stays the request's."""
+        sampling = dataclasses.replace(request.sampling, seed=request.seed)
+        attempt = dataclasses.replace(request, request_id=_attempt(request.request_id, epoch), sampling=sampling)
+        return new_sequence(attempt, epoch, self.parts.pool.block_size, max_output_tokens)
+
+    def _forget(self, intake: Intake) -> None:
+        self._intakes.pop(_attempt(intake.submit.request.request_id, intake.submit.epoch), None)
+
+    # ---- news for the routers ------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        self._broadcast_events()
+        for outbox in self._outboxes:
+            outbox.flush()
+
+    def _broadcast_events(self) -> None:
+        events: tuple[KVEvents, ...] = self.parts.pool.take_events()
+        if events:
+            for outbox in self._outboxes:
+                outbox.put_events(events)
+
+    def _compose(self, *, chunks: tuple[TokenChunk, ...], kv_events: tuple[KVEvents, ...], snapshot: KVSnapshot | None,
+                 heartbeat: bool) -> StepMessage:
+        if heartbeat:
+            self._gauge_ledger()
+        ledger = self.parts.pool.ledger() if heartbeat or snapshot is not None else None
+        return StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, ledger)
+
+    def load(self) -> WorkerLoad:
+        s, pool = self.parts.scheduler, self.parts.pool
+        return WorkerLoad(
+            queued_prefill_tokens=s.queued_prefill_tokens, num_running=s.num_running, num_waiting=s.num_waiting,
+            context_tokens=s.context_tokens, available_blocks=pool.num_available, total_blocks=pool.num_blocks,
+            prefill_tokens_per_s=self._steps.prefill_tokens_per_s, decode_step_s=self._steps.decode_step_s,
+            steps=self._steps.steps, pair_bandwidth=self.parts.puller.bandwidths(),
+        )
+
+    # ---- timers and the ledger -----------------------------------------------------------------------------------
+
+    async def _expire_leases(self) -> None:
+        """Leases end by this timer, never by the next request."""
+        interval = self._config.handoff.lease_ttl_s / 10
+        while True:
+            await asyncio.sleep(interval)
+            if self.parts.leases.expire(asyncio.get_running_loop().time()):
+                self._steps.wake()
+            self._broadcast_events()
+
+    def _gauge_ledger(self) -> None:
+        for state, count in dataclasses.asdict(self.parts.pool.ledger()).items():
+            self.parts.metrics.set("baton_blocks", count, state=state)
+
+    def check_ledger(self) -> None:
+        """Full scan, for tests and the simulator: every reference in the pool has exactly one owner we can name."""
+        check_ledger(self.parts.pool, self._tables(), self.parts.leases.lent(), self.parts.puller.quarantined_blocks())
+
+    def _tables(self) -> Sequence[Sequence[int]]:
+        in_scheduler = [s.block_table.blocks for s in self.parts.scheduler.sequences()]
+        arriving = [i.seq.block_table.blocks for i in self._intakes.values() if not i.in_scheduler]
+        return in_scheduler + arriving
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _attempt(request_id: str, epoch: int) -> str:
+    return f"{request_id}@{epoch}"

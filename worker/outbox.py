@@ -1,0 +1,73 @@
+"""What a worker has to say to one router: token chunks, KV events, load. One message per engine step, and a
+heartbeat when there is nothing.
+
+A router that reads slowly gets fewer, larger messages: what is pending is merged, and past `MAX_PENDING` chunks the
+stream is closed (the router has stopped draining; its requests are worth more elsewhere).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from baton.core.errors import Overloaded
+from baton.core.messages import KVEvents, KVSnapshot, StepMessage, TokenChunk
+
+MAX_PENDING = 65_536
+
+
+class Outbox:
+    """Created with a stream, closed with it. Single event loop."""
+
+    def __init__(self, compose: Callable[..., StepMessage]) -> None:
+        """`compose(chunks=, kv_events=, snapshot=, heartbeat=)` adds what only the worker knows (boot id, load)."""
+        self._compose = compose
+        self._chunks: list[TokenChunk] = []
+        self._events: list[KVEvents] = []
+        self._snapshot: KVSnapshot | None = None
+        self._ready = asyncio.Event()
+        self.greeted = False
+        self.closed = False
+
+    def greet(self, snapshot: KVSnapshot) -> None:
+        """The router said Hello: it gets the whole prefix map first, events after `snapshot.seq` later."""
+        self.greeted = True
+        self._snapshot = snapshot
+        self._events.clear()
+        self._ready.set()
+
+    def put(self, chunk: TokenChunk) -> None:
+        """Queue news of a request; sent at the next `flush`."""
+        self._chunks.append(chunk)
+
+    def put_events(self, events: tuple[KVEvents, ...]) -> None:
+        if self.greeted:
+            self._events.extend(events)
+
+    def flush(self) -> None:
+        """Send what is pending as one message."""
+        if self._chunks or self._events or self.closed:
+            self._ready.set()
+
+    def close(self) -> None:
+        self.closed = True
+        self._ready.set()
+
+    async def next(self, heartbeat_s: float) -> StepMessage | None:
+        """The next message: at a flush, or an empty one after `heartbeat_s`. None once closed and drained. Raises
+        Overloaded when the router has let too much pile up."""
+        if len(self._chunks) > MAX_PENDING:
+            raise Overloaded(f"{len(self._chunks)} token messages wait for this router, the limit is {MAX_PENDING}: it does not read.")
+        heartbeat = False
+        try:
+            async with asyncio.timeout(heartbeat_s):
+                await self._ready.wait()
+        except TimeoutError:
+            heartbeat = True
+        self._ready.clear()
+        if self.closed and not self._chunks:
+            return None
+        chunks, self._chunks = tuple(self._chunks), []
+        events, self._events = tuple(self._events), []
+        snapshot, self._snapshot = self._snapshot, None
+        return self._compose(chunks=chunks, kv_events=events, snapshot=snapshot, heartbeat=heartbeat)
