@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import uuid
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from baton.core.config import Config
 from baton.core.errors import BatonError, SetupError
 from baton.core.layout import Capability, KVLayout, difference
 from baton.core.metrics import Metrics
+from baton.core.services import Dial
 from baton.core.worker import Role, WorkerInfo
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import Scheduler
@@ -46,28 +48,37 @@ PolicyFor = Callable[[Config, tuple[int, ...]], RolePolicy]
 async def serve_worker(config: Config, worker_id: str, registry: Registry, policy_for: PolicyFor) -> None:
     """Run one worker until cancelled. `policy_for(config, eos_token_ids)` is what makes it prefill or decode."""
     files = await asyncio.to_thread(open_model, config.model)
-    layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
-    num_blocks = config.engine.num_blocks or max(1, config.engine.kv_memory_bytes // layout.block_bytes)
-    policy = policy_for(config, files.spec.eos_token_ids)
-    metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        memory = KVMemory(num_blocks, layout.block_bytes, shared=True)
-        stack.callback(memory.close)
-        pool = BlockPool(num_blocks, layout.block_size)
-        leases = LeaseTable(pool, metrics)
-        boot_id = uuid.uuid4().hex[:12]
-        transports = await open_transports(worker_id, boot_id, memory, leases, config.handoff, metrics)
-        puller = Puller(memory, transports, pool, config.handoff, metrics)
-        stack.push_async_callback(puller.close)
-        capability = _capability(config, files, layout, num_blocks, tuple((n, t.advert) for n, t in transports.items()))
-        runner = TorchRunner(files.directory, memory.buffer, num_blocks, layout, config.engine.threads)
-        stack.push_async_callback(runner.close)
         dial = GrpcDial()
         stack.push_async_callback(dial.close)
-        scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
-        parts = NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics)
-        unplaced = WorkerInfo(worker_id, boot_id, policy.role, "", capability)
-        await _serve(unplaced, parts, policy, config, registry)
+        policy = policy_for(config, files.spec.eos_token_ids)
+        node = await open_node(files, config, worker_id, policy, dial, stack)
+        server = await start_worker_server(node, config.cluster.worker_host, 0)
+        stack.push_async_callback(server.stop, STOP_GRACE_S)
+        node.info = dataclasses.replace(node.info, address=f"{config.cluster.worker_host}:{server.port}")
+        await _serve(node, config, registry)
+
+
+async def open_node(files: ModelFiles, config: Config, worker_id: str, policy: RolePolicy, dial: Dial,
+                    stack: contextlib.AsyncExitStack) -> WorkerNode:
+    """A node with everything it needs, without an address yet; `stack` closes it. Raises SetupError when the pool
+    could hold no request."""
+    layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
+    num_blocks = config.engine.num_blocks or max(1, config.engine.kv_memory_bytes // layout.block_bytes)
+    metrics, boot_id = Metrics(), uuid.uuid4().hex[:12]
+    memory = KVMemory(num_blocks, layout.block_bytes, shared=True)
+    stack.callback(memory.close)
+    pool = BlockPool(num_blocks, layout.block_size)
+    leases = LeaseTable(pool, metrics)
+    transports = await open_transports(worker_id, boot_id, memory, leases, config.handoff)
+    puller = Puller(memory, transports, pool, config.handoff, metrics)
+    stack.push_async_callback(puller.close)
+    capability = _capability(config, files, layout, num_blocks, tuple((n, t.advert) for n, t in transports.items()))
+    runner = TorchRunner(files.directory, memory.buffer, num_blocks, layout, config.engine.threads)
+    stack.push_async_callback(runner.close)
+    scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
+    info = WorkerInfo(worker_id, boot_id, policy.role, "", capability)
+    return WorkerNode(info, NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics), policy, config)
 
 
 def _capability(config: Config, files: ModelFiles, layout: KVLayout, num_blocks: int,
@@ -82,22 +93,16 @@ def _capability(config: Config, files: ModelFiles, layout: KVLayout, num_blocks:
     )
 
 
-async def _serve(unplaced: WorkerInfo, parts: NodeParts, policy: RolePolicy, config: Config, registry: Registry) -> None:
-    node = WorkerNode(unplaced, parts, policy, config)
-    server = await start_worker_server(node, config.cluster.worker_host, 0)
-    info = WorkerInfo(unplaced.worker_id, unplaced.boot_id, policy.role, f"{config.cluster.worker_host}:{server.port}",
-                      unplaced.capability)
-    node.info = info
+async def _serve(node: WorkerNode, config: Config, registry: Registry) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(node.run())
-            tasks.create_task(_stay_registered(info, registry, config))
-            if policy.role is Role.DECODE:
+            tasks.create_task(_stay_registered(node.info, registry, config))
+            if node.info.role is Role.DECODE:
                 tasks.create_task(_meet_peers(node, registry, config))
     finally:
         with contextlib.suppress(BatonError):
-            await registry.deregister(info.worker_id, info.boot_id)
-        await server.stop(STOP_GRACE_S)
+            await registry.deregister(node.info.worker_id, node.info.boot_id)
 
 
 async def _stay_registered(info: WorkerInfo, registry: Registry, config: Config) -> None:

@@ -19,7 +19,17 @@ from dataclasses import dataclass
 from baton.core.config import Config
 from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
 from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
-from baton.core.messages import Cancel, Hello, KVEvents, KVSnapshot, StepMessage, Submit, TokenChunk, UpMessage, WorkerStatus
+from baton.core.messages import (
+    Cancel,
+    Hello,
+    KVEvents,
+    KVSnapshot,
+    StepMessage,
+    Submit,
+    TokenChunk,
+    UpMessage,
+    WorkerStatus,
+)
 from baton.core.metrics import Metrics
 from baton.core.request import FinishReason, Request
 from baton.core.sequence import SequenceState, new_sequence

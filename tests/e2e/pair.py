@@ -1,0 +1,122 @@
+"""One prefill and one decode node with the real model, real transports and (optionally) real gRPC, in this process.
+
+The quick way to run a whole hand-off many times with many settings. The stack of processes is tested in
+test_stack.py; nothing here stands in for production code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import AsyncIterator, Sequence
+
+from baton.core.config import Config, load
+from baton.core.errors import BatonError, from_code
+from baton.core.messages import Hello, Submit, TokenChunk, UpMessage
+from baton.core.request import FinishReason, Request, SamplingParams
+from baton.core.services import WorkerService
+from baton.core.worker import Role, Route, WorkerInfo
+from baton.decode_node.policy import decode_policy
+from baton.models.catalog import ModelFiles
+from baton.prefill_node.policy import prefill_policy
+from baton.worker.assembly import open_node
+from baton.worker.node import WorkerNode
+
+_ids = itertools.count()
+
+
+@dataclasses.dataclass
+class Answer:
+    tokens: list[int]
+    finish: FinishReason | None
+    cached_tokens: int
+    chunks: list[TokenChunk]
+
+
+class Pair:
+    """`prefill` and `decode` are live nodes; `generate` submits to decode as a router would."""
+
+    def __init__(self, prefill: WorkerNode, decode: WorkerNode) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self._up: asyncio.Queue[UpMessage] = asyncio.Queue()
+        self._waiting: dict[str, asyncio.Queue[TokenChunk]] = {}
+
+    async def run_router(self) -> None:
+        self._up.put_nowait(Hello("test"))
+        async for message in self.decode.stream(self._read_queue()):
+            for chunk in message.chunks:
+                self._waiting[chunk.request_id].put_nowait(chunk)
+
+    async def _read_queue(self) -> AsyncIterator[UpMessage]:
+        while True:
+            yield await self._up.get()
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int, local: bool = False, **sampling: object) -> Answer:
+        """Greedy unless told otherwise. Raises the BatonError that the worker answered."""
+        params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
+        request = Request(f"r{next(_ids)}", tuple(prompt), params)
+        chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        self._waiting[request.request_id] = chunks
+        route = Route(self.decode.info.worker_id, None if local else self.prefill.info)
+        self._up.put_nowait(Submit(request, route, 1))
+        answer = Answer([], None, 0, [])
+        while answer.finish is None:
+            async with asyncio.timeout(120):
+                chunk = await chunks.get()
+            assert chunk.first_index == len(answer.tokens), "a gap or a duplicate"
+            answer.chunks.append(chunk)
+            answer.tokens += chunk.token_ids
+            answer.finish, answer.cached_tokens = chunk.finish, chunk.cached_tokens
+        if answer.chunks[-1].error_code:
+            raise from_code(answer.chunks[-1].error_code, answer.chunks[-1].error_message)
+        return answer
+
+
+def pair_config(*overrides: str) -> Config:
+    return load({}, ["engine.num_blocks=160", "handoff.transports=[\"tcp\"]", *overrides])
+
+
+@contextlib.asynccontextmanager
+async def open_pair(files: ModelFiles, config: Config) -> AsyncIterator[Pair]:
+    """Both nodes, met and measured; everything is closed at the end and both ledgers must balance."""
+    async with contextlib.AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(_background())
+        nodes: dict[str, WorkerNode] = {}
+
+        def dial(info: WorkerInfo) -> WorkerService:
+            return nodes[info.worker_id]
+
+        for role in (Role.PREFILL, Role.DECODE):
+            policy = (prefill_policy if role is Role.PREFILL else decode_policy)(config, files.spec.eos_token_ids)
+            nodes[role.value] = await open_node(files, config, role.value, policy, dial, stack)
+            tasks.append(asyncio.create_task(nodes[role.value].run()))
+        pair = Pair(nodes["prefill"], nodes["decode"])
+        await pair.decode.meet(pair.prefill.info)
+        tasks.append(asyncio.create_task(pair.run_router()))
+        yield pair
+        await settle(pair)
+
+
+async def settle(pair: Pair) -> None:
+    """Wait (bounded) until nothing is active, lent or quarantined, then scan both ledgers."""
+    async with asyncio.timeout(20):
+        for node in (pair.prefill, pair.decode):
+            while (ledger := node.parts.pool.ledger()).active or ledger.lent or ledger.quarantined:
+                await asyncio.sleep(0.01)
+            node.check_ledger()
+
+
+@contextlib.asynccontextmanager
+async def _background() -> AsyncIterator[list[asyncio.Task[None]]]:
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        yield tasks
+    finally:
+        for task in reversed(tasks):
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, BatonError):
+                raise result
