@@ -1,10 +1,11 @@
 """Every metric's name, in one table. Rooms count with `Metrics.inc` / `set`; a name that is not here is a bug.
 
-Exposition (Prometheus) is the servers' business: `samples()` gives them names, labels and values.
+Exposition (Prometheus) is the servers' business: `samples()` and `histograms()` give them names, labels and values.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,14 @@ class Metric:
     kind: Literal["counter", "gauge"]
     help: str
     labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    name: str
+    help: str
+    bounds: tuple[float, ...]
+    """Upper bounds of the buckets, inclusive and rising; one more bucket, without a bound, follows."""
 
 
 def _c(name: str, text: str, *labels: str) -> Metric:
@@ -34,7 +43,9 @@ TABLE = (
     _c("baton_cached_prompt_tokens_total", "Prompt tokens that were not computed for their request."),
     _c("baton_dispatches_total", "Requests sent to a decode worker, by prefill place.", "prefill"),
     _c("baton_dispatch_retries_total", "Requests sent again after a refusal or a lost worker.", "reason"),
-    _c("baton_stale_chunks_total", "Token messages dropped: an older epoch, a duplicate, an unknown request.", "reason"),
+    _c(
+        "baton_stale_chunks_total", "Token messages dropped: an older epoch, a duplicate, an unknown request.", "reason"
+    ),
     _c("baton_worker_lost_total", "Workers declared dead by the router.", "role"),
     _c("baton_index_resyncs_total", "Prefix index rebuilt from a snapshot after a gap or a new boot."),
     _g("baton_workers", "Workers by role and state.", "role", "state"),
@@ -52,7 +63,10 @@ TABLE = (
     _c("baton_pulls_total", "Pulls by transport and end.", "transport", "end"),
     _c("baton_pulled_bytes_total", "Bytes that came in over a transport.", "transport"),
     _c("baton_verified_bytes_total", "Pulled bytes whose digest and generation were right."),
-    _c("baton_verified_before_last_chunk_bytes_total", "Of these, verified before the lender's last chunk was computed."),
+    _c(
+        "baton_verified_before_last_chunk_bytes_total",
+        "Of these, verified before the lender's last chunk was computed.",
+    ),
     _c("baton_integrity_failures_total", "Pulled blocks thrown away.", "reason"),
     _c("baton_quarantined_blocks_total", "Blocks that entered quarantine."),
     _c("baton_fences_total", "Peers fenced because quarantine was over its cap or too old.", "transport"),
@@ -60,12 +74,24 @@ TABLE = (
 )
 BY_NAME = {m.name: m for m in TABLE}
 
+_LATENCY_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+HISTOGRAMS = {
+    h.name: h
+    for h in (
+        Histogram("baton_ttft_seconds", "Time to first token, as the router sees it.", _LATENCY_BOUNDS),
+        Histogram("baton_itl_seconds", "Gap between two token messages of one request.", _LATENCY_BOUNDS),
+        Histogram("baton_request_seconds", "Duration of finished requests.", _LATENCY_BOUNDS),
+    )
+}
+
 
 class Metrics:
     """Counts of one process. Not thread-safe: count on the event loop."""
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._buckets: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
 
     def inc(self, name: str, amount: float = 1, **labels: str) -> None:
         key = self._key(name, labels)
@@ -73,6 +99,16 @@ class Metrics:
 
     def set(self, name: str, value: float, **labels: str) -> None:
         self._values[self._key(name, labels)] = value
+
+    def observe(self, name: str, value: float) -> None:
+        bounds = HISTOGRAMS[name].bounds
+        self._buckets.setdefault(name, [0] * (len(bounds) + 1))[bisect.bisect_left(bounds, value)] += 1
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def histograms(self) -> Iterator[tuple[Histogram, list[int], float]]:
+        """(histogram, count of each bucket alone, sum of the values) of those that saw a value."""
+        for name, counts in sorted(self._buckets.items()):
+            yield HISTOGRAMS[name], counts, self._sums[name]
 
     def value(self, name: str, **labels: str) -> float:
         """With all labels given that sample, with none the sum over all."""
