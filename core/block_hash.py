@@ -36,13 +36,26 @@ class HashScope:
 
     @classmethod
     def of(cls, capability: Capability, tenant_salt: str = "", adapter: str = "") -> HashScope:
-        return cls(capability.model_fingerprint, capability.layout.dtype, capability.numerics, tenant_salt, adapter,
-                   capability.hash_version)
+        return cls(
+            capability.model_fingerprint,
+            capability.layout.dtype,
+            capability.numerics,
+            tenant_salt,
+            adapter,
+            capability.hash_version,
+        )
 
     def root(self) -> BlockHash:
         """Length prefixes (u32 little-endian, bytes) keep ("ab", "c") and ("a", "bc") apart."""
         h = hashlib.sha256()
-        fields = (str(self.version), self.model_fingerprint, self.kv_dtype, self.numerics, self.tenant_salt, self.adapter)
+        fields = (
+            str(self.version),
+            self.model_fingerprint,
+            self.kv_dtype,
+            self.numerics,
+            self.tenant_salt,
+            self.adapter,
+        )
         for text in fields:
             raw = text.encode()
             h.update(struct.pack("<I", len(raw)))

@@ -27,17 +27,28 @@ class _Tree(BaseModel):
 
 
 class ModelConfig(_Tree):
-    name: str = Field("smollm2-135m", description="Model to serve: a name `baton model pull` knows, a .gguf file, or a Hugging Face directory.")
+    name: str = Field(
+        "smollm2-135m",
+        description="Model to serve: a name `baton model pull` knows, a .gguf file, or a Hugging Face directory.",
+    )
     served_name: str | None = Field(None, description="Name clients use; default: `name`, or the file's stem.")
-    cache_dir: str | None = Field(None, description="Where pulled and converted models live; default: $BATON_CACHE or ~/.cache/baton.")
+    cache_dir: str | None = Field(
+        None, description="Where pulled and converted models live; default: $BATON_CACHE or ~/.cache/baton."
+    )
 
 
 class EngineConfig(_Tree):
-    block_size: Literal[16, 32, 48, 64] = Field(16, description="Tokens per KV block. Must be equal on all workers of a fleet.")
+    block_size: Literal[16, 32, 48, 64] = Field(
+        16, description="Tokens per KV block. Must be equal on all workers of a fleet."
+    )
     num_blocks: Count | None = Field(None, description="KV blocks per worker; default: kv_memory_bytes / block bytes.")
     kv_memory_bytes: Count = Field(1 << 30, description="KV memory per worker when num_blocks is not set, in bytes.")
-    max_model_len: Count | None = Field(None, description="Longest prompt + output in tokens; default: the model's context, cut to what the pool holds.")
-    threads: Count = Field(1, description="Compute threads per worker. More threads than free cores is slower, not faster.")
+    max_model_len: Count | None = Field(
+        None, description="Longest prompt + output in tokens; default: the model's context, cut to what the pool holds."
+    )
+    threads: Count = Field(
+        1, description="Compute threads per worker. More threads than free cores is slower, not faster."
+    )
     dtype: Literal["fp32"] = Field("fp32", description="Weights and KV element type.")
 
 
@@ -50,15 +61,21 @@ class PoolConfig(_Tree):
 
 
 class HandoffConfig(_Tree):
-    transports: tuple[TransportName, ...] = Field(("shm", "nixl", "tcp"), description="Transports a worker offers; which one a pair uses is measured.")
+    transports: tuple[TransportName, ...] = Field(
+        ("shm", "nixl", "tcp"), description="Transports a worker offers; which one a pair uses is measured."
+    )
     lease_ttl_s: Seconds = Field(10.0, description="A lease ends this long after its last renewal.")
-    pull_timeout_s: Seconds = Field(5.0, description="Deadline of one pull; then its destination blocks are quarantined.")
+    pull_timeout_s: Seconds = Field(
+        5.0, description="Deadline of one pull; then its destination blocks are quarantined."
+    )
     alive_interval_s: Seconds = Field(0.5, description="A lender without news says so this often.")
     peer_timeout_s: Seconds = Field(3.0, description="No sign of life for this long: the peer is lost.")
     release_timeout_s: Seconds = Field(1.0, description="Deadline of a lease's release and renewal calls.")
     quarantine_poll_s: Seconds = Field(0.25, description="How often quarantined pulls are looked at.")
     quarantine_max_s: Seconds = Field(10.0, description="A pull quarantined for longer gets its peer fenced.")
-    quarantine_cap: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Share of the pool in quarantine above which peers are fenced at once.")
+    quarantine_cap: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="Share of the pool in quarantine above which peers are fenced at once."
+    )
     probe_bytes: Count = Field(4 << 20, description="Bytes moved per transport in the measured handshake.")
     data_bind: str = Field("127.0.0.1", description="Address the tcp transport listens on.")
     strict: bool = Field(False, description="Make every fallback an error instead of a counter and a log line.")
@@ -73,18 +90,30 @@ class RouterConfig(_Tree):
     heartbeat_s: Seconds = Field(0.5, description="Workers report at least this often.")
     suspect_s: Seconds = Field(1.5, description="A silent worker gets no new requests after this.")
     dead_s: Seconds = Field(3.0, description="A silent worker is dead after this; its requests go elsewhere.")
-    local_prefill_max_tokens: Annotated[int, Field(ge=0)] = Field(64, description="Uncached suffixes up to this length prefill on the decode worker.")
-    assumed_prefill_tokens_per_s: Annotated[float, Field(gt=0)] = Field(2000.0, description="Prefill speed priced until a worker has measured its own.")
-    assumed_bandwidth_bytes_per_s: Annotated[float, Field(gt=0)] = Field(1e9, description="Pair bandwidth priced until a pair has measured its own.")
-    client_buffer_tokens: Count = Field(4096, description="Undelivered tokens per request before a slow client is cancelled.")
+    local_prefill_max_tokens: Annotated[int, Field(ge=0)] = Field(
+        64, description="Uncached suffixes up to this length prefill on the decode worker."
+    )
+    assumed_prefill_tokens_per_s: Annotated[float, Field(gt=0)] = Field(
+        2000.0, description="Prefill speed priced until a worker has measured its own."
+    )
+    assumed_bandwidth_bytes_per_s: Annotated[float, Field(gt=0)] = Field(
+        1e9, description="Pair bandwidth priced until a pair has measured its own."
+    )
+    client_buffer_tokens: Count = Field(
+        4096, description="Undelivered tokens per request before a slow client is cancelled."
+    )
     max_body_bytes: Count = Field(8 << 20, description="Largest HTTP body accepted.")
     max_inflight: Count = Field(512, description="Requests in the router at once; more get 429.")
 
 
 class ClusterConfig(_Tree):
-    pool: Literal["ray", "local"] = Field("ray", description="Who runs the workers: Ray actors, or plain local processes.")
+    pool: Literal["ray", "local"] = Field(
+        "ray", description="Who runs the workers: Ray actors, or plain local processes."
+    )
     ray_address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine.")
-    redis_url: str | None = Field(None, description="Redis or Valkey to use (redis://host:port/0, unix:///path); default: an embedded one.")
+    redis_url: str | None = Field(
+        None, description="Redis or Valkey to use (redis://host:port/0, unix:///path); default: an embedded one."
+    )
     worker_host: str = Field("127.0.0.1", description="Address workers bind and announce.")
     start_timeout_s: Seconds = Field(120.0, description="Longest wait for a worker to come up.")
     registry_poll_s: Seconds = Field(0.5, description="How often the registry is read for new workers.")
@@ -105,7 +134,8 @@ def settings() -> Iterator[tuple[str, Any, str]]:
     defaults = Config()
     for section, field in Config.model_fields.items():
         tree = field.annotation
-        assert isinstance(tree, type) and issubclass(tree, BaseModel)
+        assert isinstance(tree, type)
+        assert issubclass(tree, BaseModel)
         for name, leaf in tree.model_fields.items():
             yield f"{section}.{name}", getattr(getattr(defaults, section), name), leaf.description or ""
 
@@ -131,7 +161,9 @@ def load(document: Mapping[str, Any] | None = None, overrides: Iterable[str] = (
     except ValidationError as e:
         first = e.errors()[0]
         dotted = ".".join(str(p) for p in first["loc"][:2])
-        raise ConfigError(f"{dotted} = {first['input']!r} is wrong: {first['msg']}. See `baton config show`.", dotted) from None
+        raise ConfigError(
+            f"{dotted} = {first['input']!r} is wrong: {first['msg']}. See `baton config show`.", dotted
+        ) from None
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -144,7 +176,8 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _nearest(dotted: str) -> str:
     names = [n for n, _, _ in settings()]
     close = difflib.get_close_matches(dotted, names, 1, 0.5) or difflib.get_close_matches(
-        dotted.rpartition(".")[2], [n.partition(".")[2] for n in names], 1, 0.6)
+        dotted.rpartition(".")[2], [n.partition(".")[2] for n in names], 1, 0.6
+    )
     full = [n for n in names if close and (n == close[0] or n.endswith("." + close[0]))]
     return f" Did you mean {full[0]!r}?" if full else " `baton config show` lists them all."
 
@@ -180,8 +213,12 @@ def child_env(threads: int) -> dict[str, str]:
     """Environment of a worker process: ours, plus one OpenMP team of the stated size (barriers on contended cores
     cost 50x) and quiet libraries. Values the user set win."""
     ours = {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "NIXL_LOG_LEVEL": "ERROR",
-        "UCX_WARN_UNUSED_ENV_VARS": "n", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "NIXL_LOG_LEVEL": "ERROR",
+        "UCX_WARN_UNUSED_ENV_VARS": "n",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
     }
     return {**ours, **os.environ}
 

@@ -49,7 +49,11 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be between 0 and 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**64, "must be an unsigned 64-bit number"),
-            ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS, f"may hold at most {MAX_STOP_TOKEN_IDS} ids"),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+                f"may hold at most {MAX_STOP_TOKEN_IDS} ids",
+            ),
         ]
         for name, good, rule in rules:
             if not good:

@@ -70,4 +70,6 @@ class SequenceState:
 
 def new_sequence(request: Request, epoch: int, block_size: int, max_output_tokens: int) -> SequenceState:
     """A sequence that has computed nothing. Delivered tokens are part of its tokens: they are replayed."""
-    return SequenceState(request, epoch, [*request.prompt, *request.delivered], BlockTable(block_size), max_output_tokens)
+    return SequenceState(
+        request, epoch, [*request.prompt, *request.delivered], BlockTable(block_size), max_output_tokens
+    )

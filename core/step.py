@@ -1,8 +1,8 @@
 """One engine step as plain data: the scheduler writes it, a runner executes it, the scheduler commits it.
 
-    step   = core.schedule(now)            # pure: no await, clock, socket or torch
-    result = await runner.execute(step)    # torch in one thread; the cost model in the simulator
-    core.commit(step, result, now)         # pure
+step   = core.schedule(now)            # pure: no await, clock, socket or torch
+result = await runner.execute(step)    # torch in one thread; the cost model in the simulator
+core.commit(step, result, now)         # pure
 """
 
 from __future__ import annotations

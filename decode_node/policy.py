@@ -11,5 +11,7 @@ from baton.worker.policy import RolePolicy
 def decode_policy(config: Config, eos_token_ids: tuple[int, ...]) -> RolePolicy:
     """Small chunks, so that a local prefill stretches the steps of running requests only a little."""
     pool = config.decode
-    limits = SchedulerLimits(pool.max_step_tokens, pool.max_chunk_tokens, pool.max_sequences, pool.max_waiting, eos_token_ids)
+    limits = SchedulerLimits(
+        pool.max_step_tokens, pool.max_chunk_tokens, pool.max_sequences, pool.max_waiting, eos_token_ids
+    )
     return RolePolicy(Role.DECODE, limits)

@@ -59,8 +59,9 @@ async def serve_worker(config: Config, worker_id: str, registry: Registry, polic
         await _serve(node, config, registry)
 
 
-async def open_node(files: ModelFiles, config: Config, worker_id: str, policy: RolePolicy, dial: Dial,
-                    stack: contextlib.AsyncExitStack) -> WorkerNode:
+async def open_node(
+    files: ModelFiles, config: Config, worker_id: str, policy: RolePolicy, dial: Dial, stack: contextlib.AsyncExitStack
+) -> WorkerNode:
     """A node with everything it needs, without an address yet; `stack` closes it. Raises SetupError when the pool
     could hold no request."""
     layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
@@ -81,15 +82,24 @@ async def open_node(files: ModelFiles, config: Config, worker_id: str, policy: R
     return WorkerNode(info, NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics), policy, config)
 
 
-def _capability(config: Config, files: ModelFiles, layout: KVLayout, num_blocks: int,
-                adverts: tuple[tuple[str, bytes], ...]) -> Capability:
+def _capability(
+    config: Config, files: ModelFiles, layout: KVLayout, num_blocks: int, adverts: tuple[tuple[str, bytes], ...]
+) -> Capability:
     holds = num_blocks * layout.block_size
     limit = min(config.engine.max_model_len or files.spec.max_model_len, files.spec.max_model_len, holds)
     if limit < 2:
-        raise SetupError(f"{num_blocks} blocks hold {holds} tokens: no request fits. Raise engine.num_blocks or engine.kv_memory_bytes.")
+        raise SetupError(
+            f"{num_blocks} blocks hold {holds} tokens: no request fits. "
+            "Raise engine.num_blocks or engine.kv_memory_bytes."
+        )
     return Capability(
-        model=config.model.served_name or files.name, model_fingerprint=files.fingerprint, layout=layout,
-        max_model_len=limit, num_blocks=num_blocks, eos_token_ids=files.spec.eos_token_ids, transports=adverts,
+        model=config.model.served_name or files.name,
+        model_fingerprint=files.fingerprint,
+        layout=layout,
+        max_model_len=limit,
+        num_blocks=num_blocks,
+        eos_token_ids=files.spec.eos_token_ids,
+        transports=adverts,
     )
 
 

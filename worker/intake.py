@@ -124,8 +124,9 @@ class Intake:
         if self._ended:
             self._give_back()
         if not task.cancelled() and task.exception() is not None:
-            log.error("hand-off of %s failed with a bug", self.seq.request_id, exc_info=task.exception())
-            self.end(InternalError(f"the hand-off of {self.submit.request.request_id} failed; the worker's log says why."))
+            request_id = self.submit.request.request_id
+            log.error("hand-off of %s failed with a bug", request_id, exc_info=task.exception())
+            self.end(InternalError(f"the hand-off of {request_id} failed; the worker's log says why."))
 
     def _give_back(self) -> None:
         """Blocks and credit, unless the scheduler has the sequence and gives them back itself. Destinations of pulls
@@ -175,8 +176,9 @@ class Intake:
         if parts.strict:
             self.end(cause)
             return
-        good = next((i for i in range(len(seq.block_table.blocks)) if i not in self._verified), len(seq.block_table.blocks))
-        good = min(good, (seq.num_tokens - 1) // parts.pool.block_size)
+        good, limit = 0, min(len(seq.block_table.blocks), (seq.num_tokens - 1) // parts.pool.block_size)
+        while good < limit and good in self._verified:
+            good += 1
         parts.pool.release(seq.block_table.blocks[good:])
         del seq.block_table.blocks[good:]
         self._drop_credit()
@@ -251,8 +253,15 @@ class Intake:
             self.end(finish=progress.finish)
 
     def _emit(self, first_index: int, token_ids: tuple[int, ...]) -> None:
-        self.outbox.put(TokenChunk(self.submit.request.request_id, self.submit.epoch, first_index, token_ids,
-                                   cached_tokens=self._cached_tokens()))
+        self.outbox.put(
+            TokenChunk(
+                self.submit.request.request_id,
+                self.submit.epoch,
+                first_index,
+                token_ids,
+                cached_tokens=self._cached_tokens(),
+            )
+        )
         self._delivered = first_index + len(token_ids)
 
     def _cached_tokens(self) -> int:
@@ -268,11 +277,19 @@ class Intake:
         rest = tuple(self.seq.tokens[self.seq.num_prompt_tokens + first :]) if finish is not None else ()
         if error is not None:
             finish = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
-        self.outbox.put(TokenChunk(
-            self.submit.request.request_id, self.submit.epoch, first, rest, finish,
-            error_code=error.code if error else "", error_message=error.message if error else "",
-            cached_tokens=self._cached_tokens(), spans=tuple(self._spans),
-        ))
+        self.outbox.put(
+            TokenChunk(
+                self.submit.request.request_id,
+                self.submit.epoch,
+                first,
+                rest,
+                finish,
+                error_code=error.code if error else "",
+                error_message=error.message if error else "",
+                cached_tokens=self._cached_tokens(),
+                spans=tuple(self._spans),
+            )
+        )
         self.outbox.flush()
 
 
@@ -294,32 +311,36 @@ class _Handoff:
         """Until the sequence's KV is here, verified and released. Returns how the request ended, if the first token
         ended it. Raises the BatonError that broke the hand-off; the intake then knows what was verified."""
         intake, submit = self._intake, self._intake.submit
-        call = PrefillCall(submit.request, submit.epoch, self._parts.worker_id, intake.num_held, self._parts.lease_ttl_s)
+        parts = self._parts
+        call = PrefillCall(submit.request, submit.epoch, parts.worker_id, intake.num_held, parts.lease_ttl_s)
         called_s = self._parts.clock()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                renewal = tasks.create_task(self._renew())
-                async with asyncio.TaskGroup() as pulls:
-                    await self._read(self._service.prefill(call), pulls)
-                renewal.cancel()
+            failure = await self._drive(self._service.prefill(call))
         except asyncio.CancelledError:
             self._parts.spawn(self._release_quietly())
             raise
-        except* BatonError as group:
-            first = group.exceptions[0]
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            failure: BatonError | None = first
-        else:
-            failure = None
         if failure is not None:
             await self._release_quietly()
             raise failure
-        assert self._state is not None and self._lease is not None
+        assert self._state is not None
+        assert self._lease is not None
         intake.foreign_spans(self._state, called_s)
         await self._release(self._lease)
         intake.seq.num_computed_tokens = self._state.num_computed_tokens
         return self._finish
+
+    async def _drive(self, events: AsyncIterator[PrefillEvent]) -> BatonError | None:
+        """Read, pull and renew side by side; the first failure ends them all and is returned."""
+        failure: BatonError | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                renewal = tasks.create_task(self._renew())
+                async with asyncio.TaskGroup() as pulls:
+                    await self._read(events, pulls)
+                renewal.cancel()
+        except* BatonError as group:
+            failure = _first(group)
+        return failure
 
     async def _read(self, events: AsyncIterator[PrefillEvent], tasks: asyncio.TaskGroup) -> None:
         """All events until HandoffState, each within peer_timeout_s of the one before."""
@@ -329,7 +350,8 @@ class _Handoff:
                     async with asyncio.timeout(self._parts.peer_timeout_s):
                         event = await anext(events)
                 except TimeoutError:
-                    raise DeadlineExceeded(f"{self._lender.worker_id} said nothing for {self._parts.peer_timeout_s} s") from None
+                    silent = f"{self._lender.worker_id} said nothing for {self._parts.peer_timeout_s} s"
+                    raise DeadlineExceeded(silent) from None
                 except StopAsyncIteration:
                     raise PeerLost(f"{self._lender.worker_id} ended the prefill without its state") from None
                 self._on_event(event, tasks)
@@ -365,7 +387,8 @@ class _Handoff:
         await self._parts.puller.pull(self._lender, event.lease_id, event.blocks, destination)
         self._intake.verified({b.index for b in event.blocks})
         self._verified_bytes += self._parts.puller.block_bytes * len(event.blocks)
-        self._intake.span("transfer", started, f"{len(event.blocks)} blocks over {self._parts.puller.transport_of(self._lender)}")
+        transport = self._parts.puller.transport_of(self._lender)
+        self._intake.span("transfer", started, f"{len(event.blocks)} blocks over {transport}")
 
     async def _renew(self) -> None:
         while True:
@@ -385,7 +408,7 @@ class _Handoff:
             answer = await self._service.lease(lease.lease_id, True, self._parts.release_timeout_s)
         except (PeerLost, DeadlineExceeded) as e:
             self._parts.metrics.inc("baton_fallbacks_total", kind="release_unanswered")
-            log.warning("%s did not answer the release: %s; every block's digest was right", self._lender.worker_id, e.message)
+            log.warning("%s did not answer the release (%s); every digest was right", self._lender.worker_id, e.message)
             return
         if not answer.good:
             self._intake.forget_received()
@@ -399,3 +422,9 @@ class _Handoff:
                 await self._service.lease(self._lease.lease_id, True, self._parts.release_timeout_s)
             except BatonError as e:
                 log.info("releasing a lease at %s failed: %s", self._lender.worker_id, e.message)
+
+
+def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:
+    """The failure that came first, out of nested task groups."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

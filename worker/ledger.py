@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from baton.engine.block_pool import BlockPool
 
 
-def check_ledger(pool: BlockPool, tables: Sequence[Sequence[int]], lent: Iterable[int], quarantined: Iterable[int]) -> None:
+def check_ledger(
+    pool: BlockPool, tables: Sequence[Sequence[int]], lent: Iterable[int], quarantined: Iterable[int]
+) -> None:
     """Assert that pool and owners agree, block by block, and that the pool's own invariants hold. O(pool)."""
     pool.check()
     refs = Counter(block for table in tables for block in table)
@@ -22,6 +24,8 @@ def check_ledger(pool: BlockPool, tables: Sequence[Sequence[int]], lent: Iterabl
     for block in range(pool.num_blocks):
         state = pool.pins(block)
         owners = (refs[block], lends[block], block in fenced_off)
-        assert state == owners, f"block {block}: the pool counts (refs, lends, quarantined) = {state}, its owners {owners}"
+        assert state == owners, (
+            f"block {block}: the pool counts (refs, lends, quarantined) = {state}, its owners {owners}"
+        )
     ledger = pool.ledger()
     assert ledger.total == pool.num_blocks, f"{ledger} sums to {ledger.total}, the pool has {pool.num_blocks} blocks"

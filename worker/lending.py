@@ -122,8 +122,11 @@ class Lending:
         for index in range(self._published_blocks, end):
             block = self._seq.block_table.blocks[index]
             one = LentBlock(
-                index=index, block_id=block, generation=parts.pool.generation(block),
-                digest=digest(parts.memory.block(block)), num_tokens=min(size, num_computed_tokens - index * size),
+                index=index,
+                block_id=block,
+                generation=parts.pool.generation(block),
+                digest=digest(parts.memory.block(block)),
+                num_tokens=min(size, num_computed_tokens - index * size),
             )
             parts.leases.add(self._lease.lease_id, one)
             lent.append(one)
@@ -133,9 +136,13 @@ class Lending:
 
     def _state(self, progress: Progress) -> HandoffState:
         return HandoffState(
-            version=HANDOFF_VERSION, request_id=self._call.request.request_id, epoch=self._call.epoch,
-            num_prompt_tokens=self._seq.num_prompt_tokens, output=tuple(self._seq.tokens[self._seq.num_prompt_tokens :]),
+            version=HANDOFF_VERSION,
+            request_id=self._call.request.request_id,
+            epoch=self._call.epoch,
+            num_prompt_tokens=self._seq.num_prompt_tokens,
+            output=tuple(self._seq.tokens[self._seq.num_prompt_tokens :]),
             num_computed_tokens=progress.num_computed_tokens,
             finish=progress.finish if progress.finish is FinishReason.STOP else None,
-            cached_tokens=self._first_start or 0, spans=tuple(self._spans),
+            cached_tokens=self._first_start or 0,
+            spans=tuple(self._spans),
         )

@@ -79,13 +79,23 @@ class WorkerNode:
         self._outboxes: set[Outbox] = set()
         self._background: set[asyncio.Task[None]] = set()
         handoff = config.handoff
-        self._lender = LenderParts(self._steps, parts.pool, parts.memory, parts.leases, parts.metrics, loop.time,
-                                   handoff.alive_interval_s)
+        self._lender = LenderParts(
+            self._steps, parts.pool, parts.memory, parts.leases, parts.metrics, loop.time, handoff.alive_interval_s
+        )
         self._intake_parts = IntakeParts(
-            worker_id=info.worker_id, steps=self._steps, pool=parts.pool, puller=parts.puller, dial=parts.dial,
-            metrics=parts.metrics, clock=loop.time, peer_timeout_s=handoff.peer_timeout_s,
-            lease_ttl_s=handoff.lease_ttl_s, release_timeout_s=handoff.release_timeout_s, strict=handoff.strict,
-            ended=self._forget, spawn=self._spawn,
+            worker_id=info.worker_id,
+            steps=self._steps,
+            pool=parts.pool,
+            puller=parts.puller,
+            dial=parts.dial,
+            metrics=parts.metrics,
+            clock=loop.time,
+            peer_timeout_s=handoff.peer_timeout_s,
+            lease_ttl_s=handoff.lease_ttl_s,
+            release_timeout_s=handoff.release_timeout_s,
+            strict=handoff.strict,
+            ended=self._forget,
+            spawn=self._spawn,
         )
 
     def become(self, policy: RolePolicy) -> None:
@@ -178,17 +188,28 @@ class WorkerNode:
             room = self.info.capability.max_model_len - len(request.prompt)
             if room < 1:
                 raise InvalidRequest(
-                    f"the prompt has {len(request.prompt)} tokens; this worker holds {self.info.capability.max_model_len} "
-                    "for prompt and output together. Shorten it."
+                    f"the prompt has {len(request.prompt)} tokens; this worker holds "
+                    f"{self.info.capability.max_model_len} for prompt and output together. Shorten it."
                 )
             seq = self._sequence(request, submit.epoch, min(request.sampling.max_tokens, room))
             intake = Intake(self._intake_parts, submit, seq, outbox)
             intake.begin()
         except BatonError as e:
             if isinstance(e, Overloaded):
-                self.parts.metrics.inc("baton_refusals_total", reason="no_credit" if submit.route.prefill else "queue_full")
-            outbox.put(TokenChunk(request.request_id, submit.epoch, len(request.delivered), (), FinishReason.ERROR,
-                                  error_code=e.code, error_message=e.message))
+                self.parts.metrics.inc(
+                    "baton_refusals_total", reason="no_credit" if submit.route.prefill else "queue_full"
+                )
+            outbox.put(
+                TokenChunk(
+                    request.request_id,
+                    submit.epoch,
+                    len(request.delivered),
+                    (),
+                    FinishReason.ERROR,
+                    error_code=e.code,
+                    error_message=e.message,
+                )
+            )
             outbox.flush()
             return
         self._intakes[key] = intake
@@ -221,8 +242,14 @@ class WorkerNode:
             for outbox in self._outboxes:
                 outbox.put_events(events)
 
-    def _compose(self, *, chunks: tuple[TokenChunk, ...], kv_events: tuple[KVEvents, ...], snapshot: KVSnapshot | None,
-                 heartbeat: bool) -> StepMessage:
+    def _compose(
+        self,
+        *,
+        chunks: tuple[TokenChunk, ...],
+        kv_events: tuple[KVEvents, ...],
+        snapshot: KVSnapshot | None,
+        heartbeat: bool,
+    ) -> StepMessage:
         if heartbeat:
             self._gauge_ledger()
         ledger = self.parts.pool.ledger() if heartbeat or snapshot is not None else None
@@ -231,10 +258,16 @@ class WorkerNode:
     def load(self) -> WorkerLoad:
         s, pool = self.parts.scheduler, self.parts.pool
         return WorkerLoad(
-            queued_prefill_tokens=s.queued_prefill_tokens, num_running=s.num_running, num_waiting=s.num_waiting,
-            context_tokens=s.context_tokens, available_blocks=pool.num_available, total_blocks=pool.num_blocks,
-            prefill_tokens_per_s=self._steps.prefill_tokens_per_s, decode_step_s=self._steps.decode_step_s,
-            steps=self._steps.steps, pair_bandwidth=self.parts.puller.bandwidths(),
+            queued_prefill_tokens=s.queued_prefill_tokens,
+            num_running=s.num_running,
+            num_waiting=s.num_waiting,
+            context_tokens=s.context_tokens,
+            available_blocks=pool.num_available,
+            total_blocks=pool.num_blocks,
+            prefill_tokens_per_s=self._steps.prefill_tokens_per_s,
+            decode_step_s=self._steps.decode_step_s,
+            steps=self._steps.steps,
+            pair_bandwidth=self.parts.puller.bandwidths(),
         )
 
     # ---- timers and the ledger -----------------------------------------------------------------------------------

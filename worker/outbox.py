@@ -57,7 +57,10 @@ class Outbox:
         """The next message: at a flush, or an empty one after `heartbeat_s`. None once closed and drained. Raises
         Overloaded when the router has let too much pile up."""
         if len(self._chunks) > MAX_PENDING:
-            raise Overloaded(f"{len(self._chunks)} token messages wait for this router, the limit is {MAX_PENDING}: it does not read.")
+            raise Overloaded(
+                f"{len(self._chunks)} token messages wait for this router, the limit is {MAX_PENDING}: "
+                "it does not read."
+            )
         heartbeat = False
         try:
             async with asyncio.timeout(heartbeat_s):

@@ -76,7 +76,7 @@ class Pair:
 
 
 def pair_config(*overrides: str) -> Config:
-    return load({}, ["engine.num_blocks=160", "handoff.transports=[\"tcp\"]", *overrides])
+    return load({}, ["engine.num_blocks=160", 'handoff.transports=["tcp"]', *overrides])
 
 
 @contextlib.asynccontextmanager
