@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from baton.core import handoff, messages, worker
@@ -48,7 +48,7 @@ class Codec(Generic[C, P]):
 
     def __init__(self, hint: Any, message: type[P]) -> None:
         self._message = message
-        self._encode, self._decode = _rules(hint, message.DESCRIPTOR)
+        self._encode, self._decode = _rules(hint, typing.cast(Descriptor, message.DESCRIPTOR))
 
     def encode(self, value: C) -> P:
         return self._message(**self._encode(value))
@@ -72,8 +72,9 @@ def _rules(hint: Any, message: Descriptor) -> tuple[Encode, Decode]:
 def _dataclass_rules(cls: type, message: Descriptor) -> tuple[Encode, Decode]:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    if cls.__name__ != message.name or set(names) != set(message.fields_by_name):
-        raise TypeError(f"{cls.__name__}{sorted(names)} and message {message.name}{sorted(message.fields_by_name)} differ")
+    wire_names = sorted(message.fields_by_name)
+    if cls.__name__ != message.name or sorted(names) != wire_names:
+        raise TypeError(f"{cls.__name__}{sorted(names)} and message {message.name}{wire_names} differ")
     rules = [(name, *_field_rules(hints[name], message.fields_by_name[name])) for name in names]
 
     def encode(value: Any) -> dict[str, Any]:
@@ -108,11 +109,13 @@ def _tuple_rules(hints: tuple[Any, ...], message: Descriptor) -> tuple[Encode, D
 def _union_rules(hint: Any, message: Descriptor) -> tuple[Encode, Decode]:
     (oneof,) = message.oneofs
     kinds = {cls.__name__: cls for cls in typing.get_args(hint)}
-    if set(kinds) != {f.message_type.name for f in oneof.fields} or len(oneof.fields) != len(message.fields):
+    parts = {f.name: typing.cast(Descriptor, f.message_type) for f in oneof.fields}
+    if {part.name for part in parts.values()} != set(kinds) or len(parts) != len(message.fields):
         raise TypeError(f"{message.name} must be one oneof over exactly {sorted(kinds)}")
-    rules = {f.name: (kinds[f.message_type.name], *_rules(kinds[f.message_type.name], f.message_type)) for f in oneof.fields}
-    encoders = {cls: (name, enc) for name, (cls, enc, _) in rules.items()}
-    decoders = {name: dec for name, (_, _, dec) in rules.items()}
+    encoders, decoders = {}, {}
+    for name, part in parts.items():
+        enc, decoders[name] = _rules(kinds[part.name], part)
+        encoders[kinds[part.name]] = name, enc
 
     def encode(value: Any) -> dict[str, Any]:
         name, enc = encoders[type(value)]
@@ -161,7 +164,7 @@ def _value_rules(hint: Any, field: FieldDescriptor) -> tuple[Encode, Decode]:
 
 
 def _enum_rules(cls: type[enum.StrEnum], field: FieldDescriptor) -> tuple[Encode, Decode]:
-    numbers = {v.name: v.number for v in field.enum_type.values if v.number != 0}
+    numbers = {v.name: v.number for v in typing.cast(EnumDescriptor, field.enum_type).values if v.number != 0}
     if set(numbers) != set(cls.__members__):
         raise TypeError(f"{field.full_name}: {sorted(numbers)} are not the members of {cls.__name__}")
     to_wire = {member: numbers[member.name] for member in cls}

@@ -1,0 +1,146 @@
+"""Clients: a worker behind gRPC is a core WorkerService, and callers cannot tell; and the CLI's door to a router.
+
+Life of a channel: made by GrpcDial at the first call to an incarnation (address, boot id) of a worker -> shared by
+everything this process says to it; gRPC reconnects it under us, and each call fails at once while it cannot ->
+closed when a newer incarnation is dialled, or with the dial.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
+from baton.core.messages import StepMessage, UpMessage, WorkerStatus
+from baton.core.worker import WorkerInfo
+from baton.wire import admin_pb2, admin_pb2_grpc, codec, worker_pb2, worker_pb2_grpc
+from baton.wire.calls import CLIENT_OPTIONS, closing, rebuilt_errors
+
+_CLOSE_GRACE_S = 2.0
+"""What calls to a replaced incarnation get to end by themselves."""
+
+
+class GrpcWorker:
+    """A WorkerService at the other end of a channel. Not safe to share between event loops."""
+
+    def __init__(self, address: str, name: str = "") -> None:
+        """`name` is what errors call the peer; default: the address."""
+        self._peer = f"{name} at {address}" if name else address
+        self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._stub: Any = worker_pb2_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
+        """An error that `up` raises ends the call on both sides and leaves here; `up` is closed with the call."""
+        async with rebuilt_errors(self._peer):
+            call = self._stub.Stream()
+            feeder = asyncio.create_task(_feed(call, up), name=f"up to {self._peer}")
+            try:
+                async for message in call:
+                    yield codec.STEP.decode(message)
+            except asyncio.CancelledError:
+                if feeder.done() and not feeder.cancelled() and (error := feeder.exception()):
+                    raise error from None
+                raise
+            finally:
+                call.cancel()
+                feeder.cancel()
+                await asyncio.gather(feeder, return_exceptions=True)
+
+    async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+        async with rebuilt_errors(self._peer):
+            events = self._stub.Prefill(codec.PREFILL_CALL.encode(call))
+            try:
+                async for event in events:
+                    yield codec.PREFILL_EVENT.decode(event)
+            finally:
+                events.cancel()
+
+    async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
+        async with rebuilt_errors(self._peer):
+            call = worker_pb2.LeaseCall(lease_id=lease_id, release=release)
+            return codec.RELEASE_ANSWER.decode(await self._stub.Lease(call, timeout=timeout_s))
+
+    async def status(self, timeout_s: float) -> WorkerStatus:
+        async with rebuilt_errors(self._peer):
+            return codec.STATUS.decode(await self._stub.Status(worker_pb2.StatusCall(), timeout=timeout_s))
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Calls still running after `grace_s` end with PeerLost here and are cancelled there."""
+        await self._channel.close(grace_s)
+
+
+async def _feed(call: Any, up: AsyncIterator[UpMessage]) -> None:
+    """Write `up` to the call until either ends. If `up` fails the call is cancelled: its reader then asks us why."""
+    async with closing(up) as messages:
+        try:
+            async for message in messages:
+                try:
+                    await call.write(codec.UP.encode(message))
+                except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                    return  # The call is over; its reader gets the reason.
+            if not call.done():
+                await call.done_writing()
+        except Exception:
+            call.cancel()
+            raise
+
+
+class GrpcDial:
+    """Implements core's Dial over gRPC. One per process and event loop; whoever made it closes it."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, tuple[str, str, GrpcWorker]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __call__(self, info: WorkerInfo) -> GrpcWorker:
+        held = self._workers.get(info.worker_id)
+        if held is not None:
+            address, boot_id, worker = held
+            if (address, boot_id) == (info.address, info.boot_id):
+                return worker
+            task = asyncio.create_task(worker.close(_CLOSE_GRACE_S), name=f"close {info.worker_id} {boot_id}")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        fresh = GrpcWorker(info.address, info.worker_id)
+        self._workers[info.worker_id] = (info.address, info.boot_id, fresh)
+        return fresh
+
+    async def close(self) -> None:
+        """Close every channel. Calls that still run end with PeerLost."""
+        workers = [worker for _, _, worker in self._workers.values()]
+        self._workers.clear()
+        await asyncio.gather(*self._closing, *(w.close() for w in workers), return_exceptions=True)
+
+
+class GrpcAdmin:
+    """A router's Admin service. Answers are the wire's own messages: they are shown, not worked with. Raises PeerLost
+    when nobody answers, and what the router refused with."""
+
+    def __init__(self, address: str) -> None:
+        self._peer = f"router at {address}"
+        self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._admin: Any = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def status(self, timeout_s: float) -> admin_pb2.FleetStatus:
+        async with rebuilt_errors(self._peer):
+            answer: admin_pb2.FleetStatus = await self._admin.Status(admin_pb2.FleetStatusRequest(), timeout=timeout_s)
+            return answer
+
+    async def trace(self, request_id: str, timeout_s: float) -> admin_pb2.RequestTrace:
+        """An empty `request_id` is the newest request."""
+        async with rebuilt_errors(self._peer):
+            request = admin_pb2.TraceRequest(request_id=request_id)
+            answer: admin_pb2.RequestTrace = await self._admin.Trace(request, timeout=timeout_s)
+            return answer
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> GrpcAdmin:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
