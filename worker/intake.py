@@ -43,6 +43,7 @@ class IntakeParts:
     worker_id: str
     steps: StepLoop
     pool: BlockPool
+    block_bytes: int
     puller: Puller
     dial: Dial
     metrics: Metrics
@@ -384,10 +385,10 @@ class _Handoff:
     async def _pull(self, event: Published) -> None:
         table, started = self._intake.seq.block_table.blocks, self._parts.clock()
         destination = [table[b.index] for b in event.blocks]
+        transport = await self._parts.puller.connect(self._lender)
         await self._parts.puller.pull(self._lender, event.lease_id, event.blocks, destination)
         self._intake.verified({b.index for b in event.blocks})
-        self._verified_bytes += self._parts.puller.block_bytes * len(event.blocks)
-        transport = self._parts.puller.transport_of(self._lender)
+        self._verified_bytes += self._parts.block_bytes * len(event.blocks)
         self._intake.span("transfer", started, f"{len(event.blocks)} blocks over {transport}")
 
     async def _renew(self) -> None:

@@ -27,7 +27,6 @@ from baton.core.handoff import (
     PrefillEvent,
     Published,
 )
-from baton.core.metrics import Metrics
 from baton.core.request import FinishReason
 from baton.core.sequence import SequenceState
 from baton.core.step import Progress
@@ -47,7 +46,6 @@ class LenderParts:
     pool: BlockPool
     memory: KVMemory
     leases: LeaseTable
-    metrics: Metrics
     clock: Callable[[], float]
     alive_interval_s: float
 
@@ -131,7 +129,6 @@ class Lending:
             parts.leases.add(self._lease.lease_id, one)
             lent.append(one)
         self._published_blocks = max(end, self._published_blocks)
-        parts.metrics.inc("baton_published_blocks_total", len(lent))
         return lent
 
     def _state(self, progress: Progress) -> HandoffState:

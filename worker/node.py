@@ -80,12 +80,13 @@ class WorkerNode:
         self._background: set[asyncio.Task[None]] = set()
         handoff = config.handoff
         self._lender = LenderParts(
-            self._steps, parts.pool, parts.memory, parts.leases, parts.metrics, loop.time, handoff.alive_interval_s
+            self._steps, parts.pool, parts.memory, parts.leases, loop.time, handoff.alive_interval_s
         )
         self._intake_parts = IntakeParts(
             worker_id=info.worker_id,
             steps=self._steps,
             pool=parts.pool,
+            block_bytes=parts.memory.block_bytes,
             puller=parts.puller,
             dial=parts.dial,
             metrics=parts.metrics,

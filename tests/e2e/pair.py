@@ -100,6 +100,14 @@ async def open_pair(files: ModelFiles, config: Config) -> AsyncIterator[Pair]:
         await settle(pair)
 
 
+def forget_cache(node: WorkerNode) -> None:
+    """Empty a node's prefix map, so that the next request computes everything."""
+    pool = node.parts.pool
+    for block_hash in pool.snapshot().hashes:
+        for block in pool.match([block_hash]):
+            pool.unpublish(block)
+
+
 async def settle(pair: Pair) -> None:
     """Wait (bounded) until nothing is active, lent or quarantined, then scan both ledgers."""
     async with asyncio.timeout(20):
