@@ -1,0 +1,168 @@
+"""Converts a published model, once, into the directory that every worker and router of a host maps or reads.
+
+    weights.safetensors    fp32, fused (models/weights.py)
+    config.json            spec, fingerprint, end tokens, context length, source
+    tokenizer.json         as `tokenizers` reads it
+    chat_template.jinja    only if the model has one
+
+Life of a model directory:
+1. Its name is derived from the source's path, size and time of change, so that finding it again reads nothing.
+2. Under a file lock it is built in a temporary directory beside its place: whoever comes second waits, then finds it.
+3. One rename makes it visible. A crash leaves a temporary directory that the next holder of the lock removes.
+4. A directory whose config or weights are incomplete (a full disk, a power cut) counts as absent and is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.core.errors import SetupError
+from baton.models.checkpoint import Checkpoint
+from baton.models.spec import ModelSpec
+from baton.models.weights import weights_bytes, write_weights
+
+FORMAT = 1
+"""Raise it when what is written changes: old directories are then ignored and fingerprints differ."""
+LOCK_TIMEOUT_S = 900.0
+_LOCK_POLL_S = 0.1
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A converted model on this host."""
+
+    directory: Path
+    spec: ModelSpec
+    fingerprint: str
+    """Names spec and weights by content: equal on every host that converted the same files. 32 hex digits."""
+
+
+def convert(source: Path, cache_dir: Path, progress: Progress = lambda _: None) -> ModelFiles:
+    """The converted form of a .gguf file or Hugging Face directory, made if it is not there yet.
+
+    Safe to call from many processes at once. Raises SetupError, in one sentence, for anything wrong with the source.
+    """
+    directory = cache_dir / "models" / f"{source.stem}-{_stamp(source)}"
+    files = _opened(directory)
+    if files is not None:
+        return files
+    # Not with_suffix: names such as `SmolLM2-135M.Q4_1-0a1b` have dots of their own.
+    lock, building = (directory.with_name(directory.name + suffix) for suffix in (".lock", ".building"))
+    with locked(lock, f"another process to convert {source}"):
+        files = _opened(directory)
+        if files is not None:
+            return files
+        progress(f"converting {source.name}")
+        for stale in (building, directory):
+            shutil.rmtree(stale, ignore_errors=True)
+        building.mkdir()
+        try:
+            _build(source, building)
+        except OSError as e:
+            raise SetupError(f"cannot write the converted model to {building}: {e}. Set model.cache_dir.") from e
+        building.rename(directory)
+    files = _opened(directory)
+    assert files is not None, directory
+    return files
+
+
+def _stamp(source: Path) -> str:
+    """Changes when the source does. Of a directory, every file counts."""
+    source = source.resolve()
+    files = sorted(p for p in source.iterdir() if p.is_file()) if source.is_dir() else [source]
+    state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr((FORMAT, state)).encode()).hexdigest()[:12]
+
+
+def _opened(directory: Path) -> ModelFiles | None:
+    try:
+        document = json.loads((directory / "config.json").read_text())
+        spec = ModelSpec.from_json(document["spec"])
+        complete = (directory / "weights.safetensors").stat().st_size == weights_bytes(spec)
+        return ModelFiles(directory, spec, document["fingerprint"]) if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def open_converted(directory: Path) -> ModelFiles:
+    """A directory that `convert` made, on this host. Raises SetupError if it is not one, or incomplete."""
+    files = _opened(directory)
+    if files is None:
+        raise SetupError(f"{directory} is not a complete converted model. Delete it and start again: it is made anew.")
+    return files
+
+
+def _build(source: Path, directory: Path) -> None:
+    checkpoint = read_checkpoint(source)
+    spec = checkpoint.spec
+    write_weights(directory / "weights.safetensors", spec, checkpoint.read)
+    (directory / "tokenizer.json").write_text(checkpoint.tokenizer_json(), encoding="utf-8")
+    if checkpoint.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
+    document = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(checkpoint),
+        "max_model_len": spec.max_model_len,
+        "vocab_size": spec.vocab_size,
+        "eos_token_ids": list(spec.eos_token_ids),
+        "bos_token": checkpoint.bos_token,
+        "eos_token": checkpoint.eos_token,
+        "source": str(source.resolve()),
+        "spec": spec.to_json(),
+    }
+    (directory / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+
+
+def read_checkpoint(source: Path) -> Checkpoint:
+    # Imported here: each reader's library is needed for its own kind of source only.
+    if source.is_dir():
+        from baton.models.hf_directory import read_hf
+
+        return read_hf(source)
+    from baton.models.gguf_file import read_gguf
+
+    return read_gguf(source)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over format, spec and the weight files' bytes, length-prefixed; the first 16 bytes as hex."""
+    digest = hashlib.sha256(json.dumps([FORMAT, checkpoint.spec.to_json()], sort_keys=True).encode())
+    for path in checkpoint.weight_files:
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting_for: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+    """Hold a lock file; it is released when its process dies. Raises SetupError when others hold it too long."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as e:
+        raise SetupError(f"cannot write to {path.parent}: {e}. Set model.cache_dir.") from e
+    try:
+        for _ in range(max(1, int(timeout_s / _LOCK_POLL_S))):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOCK_POLL_S)
+        else:
+            raise SetupError(f"waited {timeout_s:.0f} s for {waiting_for} ({path} is locked). End it and try again.")
+        yield
+    finally:
+        os.close(descriptor)
