@@ -1,0 +1,346 @@
+"""The scheduler: which tokens of which sequences go into the next step. Pure: no torch, await, clock or socket.
+
+Owns every sequence between `add` and `remove`, and the references on its blocks. Does not know roles, transfers,
+deadlines or text. There are no phases: a sequence is `num_computed_tokens` catching up with `num_tokens`.
+
+Life of a sequence:
+    1. `add`: waiting, in order of arrival. One that comes with received KV brings its blocks along.
+    2. Admitted: leading full blocks found in the prefix map are taken over, and it runs.
+    3. `schedule` puts a chunk of its uncomputed tokens into a step; they are in flight until `commit`.
+    4. `commit`: the chunk's KV is in the blocks, full blocks enter the prefix map; a chunk that ended at the last
+       known token brought a new one. Back to 3, or finished: it keeps its blocks, and gets no more steps.
+    5. Preempted when an older sequence needs a block: all blocks released, computed tokens forgotten (what it
+       published stays cached, and is found again), back to waiting at its place by age.
+    6. `remove`, at any moment: blocks released, at once or when its last step in flight is committed.
+
+Why it cannot get stuck: a sequence takes blocks only from younger ones, so that the oldest running one always gets
+on, unless all other blocks are pinned, promised or in flight, and those end by their own deadlines. Who fails to get
+a block keeps what he has, and nobody after him in that step takes one. Waiting sequences that hold blocks pass those
+that hold none, and can be preempted as if they ran. A sequence is admitted only when all its known tokens have room
+beside what the running ones still need for theirs: otherwise two prompts whose blocks are lent while they are
+computed could wait for each other.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from baton.core.block_hash import BlockHash, HashScope, extend
+from baton.core.errors import Overloaded
+from baton.core.request import FinishReason
+from baton.core.sequence import SequenceState
+from baton.core.step import Progress, ScheduledChunk, Step, StepResult
+from baton.engine.block_pool import BlockPool
+
+MAX_STEPS_IN_FLIGHT = 2
+"""One is executed, and the next may be scheduled meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a role injects: its budgets. Tokens per step, tokens of one sequence per step, sequences running at once,
+    sequences waiting before `add` refuses; and the tokens that end an output."""
+
+    max_step_tokens: int
+    max_chunk_tokens: int
+    max_sequences: int
+    max_waiting: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step being put together."""
+
+    budget_tokens: int
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    sequences: list[SequenceState] = field(default_factory=list)
+    blocked: bool = False
+    """Somebody found no block: nobody after him takes one, or he would wait for ever."""
+
+
+class Scheduler:
+    """See the module. `limits` may be replaced between any two calls (a role switch does)."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, scope: HashScope) -> None:
+        self.limits = limits
+        self.num_preemptions = 0
+        self._pool = pool
+        self._scope = scope
+        self._held: dict[str, SequenceState] = {}
+        self._running: dict[str, SequenceState] = {}
+        self._waiting: list[SequenceState] = []
+        """By arrival. A sequence in neither of the two is finished, and waits for `remove`."""
+        self._leaving: dict[int, SequenceState] = {}
+        """Removed while in flight, by arrival: their blocks are still written."""
+        self._flights: deque[tuple[Step, list[SequenceState]]] = deque()
+        self._num_arrivals = 0
+        self._num_steps = 0
+
+    # ---- sequences come and go ----
+
+    def add(self, seq: SequenceState) -> None:
+        """Take a sequence in. One that brings blocks hands over one reference on each, and its `num_computed_tokens`
+        are verified KV: the full blocks among them are published here. Raises Overloaded when the queue is full and
+        the sequence has no blocks (one with blocks was let in when they were promised)."""
+        table = seq.block_table
+        assert seq.request_id not in self._held, f"request {seq.request_id} is here already"
+        assert seq.finish is None, f"request {seq.request_id} has ended: {seq.finish}"
+        assert seq.num_output_tokens < seq.max_output_tokens, f"{seq.num_output_tokens} of {seq.max_output_tokens} done"
+        assert seq.num_computed_tokens < seq.num_tokens, f"{seq.num_computed_tokens} of {seq.num_tokens} computed"
+        assert seq.num_computed_tokens <= table.capacity_tokens, f"no blocks for {seq.num_computed_tokens} tokens"
+        assert self._blocks_for(seq.num_tokens) <= self._pool.num_blocks, f"{seq.num_tokens} tokens never fit the pool"
+        if not table.blocks and len(self._waiting) >= self.limits.max_waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting, as many as this worker queues (max_waiting). "
+                "Try again later or elsewhere."
+            )
+        self._num_arrivals += 1
+        seq.arrival = self._num_arrivals
+        self._held[seq.request_id] = seq
+        self._waiting.append(seq)
+        self._publish(seq, 0)
+
+    def remove(self, request_id: str) -> None:
+        """The one way out: end, cancel, deadline. Blocks are released now, or at the commit of the sequence's last
+        step in flight. An unknown id is ignored: it was removed before."""
+        seq = self._held.pop(request_id, None)
+        if seq is None:
+            return
+        if self._running.pop(request_id, None) is None:
+            self._waiting = [s for s in self._waiting if s is not seq]
+        if seq.num_tokens_in_flight:
+            self._leaving[seq.arrival] = seq
+        else:
+            self._release(seq)
+
+    def get(self, request_id: str) -> SequenceState | None:
+        return self._held.get(request_id)
+
+    def sequences(self) -> Iterator[SequenceState]:
+        """All that hold references on blocks: waiting, running, finished but not removed, removed but in flight."""
+        return itertools.chain(self._held.values(), self._leaving.values())
+
+    def hashes(self, seq: SequenceState, num_blocks: int | None = None) -> list[BlockHash]:
+        """Hashes of the first `num_blocks` full blocks of the sequence's tokens, of all when None."""
+        size = self._pool.block_size
+        num_full = seq.num_tokens // size
+        wanted = num_full if num_blocks is None else num_blocks
+        assert wanted <= num_full, f"{wanted} hashes wanted, {num_full} blocks are full"
+        known = seq.block_hashes
+        if len(known) < wanted:
+            # A tenant's salt keeps its blocks apart from everybody else's.
+            salt = seq.request.tenant or self._scope.tenant_salt
+            parent = known[-1] if known else dataclasses.replace(self._scope, tenant_salt=salt).root()
+            known.extend(extend(parent, seq.tokens[len(known) * size : wanted * size], size))
+        return known[:wanted]
+
+    # ---- load ----
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is not finished. `schedule` may still answer None: until a commit, or until blocks return."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Tokens still to be computed, in flight or not, of sequences that need more than a decode step."""
+        left = (s.num_tokens - s.num_computed_tokens for s in self._unfinished())
+        return sum(n for n in left if n > 1)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens whose KV a decode step of all running sequences has to read."""
+        return sum(s.num_computed_tokens for s in self._running.values())
+
+    @property
+    def num_blocks_wanted(self) -> int:
+        """Blocks that the first waiting sequence without any needs for its known tokens. New credits should leave
+        that many available, or a stream of them keeps it waiting."""
+        return next((self._blocks_for(s.num_tokens) for s in self._waiting if not s.block_table.blocks), 0)
+
+    # ---- a step ----
+
+    def schedule(self, now: float) -> Step | None:
+        """The next step: decodes, then running prefills, then waiting sequences; None when nothing can run.
+
+        May be called while one step is in flight: a sequence in the middle of its prompt gets its next chunk, one
+        whose next token is being sampled nothing. `now` is the caller's clock; nothing depends on it yet.
+        """
+        assert len(self._flights) < MAX_STEPS_IN_FLIGHT, f"{len(self._flights)} steps are in flight"
+        plan = _Plan(self.limits.max_step_tokens)
+        num_preemptions = self.num_preemptions
+        by_age = sorted(self._running.values(), key=_arrival)
+        decodes = [s for s in by_age if s.num_uncomputed_tokens == 1]
+        prefills = [s for s in by_age if s.num_uncomputed_tokens > 1]
+        for seq in decodes + prefills:
+            if seq.request_id in self._running:  # else preempted for one before it
+                self._plan_chunk(plan, seq)
+        for seq in list(self._waiting):
+            preempted = self.num_preemptions > num_preemptions
+            full = len(self._running) >= self.limits.max_sequences
+            if plan.blocked or preempted or full or not plan.budget_tokens:
+                break
+            self._admit(plan, seq)
+        if not plan.chunks:
+            return None
+        self._num_steps += 1
+        step = Step(self._num_steps, tuple(plan.chunks))
+        self._flights.append((step, plan.sequences))
+        return step
+
+    def commit(self, step: Step, result: StepResult, now: float) -> tuple[Progress, ...]:
+        """Enter what a step did, oldest step first. Says nothing of sequences that were removed meanwhile. A finished
+        sequence keeps its blocks until `remove`."""
+        oldest, sequences = self._flights.popleft()
+        assert oldest is step, f"step {step.step_id} committed before step {oldest.step_id}"
+        progress = []
+        for chunk, seq, token in zip(step.chunks, sequences, result.token_ids, strict=True):
+            assert (token is not None) == chunk.samples, f"{seq.request_id}: samples={chunk.samples}, token {token}"
+            assert seq.num_computed_tokens == chunk.start, f"{seq.num_computed_tokens} computed, chunk at {chunk.start}"
+            seq.num_tokens_in_flight -= len(chunk.token_ids)
+            seq.num_computed_tokens = chunk.end
+            self._publish(seq, chunk.start)
+            if seq.arrival not in self._leaving:
+                progress.append(self._take_token(seq, chunk, token))
+            elif not seq.num_tokens_in_flight:
+                del self._leaving[seq.arrival]
+                self._release(seq)
+        return tuple(progress)
+
+    # ---- inside ----
+
+    def _take_token(self, seq: SequenceState, chunk: ScheduledChunk, token: int | None) -> Progress:
+        if token is not None:
+            seq.tokens.append(token)
+            seq.finish = self._finish(seq, token)
+            if seq.finish is not None:
+                del self._running[seq.request_id]
+        return Progress(seq.request_id, seq.epoch, chunk.start, chunk.end, token, seq.num_output_tokens, seq.finish)
+
+    def _finish(self, seq: SequenceState, token: int) -> FinishReason | None:
+        sampling = seq.request.sampling
+        is_eos = token in self.limits.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token in sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if seq.num_output_tokens >= seq.max_output_tokens else None
+
+    def _publish(self, seq: SequenceState, start: int) -> None:
+        """Publish the blocks that became full since `start`: only computed tokens count, never a token that was
+        sampled and has no KV yet."""
+        size = self._pool.block_size
+        num_full = seq.num_computed_tokens // size
+        known = self.hashes(seq, num_full)
+        for index in range(start // size, num_full):
+            self._pool.publish(seq.block_table.blocks[index], known[index])
+
+    def _plan_chunk(self, plan: _Plan, seq: SequenceState) -> None:
+        """Put the next chunk of a running sequence into the plan, as long as budget and blocks allow."""
+        start = seq.num_computed_tokens + seq.num_tokens_in_flight
+        num_tokens = min(seq.num_uncomputed_tokens, self.limits.max_chunk_tokens, plan.budget_tokens)
+        if num_tokens > 0:
+            self._make_room(plan, seq, start, start + num_tokens)
+            num_tokens = min(num_tokens, seq.block_table.capacity_tokens - start)
+        if num_tokens <= 0:
+            return
+        end = start + num_tokens
+        plan.chunks.append(ScheduledChunk(
+            request_id=seq.request_id, token_ids=tuple(seq.tokens[start:end]), start=start,
+            block_table=tuple(seq.block_table.blocks), samples=end == seq.num_tokens,
+            sampling=seq.request.sampling, seed=seq.request.seed,
+        ))
+        plan.sequences.append(seq)
+        plan.budget_tokens -= num_tokens
+        seq.num_tokens_in_flight += num_tokens
+
+    def _make_room(self, plan: _Plan, seq: SequenceState, start: int, end: int) -> None:
+        """Grow the block table towards `end` tokens with what is available. Preempt only when not one token after
+        `start` has room: a shorter chunk is cheaper than a recomputed sequence."""
+        table = seq.block_table
+        missing = self._blocks_for(end) - len(table.blocks)
+        if missing <= 0 or plan.blocked:
+            return
+        if table.capacity_tokens <= start:
+            while not self._pool.num_available:
+                victim = self._youngest_after(seq)
+                if victim is None:
+                    plan.blocked = True
+                    return
+                self._preempt(victim)
+        blocks = self._pool.allocate(min(missing, self._pool.num_available))
+        assert blocks is not None, "what is available can be allocated"
+        table.blocks.extend(blocks)
+
+    def _admit(self, plan: _Plan, seq: SequenceState) -> None:
+        """Let a waiting sequence run, if its blocks are here or there is room for them."""
+        if not seq.block_table.blocks:
+            # Age goes first: nobody without blocks passes one who waits for some.
+            older = next(s for s in self._waiting if not s.block_table.blocks)
+            if older is not seq or not self._take_prefix(seq):
+                return
+        self._waiting = [s for s in self._waiting if s is not seq]
+        self._running[seq.request_id] = seq
+        self._plan_chunk(plan, seq)
+
+    def _take_prefix(self, seq: SequenceState) -> bool:
+        """Give a sequence the cached blocks of its prefix, if the rest of its tokens has room too: beside what the
+        running sequences lack for their known tokens, and one block of growth for each."""
+        size = self._pool.block_size
+        # One token at least is left to compute: its row gives the next token.
+        blocks = self._pool.match(self.hashes(seq, (seq.num_tokens - 1) // size))
+        self._pool.acquire(blocks)
+        running = self._running.values()
+        lacking = sum(max(0, self._blocks_for(s.num_tokens) - len(s.block_table.blocks)) for s in running)
+        needed = self._blocks_for(seq.num_tokens) - len(blocks) + lacking + len(running)
+        if needed > self._pool.num_available:
+            self._pool.release(blocks)
+            return False
+        seq.block_table.blocks.extend(blocks)
+        seq.num_computed_tokens = len(blocks) * size
+        if not seq.num_preemptions:
+            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+        return True
+
+    def _youngest_after(self, seq: SequenceState) -> SequenceState | None:
+        """The youngest sequence that came after `seq`, is in no step, and has a block to give."""
+        victims = (
+            s for s in self._unfinished()
+            if s.arrival > seq.arrival and not s.num_tokens_in_flight
+            and not all(self._pool.is_pinned(b) for b in s.block_table.blocks)
+        )
+        return max(victims, key=_arrival, default=None)
+
+    def _preempt(self, seq: SequenceState) -> None:
+        self._release(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        if self._running.pop(seq.request_id, None) is not None:
+            bisect.insort(self._waiting, seq, key=_arrival)
+
+    def _release(self, seq: SequenceState) -> None:
+        self._pool.release(seq.block_table.blocks)
+        seq.block_table.blocks.clear()
+
+    def _unfinished(self) -> Iterator[SequenceState]:
+        return itertools.chain(self._running.values(), self._waiting)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pool.block_size)
+
+
+def _arrival(seq: SequenceState) -> int:
+    return seq.arrival
