@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from baton.core.config import Config
-from baton.models.catalog import ModelFiles
 from tokenizers import Tokenizer
 
+from baton.core.config import Config
+from baton.models.catalog import ModelFiles
 from tests.e2e.pair import forget_cache, open_pair, pair_config
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
