@@ -194,6 +194,10 @@ class BlockPool:
         """Releasing the block now would give nothing back."""
         return self._lends[block] > 0 or self._quarantined[block]
 
+    def pins(self, block: int) -> tuple[int, int, bool]:
+        """(references, lends, quarantined): who holds the block, for the ledger scan."""
+        return self._refs[block], self._lends[block], self._quarantined[block]
+
     def quarantine(self, block: int) -> None:
         """Pin a held block into which bytes may still land. It leaves the prefix map: nobody may read it."""
         assert self._refs[block] or self._lends[block], f"block {block} quarantined, but held by nobody"

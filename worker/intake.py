@@ -93,7 +93,9 @@ class Intake:
         held = parts.pool.match(hashes)
         parts.pool.acquire(held)
         needed = -(-(seq.num_tokens + 1) // parts.pool.block_size) - len(held)
-        self._credit = parts.pool.reserve(needed)
+        # Sequences that already wait for blocks come first, or a stream of credits would starve them.
+        if needed + parts.steps.scheduler.num_blocks_wanted <= parts.pool.num_available:
+            self._credit = parts.pool.reserve(needed)
         if self._credit is None:
             parts.pool.release(held)
             raise Overloaded(
@@ -153,19 +155,15 @@ class Intake:
         except BatonError as e:
             self._fall_back(e)
             return
-        self._own_received()
-        if finish is not None:
-            self.end(finish=finish)
-        else:
+        if finish is None:
             self._to_scheduler()
-
-    def _own_received(self) -> None:
-        """Everything in the table is verified: it enters the prefix map."""
-        size, seq = self._parts.pool.block_size, self.seq
-        full = min(seq.num_computed_tokens // size, len(seq.block_table.blocks))
-        for index, block_hash in enumerate(self._parts.steps.scheduler.hashes(seq, full)):
+            return
+        # The first token was the last: the KV still serves whoever asks next.
+        full = self.seq.num_computed_tokens // self._parts.pool.block_size
+        for index, block_hash in enumerate(self._parts.steps.scheduler.hashes(self.seq, full)):
             if index >= self._num_held:
-                self._parts.pool.publish(seq.block_table.blocks[index], block_hash)
+                self._parts.pool.publish(self.seq.block_table.blocks[index], block_hash)
+        self.end(finish=finish)
 
     def _fall_back(self, cause: BatonError) -> None:
         """Prefill here, from the verified prefix on. The blocks after it go back (those still being written to are in
@@ -184,7 +182,6 @@ class Intake:
         del seq.block_table.blocks[good:]
         self._drop_credit()
         seq.num_computed_tokens = good * parts.pool.block_size
-        self._own_received()
         self._to_scheduler()
 
     def _to_scheduler(self) -> None:
