@@ -83,7 +83,7 @@ def plan_batch(spans: Sequence[Span], num_layers: int, num_kv_heads: int, block_
     groups: dict[tuple[int, int], list[tuple[int, Span]]] = {}
     row = 0
     for span in spans:
-        assert 0 < span.num_tokens and span.end <= len(span.blocks) * block_size, span
+        assert 0 < span.num_tokens <= span.end <= len(span.blocks) * block_size, span
         where = torch.arange(span.start, span.end)
         positions.append(where)
         owners.append(torch.tensor(span.blocks)[where // block_size])
@@ -166,7 +166,7 @@ def write_kv(pool: Tensor, layer: int, kv: Tensor, plan: BatchPlan) -> None:
 def paged_attention(pool: Tensor, layer: int, q: Tensor, plan: BatchPlan) -> Tensor:
     """Causal attention of q [num_tokens, num_heads, head_dim] (rotated) over each sequence's whole context.
 
-    Returns [num_tokens, num_heads * head_dim]. Reads nothing but the pool: chunked, cached and received KV are one case.
+    Returns [num_tokens, num_heads * head_dim]. Reads the pool alone: chunked, cached and received KV are one case.
     """
     out = torch.empty_like(q)
     if len(plan.groups) == 1:  # the rows are in order: no need to pick and put back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 from baton.core import config
 from baton.core.config import ModelConfig
 from baton.core.errors import SetupError
-from baton.models.convert import ModelFiles, Progress, convert, locked
+from baton.models.convert import ModelFiles as ModelFiles
+from baton.models.convert import Progress, convert, locked
 
 DOWNLOAD_TIMEOUT_S = 600.0
 
@@ -145,4 +147,5 @@ def _unknown(name: str) -> str:
 
 def open_model(model: ModelConfig, progress: Progress = lambda _: None) -> ModelFiles:
     """The model on this host, pulled and converted if that was not done yet. Blocks; raises SetupError."""
-    return convert(resolve(model, progress), config.cache_dir(model), progress)
+    files = convert(resolve(model, progress), config.cache_dir(model), progress)
+    return dataclasses.replace(files, name=model.name) if model.name in CATALOG else files

@@ -20,8 +20,7 @@ class Checkpoint:
     tokenizer_json: Callable[[], str]
     """The tokenizer as `tokenizers` reads it."""
     chat_template: str | None
-    bos_token: str
-    eos_token: str
+    bos_token_id: int | None
 
 
 def their_name(part: str, outer: dict[str, str], layer_prefix: str, inner: dict[str, str]) -> str:

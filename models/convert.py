@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ Progress = Callable[[str], None]
 class ModelFiles:
     """A converted model on this host."""
 
+    name: str
     directory: Path
     spec: ModelSpec
     fingerprint: str
@@ -53,7 +54,7 @@ def convert(source: Path, cache_dir: Path, progress: Progress = lambda _: None) 
 
     Safe to call from many processes at once. Raises SetupError, in one sentence, for anything wrong with the source.
     """
-    directory = cache_dir / "models" / f"{source.stem}-{_stamp(source)}"
+    directory = cache_dir / "models" / f"{model_name(source)}-{_stamp(source)}"
     files = _opened(directory)
     if files is not None:
         return files
@@ -77,6 +78,12 @@ def convert(source: Path, cache_dir: Path, progress: Progress = lambda _: None) 
     return files
 
 
+def model_name(source: Path) -> str:
+    """What a model is called that nobody gave a name."""
+    source = source.resolve()
+    return source.name if source.is_dir() else source.stem
+
+
 def _stamp(source: Path) -> str:
     """Changes when the source does. Of a directory, every file counts."""
     source = source.resolve()
@@ -90,7 +97,7 @@ def _opened(directory: Path) -> ModelFiles | None:
         document = json.loads((directory / "config.json").read_text())
         spec = ModelSpec.from_json(document["spec"])
         complete = (directory / "weights.safetensors").stat().st_size == weights_bytes(spec)
-        return ModelFiles(directory, spec, document["fingerprint"]) if complete else None
+        return ModelFiles(document["name"], directory, spec, document["fingerprint"]) if complete else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -112,12 +119,12 @@ def _build(source: Path, directory: Path) -> None:
         (directory / "chat_template.jinja").write_text(checkpoint.chat_template, encoding="utf-8")
     document = {
         "format": FORMAT,
+        "name": model_name(source),
         "fingerprint": fingerprint(checkpoint),
         "max_model_len": spec.max_model_len,
         "vocab_size": spec.vocab_size,
         "eos_token_ids": list(spec.eos_token_ids),
-        "bos_token": checkpoint.bos_token,
-        "eos_token": checkpoint.eos_token,
+        "bos_token_id": checkpoint.bos_token_id,
         "source": str(source.resolve()),
         "spec": spec.to_json(),
     }
@@ -154,13 +161,14 @@ def locked(path: Path, waiting_for: str, timeout_s: float = LOCK_TIMEOUT_S) -> I
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as e:
         raise SetupError(f"cannot write to {path.parent}: {e}. Set model.cache_dir.") from e
+    never = threading.Event()  # flock has no deadline of its own: try, wait, try again
     try:
         for _ in range(max(1, int(timeout_s / _LOCK_POLL_S))):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                time.sleep(_LOCK_POLL_S)
+                never.wait(_LOCK_POLL_S)
         else:
             raise SetupError(f"waited {timeout_s:.0f} s for {waiting_for} ({path} is locked). End it and try again.")
         yield

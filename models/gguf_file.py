@@ -55,10 +55,8 @@ def read_gguf(path: Path) -> Checkpoint:
         heads = {"q": spec.num_heads, "k": spec.num_kv_heads}.get(part.rpartition(".")[2])
         return _half_split(array, heads) if heads else array
 
-    tokens = token_field("ggml.tokens", [])
-    return Checkpoint(
-        spec, read, (path,), lambda: _tokenizer(path, token_field), token_field("chat_template"),
-        *(_text(tokens, token_field(f"ggml.{name}_token_id")) for name in ("bos", "eos")))
+    return Checkpoint(spec, read, (path,), lambda: _tokenizer(path, token_field), token_field("chat_template"),
+                      token_field("ggml.bos_token_id"))
 
 
 def _open(path: Path) -> GGUFReader:
@@ -101,7 +99,7 @@ def _spec(path: Path, fields: Mapping[str, Any], tied: bool, token_field: Any) -
         # Stored as fp32: 1e-5 came back as 9.99999975e-06.
         rms_norm_eps=float(np.format_float_positional(np.float32(field("attention.layer_norm_rms_epsilon")))),
         tied_embeddings=tied,
-        eos_token_ids=tuple(sorted({int(end) for end in ends if end is not None})),
+        eos_token_ids=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
     )
     spec.check(str(path))
     return spec
@@ -111,10 +109,6 @@ def _half_split(weight: Array, heads: int) -> Array:
     """Undo the row order in which llama-architecture GGUF files keep Q and K (pairs of neighbours, not of halves)."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
     return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _text(tokens: list[str], index: int | None) -> str:
-    return tokens[index] if index is not None and 0 <= index < len(tokens) else ""
 
 
 def _tokenizer(path: Path, field: Any) -> str:

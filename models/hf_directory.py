@@ -41,9 +41,7 @@ def read_hf(directory: Path) -> Checkpoint:
     def tokenizer_json() -> str:
         return _text(directory / "tokenizer.json")
 
-    words = _optional(directory / "tokenizer_config.json")
-    return Checkpoint(spec, read, files, tokenizer_json, _chat_template(directory, words),
-                      _token_text(words.get("bos_token")), _token_text(words.get("eos_token")))
+    return Checkpoint(spec, read, files, tokenizer_json, _chat_template(directory), config.get("bos_token_id"))
 
 
 def _spec(directory: Path, config: Mapping[str, Any]) -> ModelSpec:
@@ -111,19 +109,14 @@ def _open(file: Path) -> Any:
         raise SetupError(f"{file} is cut short or damaged ({e}). Fetch the model again.") from e
 
 
-def _chat_template(directory: Path, words: Mapping[str, Any]) -> str | None:
+def _chat_template(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.exists():
         return _text(file)
-    template = words.get("chat_template")
+    template = _optional(directory / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def _token_text(token: Any) -> str:
-    """Plain text, or the object form that older tokenizers were saved with."""
-    return str(token.get("content", "")) if isinstance(token, dict) else token or ""
 
 
 def _text(path: Path) -> str:
