@@ -11,7 +11,7 @@ If the reader goes away before step 3 is out, the sequence is removed and the le
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from baton.core.errors import BatonError, DeadlineExceeded
@@ -62,7 +62,7 @@ class Lending:
         self._first_start: int | None = None
         self._spans: list[Span] = []
 
-    async def events(self) -> AsyncIterator[PrefillEvent]:
+    async def events(self) -> AsyncGenerator[PrefillEvent, None]:
         """The Prefill stream. Closing it before HandoffState ends the work and the lease."""
         parts, handed = self._parts, False
         # A timer that speaks through the queue: a timeout around a yield would cancel whoever reads us.
