@@ -1,0 +1,322 @@
+"""The HTTP front: OpenAI's endpoints, health, metrics.
+
+Owns: reading bodies within limits, server-sent events, the end of a request whose client has gone, errors as bodies.
+Does not know: text, tokens, workers (generation.py), what fields mean (openai.py), what replies look like
+(replies.py).
+
+Life of a generation:
+ 1. The body is read: at most max_body_bytes, within BODY_TIMEOUT_S. Bad requests end here with a 4xx.
+ 2. One task prepares, runs and writes; another waits for the client to hang up. Whichever ends first ends the other.
+ 3. Nothing is sent before the first news from a worker, so that an error then still has its own status. Later ones
+    are an event in the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from baton.core.config import RouterConfig
+from baton.core.errors import BatonError, Cancelled, InternalError, InvalidRequest, NotFound, Overloaded
+from baton.router import replies
+from baton.router.exposition import CONTENT_TYPE, exposition
+from baton.router.generation import Generation, Job, new_request_id, shown
+from baton.router.openai import Call, Endpoint, parse
+
+BODY_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 30.0
+"""A client that reads nothing for this long is given up."""
+INLINE_BODY_BYTES = 64 << 10
+"""Larger bodies are parsed in a thread, so that other streams go on."""
+DISCARD_FACTOR = 4
+"""Of a body that is too large, this many times the limit is read and thrown away: most clients only look for the
+answer when they have sent everything."""
+RETRY_AFTER_S = 1
+
+log = logging.getLogger(__name__)
+
+
+class BodyTooLarge(InvalidRequest):
+    code, http_status = "request_too_large", 413
+
+
+class BodyTooSlow(InvalidRequest):
+    code, http_status = "request_timeout", 408
+
+
+class WrongMediaType(InvalidRequest):
+    code, http_status = "unsupported_media_type", 415
+
+
+class WrongMethod(InvalidRequest):
+    code, http_status = "method_not_allowed", 405
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What the HTTP front stands on."""
+
+    generation: Generation
+    config: RouterConfig
+    why_not_ready: Callable[[], str | None]
+    """None: a request could be served now."""
+    unix_time: Callable[[], float]
+    """For `created`, which nothing here reads again."""
+
+
+def create_app(front: Front) -> Starlette:
+    return Starlette(
+        routes=[
+            Route(Endpoint.CHAT.value, _Generations(front, Endpoint.CHAT), methods=["POST"]),
+            Route(Endpoint.COMPLETIONS.value, _Generations(front, Endpoint.COMPLETIONS), methods=["POST"]),
+            Route("/v1/models", _models(front), methods=["GET"]),
+            Route("/v1/models/{model_id:path}", _model(front), methods=["GET"]),
+            Route("/livez", _livez, methods=["GET"]),
+            Route("/readyz", _readyz(front), methods=["GET"]),
+            Route("/metrics", _metrics(front), methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error, Exception: _bug},
+    )
+
+
+# ---- generations -------------------------------------------------------------------------------------------------
+
+
+class _Generations:
+    """ASGI application of one endpoint."""
+
+    def __init__(self, front: Front, endpoint: Endpoint) -> None:
+        self._front = front
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = new_request_id("chatcmpl" if self._endpoint is Endpoint.CHAT else "cmpl")
+        exchange = _Exchange(send, request_id)
+        try:
+            call = await self._read(Request(scope, receive))
+            await _unless_gone(receive, self._answer(call, exchange))
+        except ClientDisconnect:
+            log.debug("request %s: its client left", request_id)
+        except BatonError as e:
+            await exchange.fail(e)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            await exchange.fail(InternalError(f"internal error. The router's log says more under {request_id}."))
+
+    async def _read(self, request: Request) -> Call:
+        with self._front.generation.refusals_counted():
+            check_media_type(request)
+            body = await read_body(request, self._front.config.max_body_bytes)
+            if len(body) <= INLINE_BODY_BYTES:
+                call = parse(body, self._endpoint)
+            else:
+                call = await asyncio.to_thread(parse, body, self._endpoint)
+            self._front.generation.check_model(call.model)
+        return call
+
+    async def _answer(self, call: Call, exchange: _Exchange) -> None:
+        generation = self._front.generation
+        job = await generation.prepare(call.generate, exchange.request_id)
+        shape = replies.Shape(self._endpoint, exchange.request_id, int(self._front.unix_time()), call.model,
+                              f"fp_{generation.codec.card.fingerprint[:12]}", call.include_usage)
+        await (self._stream if call.stream else self._collect)(job, shape, exchange)
+
+    async def _collect(self, job: Job, shape: replies.Shape, exchange: _Exchange) -> None:
+        texts = []
+        async with aclosing(self._front.generation.run(job)) as deltas:
+            async for delta in deltas:
+                texts.append(delta.text)
+                if delta.finish is not None:
+                    await exchange.whole(200, replies.encode(shape.whole("".join(texts), delta.finish, delta.usage)))
+
+    async def _stream(self, job: Job, shape: replies.Shape, exchange: _Exchange) -> None:
+        async with aclosing(self._front.generation.run(job)) as deltas:
+            async for delta in deltas:
+                news = b"" if exchange.started else shape.opening()
+                if delta.text:
+                    news += shape.piece(delta.text)
+                if delta.finish is not None:
+                    news += shape.closing(delta.finish, delta.usage)
+                if news or not exchange.started:
+                    await exchange.event(news, last=delta.finish is not None)
+
+
+class _Exchange:
+    """One reply on its way out. Every send has a deadline; ClientDisconnect when nobody takes it."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.request_id = request_id
+        self.started = False
+        self._ended = False
+        self._send = send
+
+    async def whole(self, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        await self._start(status, b"application/json", ((b"content-length", str(len(body)).encode()), *headers))
+        await self._write(body, last=True)
+
+    async def event(self, data: bytes, last: bool) -> None:
+        if not self.started:
+            await self._start(200, b"text/event-stream; charset=utf-8",
+                              ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")))
+        await self._write(data, last)
+
+    async def fail(self, error: BatonError) -> None:
+        """The error as the reply, or as the stream's last event. Never raises: there is nobody left to tell."""
+        body = replies.error_body(error)
+        try:
+            if not self.started:
+                await self.whole(error.http_status, json.dumps(body).encode(), retry_after(error))
+            elif not self._ended:
+                await self.event(replies.event(body) + replies.DONE, last=True)
+        except ClientDisconnect:
+            log.debug("request %s: the client left before its error", self.request_id)
+
+    async def _start(self, status: int, content_type: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+        self.started = True
+        own = ((b"content-type", content_type), (b"x-request-id", self.request_id.encode()))
+        await self._within({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+
+    async def _write(self, data: bytes, last: bool) -> None:
+        self._ended = last
+        await self._within({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _within(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._send(message)
+        except (OSError, TimeoutError):
+            raise ClientDisconnect from None
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
+    """Do `work` while the client is there. Raises Cancelled when it hangs up first; `work` has ended by then."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away.")
+        working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def check_media_type(request: Request) -> None:
+    """Browsers send anything else to a foreign server without asking it first."""
+    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    if kind.strip().lower() != "application/json":
+        raise WrongMediaType(f"the body's content type is {shown(kind.strip() or 'not given')}. "
+                             "Send the header content-type: application/json.")
+    charset = parameters.strip().lower().replace('"', "")
+    if charset.startswith("charset=") and charset not in ("charset=utf-8", "charset=utf8"):
+        raise WrongMediaType(f"the body's {shown(charset)} is not supported. Send UTF-8.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise WrongMediaType("compressed bodies are not supported. Send the JSON as it is, without content-encoding.")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                size += len(part)
+                if size <= max_bytes:
+                    parts.append(part)
+                elif size > DISCARD_FACTOR * max_bytes:
+                    break
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s. Send it faster.") from None
+    if size > max_bytes:
+        raise BodyTooLarge(f"the body has more than {max_bytes} bytes (router.max_body_bytes). Send a smaller one.")
+    return b"".join(parts)
+
+
+def retry_after(error: BatonError) -> tuple[tuple[bytes, bytes], ...]:
+    return ((b"retry-after", str(RETRY_AFTER_S).encode()),) if isinstance(error, Overloaded) else ()
+
+
+# ---- everything else ---------------------------------------------------------------------------------------------
+
+Answer = Callable[[Request], Awaitable[Response]]
+
+
+def _failed(error: BatonError, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(replies.error_body(error)), error.http_status, headers, "application/json")
+
+
+def _model_card(front: Front) -> dict[str, object]:
+    generation = front.generation
+    return {"id": generation.served_name, "object": "model", "created": 0, "owned_by": "baton",
+            "max_model_len": generation.max_model_len()}
+
+
+def _models(front: Front) -> Answer:
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model_card(front)]})
+
+    return models
+
+
+def _model(front: Front) -> Answer:
+    async def model(request: Request) -> Response:
+        try:
+            front.generation.check_model(request.path_params["model_id"])
+        except NotFound as e:
+            return _failed(e)
+        return JSONResponse(_model_card(front))
+
+    return model
+
+
+async def _livez(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def _readyz(front: Front) -> Answer:
+    async def readyz(request: Request) -> Response:
+        why = front.why_not_ready()
+        return JSONResponse({"status": "ok"} if why is None else {"status": "not ready", "why": why},
+                            200 if why is None else 503)
+
+    return readyz
+
+
+def _metrics(front: Front) -> Answer:
+    async def metrics(request: Request) -> Response:
+        return Response(exposition(front.generation.metrics), media_type=CONTENT_TYPE)
+
+    return metrics
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, as OpenAI's error body."""
+    assert isinstance(error, HTTPException), error
+    path = shown(request.scope["path"])
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return _failed(WrongMethod(f"{request.method} is not allowed on {path}. Use {allowed or 'another method'}."),
+                       {"Allow": allowed})
+    return _failed(NotFound(f"there is nothing at {path}. See GET /v1/models, POST /v1/chat/completions."))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    log.error("%s failed", shown(request.scope["path"]), exc_info=error)
+    return _failed(InternalError("internal error. The router's log says more."))
