@@ -1,0 +1,371 @@
+"""One request from arrival to its last token, whatever happens to the workers on the way.
+
+Owns attempts: epochs, exactly-once delivery, refusals, lost workers, deadlines. Does not know text, how a price is
+made, or how a stream works.
+
+Life of a request:
+
+1. admitted (or Overloaded at once), checked against what the fleet can hold
+2. placed: hashed once, priced, and sent to the decode worker of the cheapest route; waits, bounded, for a ready worker
+3. delivered: each token exactly once, by (request_id, epoch, first_index)
+4. refused or lost: step 2 with epoch + 1, elsewhere; delivered tokens are replayed, never repeated to the client
+5. ended: finished, failed, or the iterator closed, which cancels it on the worker
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from baton.core.block_hash import BlockHash, HashScope, block_hashes
+from baton.core.config import Config
+from baton.core.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    Incompatible,
+    IntegrityError,
+    InvalidRequest,
+    Overloaded,
+    PeerLost,
+    from_code,
+)
+from baton.core.layout import Capability
+from baton.core.messages import Cancel, Submit, TokenChunk
+from baton.core.metrics import Metrics
+from baton.core.request import FinishReason, Request
+from baton.core.worker import Role, Route, Span
+from baton.router.fleet import Fleet, context_limit
+from baton.router.link import Subscription
+from baton.router.policy import Candidate, Candidates, Facts, Policy
+from baton.router.trace import Attempt, TraceLog, TraceRecord, timeline
+
+log = logging.getLogger(__name__)
+
+PLACE_WAIT_S = 10.0
+"""Longest wait for a worker that can take a request; then it is refused, so that the client can go elsewhere."""
+PAUSE_FIRST_S = 0.05
+PAUSE_MAX_S = 1.0
+"""Pause before workers that all refused are asked again; doubles with each attempt."""
+
+RETRYABLE = (Overloaded, PeerLost, Incompatible, IntegrityError)
+"""Said by one worker, these may be different at another."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request under way."""
+
+    request: Request
+    arrived: float
+    deadline: float
+    delivered: list[int]
+    epoch: int = 0
+    avoided: set[str] = field(default_factory=set)
+    """Workers that refused or failed this request."""
+    hashes: dict[tuple[HashScope, int], list[BlockHash]] = field(default_factory=dict)
+    suspect: str = ""
+    """Whom to avoid if this attempt fails."""
+    settled: bool = True
+    """Its dispatched work is shown by the workers' own reports."""
+    capability: Capability | None = None
+    """Of the last decode worker: what would have ended the request there."""
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    spans: tuple[Span, ...] = ()
+    ttft_s: float | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt) + len(self.delivered)
+
+    def accept(self, chunk: TokenChunk) -> TokenChunk | None:
+        """What of a chunk is new; None if nothing is. Raises PeerLost when tokens are missing before it."""
+        have = len(self.delivered)
+        end = chunk.first_index + len(chunk.token_ids)
+        if chunk.first_index > have or (chunk.finish is not None and end < have):
+            raise PeerLost(
+                f"request {self.request.request_id} has {have} tokens, its worker went on with "
+                f"[{chunk.first_index}, {end}). It is sent to another worker."
+            )
+        fresh = chunk.token_ids[have - chunk.first_index :]
+        self.delivered.extend(fresh)
+        self.finish = chunk.finish
+        self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
+        self.spans = chunk.spans or self.spans
+        if not fresh and chunk.finish is None:
+            return None
+        if len(fresh) == len(chunk.token_ids):
+            return chunk
+        return dataclasses.replace(chunk, first_index=have, token_ids=fresh)
+
+    def ended(self) -> FinishReason | None:
+        """How the delivered tokens already end the request, if they do: its last worker died before it could say."""
+        sampling, capability = self.request.sampling, self.capability
+        if capability is None or not self.delivered:
+            return None
+        eos = () if sampling.ignore_eos else capability.eos_token_ids
+        if self.delivered[-1] in (*sampling.stop_token_ids, *eos):
+            return FinishReason.STOP
+        room = capability.max_model_len - len(self.request.prompt)
+        return FinishReason.LENGTH if len(self.delivered) >= min(sampling.max_tokens, room) else None
+
+    def last_chunk(self, finish: FinishReason) -> TokenChunk:
+        self.finish = finish
+        return TokenChunk(
+            self.request.request_id,
+            self.epoch,
+            len(self.delivered),
+            (),
+            finish,
+            cached_tokens=self.cached_tokens,
+            spans=self.spans,
+        )
+
+
+class Dispatcher:
+    """Turns requests into token chunks. One loop; `generate` may run many times at once."""
+
+    def __init__(
+        self, fleet: Fleet, policy: Policy, config: Config, metrics: Metrics, traces: TraceLog | None = None
+    ) -> None:
+        self.traces = traces or TraceLog()
+        self._fleet = fleet
+        self._policy = policy
+        self._config = config
+        self._metrics = metrics
+        self._live: dict[str, _Run] = {}
+
+    @property
+    def num_inflight(self) -> int:
+        return len(self._live)
+
+    def max_model_len(self) -> int:
+        """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
+        return max((context_limit(c) for c in self._fleet.capabilities()), default=0)
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        """The request's tokens, each exactly once and in order; the last chunk has `finish` STOP or LENGTH.
+
+        Raises BatonError: Overloaded, InvalidRequest and DeadlineExceeded as they are, PeerLost and the like once
+        router.max_attempts are spent. Closing the iterator cancels the request on its worker.
+        """
+        run = self._admit(request)
+        outcome = Cancelled.code
+        try:
+            while run.finish is None:
+                route = await self._place(run)
+                finish = run.ended()
+                if finish is not None:
+                    yield run.last_chunk(finish)
+                    break
+                try:
+                    with self._attempt(run, route) as chunks:
+                        while run.finish is None:
+                            chunk = self._take(run, route, await chunks.next())
+                            if chunk is not None:
+                                yield chunk
+                except RETRYABLE as e:
+                    finish = self._after_failure(run, e)
+                    if finish is not None:
+                        yield run.last_chunk(finish)
+            outcome = str(run.finish)
+        except BatonError as e:
+            outcome = e.code
+            raise
+        finally:
+            del self._live[request.request_id]
+            self._record(run, outcome)
+
+    # ---- admission ----
+
+    def _admit(self, request: Request) -> _Run:
+        limit = self._config.router.max_inflight
+        if len(self._live) >= limit:
+            raise Overloaded(f"the router has {limit} requests, its limit (router.max_inflight). Come back later.")
+        if request.request_id in self._live:
+            raise InvalidRequest(f"request {request.request_id} is running. Give each request an id.", "request_id")
+        now = asyncio.get_running_loop().time()
+        run = _Run(request, now, now + request.deadline_s, list(request.delivered))
+        self._check_length(run)
+        self._live[request.request_id] = run
+        return run
+
+    def _check_length(self, run: _Run) -> None:
+        limit = self.max_model_len()
+        if limit and len(run.request.prompt) + 1 > limit:
+            raise InvalidRequest(
+                f"the prompt has {len(run.request.prompt)} tokens; with at least one token of output that is more than "
+                f"the {limit} any worker holds. Shorten the prompt.",
+                "prompt",
+            )
+
+    # ---- placing ----
+
+    async def _place(self, run: _Run) -> Route:
+        """The next attempt's route. Waits up to PLACE_WAIT_S for somebody to take it."""
+        loop = asyncio.get_running_loop()
+        give_up = min(run.deadline, loop.time() + PLACE_WAIT_S)
+        while True:
+            if loop.time() >= run.deadline:
+                raise self._too_late(run)
+            self._check_length(run)
+            route = self._price(run)
+            if route is not None:
+                run.epoch += 1
+                info = self._fleet.info(route.decode)
+                assert info is not None, f"the policy chose {route.decode}, which was not offered"
+                run.capability = info.capability
+                return route
+            left = give_up - loop.time()
+            if run.avoided:
+                await asyncio.sleep(min(left, PAUSE_FIRST_S * 2 ** (run.epoch - 1), PAUSE_MAX_S))
+                run.avoided.clear()
+            elif left <= 0 or not await self._fleet.changed(left):
+                if loop.time() >= run.deadline:
+                    raise self._too_late(run)
+                raise Overloaded(
+                    f"no decode worker can take request {run.request.request_id}: {self._roll_call()}. "
+                    "Try again later; `baton status` shows the workers."
+                )
+
+    def _price(self, run: _Run) -> Route | None:
+        held = self._held_blocks(run)
+
+        def able(role: Role) -> list[Candidate]:
+            return [
+                c
+                for c in self._fleet.candidates(role, held)
+                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > run.num_tokens
+            ]
+
+        candidates = Candidates(able(Role.DECODE), able(Role.PREFILL), self._fleet.fits)
+        return self._policy.price(Facts(run.num_tokens), candidates)
+
+    def _held_blocks(self, run: _Run) -> dict[str, int]:
+        """Leading blocks of the prompt on each worker. Hashed once per request and way of hashing (one, in a fleet of
+        one model); workers that hash differently cannot hold each other's hashes."""
+        held: dict[str, int] = {}
+        for scope, block_size in self._fleet.scopes():
+            if (scope, block_size) not in run.hashes:
+                run.hashes[scope, block_size] = block_hashes(scope, run.request.prompt, block_size)
+            held |= self._fleet.index.match(run.hashes[scope, block_size])
+        return held
+
+    def _roll_call(self) -> str:
+        states = [f"{w.info.worker_id} is {w.state}" for w in self._fleet.workers() if w.info.role is Role.DECODE]
+        return ", ".join(states) or "none has been registered"
+
+    def _too_late(self, run: _Run) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"request {run.request.request_id} has {len(run.delivered)} tokens after its deadline of "
+            f"{run.request.deadline_s:g} s. Allow more time, ask for fewer tokens, or add workers."
+        )
+
+    # ---- one attempt ----
+
+    @contextmanager
+    def _attempt(self, run: _Run, route: Route) -> Iterator[Subscription]:
+        """Submitted on entry; on exit nothing of the attempt is left here, and unless the worker ended it, nothing
+        on the worker either."""
+        loop, key = asyncio.get_running_loop(), (run.request.request_id, run.epoch)
+        run.suspect, run.settled = route.decode, False
+        chunks = self._fleet.subscribe(route.decode, *key)
+        # The worker ends the request at its deadline; we do, a heartbeat later, if it did not.
+        timer = loop.call_at(run.deadline + self._config.router.heartbeat_s, chunks.fail, self._too_late(run))
+        start, outcome = loop.time(), Cancelled.code
+        try:
+            self._submit(run, route)
+            yield chunks
+            outcome = str(run.finish)
+        except BatonError as e:
+            outcome = e.code
+            raise
+        finally:
+            timer.cancel()
+            self._fleet.unsubscribe(route.decode, chunks)
+            self._settle(run, route)
+            if not chunks.ended:
+                self._fleet.send(route.decode, Cancel(*key))
+            run.attempts.append(Attempt(run.epoch, route, start - run.arrived, loop.time() - run.arrived, outcome))
+
+    def _submit(self, run: _Run, route: Route) -> None:
+        key = (run.request.request_id, run.epoch)
+        left_s = run.deadline - asyncio.get_running_loop().time()
+        request = dataclasses.replace(run.request, delivered=tuple(run.delivered), deadline_s=left_s)
+        self._fleet.send(route.decode, Submit(request, route, run.epoch))
+        held = self._held_blocks(run)
+        computing = route.prefill or self._fleet.info(route.decode)
+        assert computing is not None, f"{route.decode} has a stream and no info"
+        cached = held.get(computing.worker_id, 0) * computing.capability.layout.block_size
+        self._fleet.charge(computing.worker_id, key, max(1, run.num_tokens - cached))
+        if route.prefill is not None:
+            self._fleet.charge(route.decode, key, 0)
+        self._metrics.inc("baton_dispatches_total", prefill="remote" if route.prefill else "local")
+
+    def _settle(self, run: _Run, route: Route) -> None:
+        if not run.settled:
+            run.settled = True
+            key = (run.request.request_id, run.epoch)
+            self._fleet.settle(route.decode, key)
+            if route.prefill is not None:
+                self._fleet.settle(route.prefill.worker_id, key)
+
+    def _take(self, run: _Run, route: Route, chunk: TokenChunk) -> TokenChunk | None:
+        """What of a chunk the client gets. Raises what the worker ended the attempt with, or PeerLost for a gap."""
+        if chunk.finish is FinishReason.CANCELLED:
+            why = chunk.error_message or "it is going away"
+            raise PeerLost(f"{route.decode} cancelled request {run.request.request_id}: {why}.")
+        if chunk.finish is FinishReason.ERROR:
+            error = from_code(chunk.error_code, chunk.error_message)
+            if route.prefill is not None and isinstance(error, (PeerLost, Incompatible, IntegrityError)):
+                run.suspect = route.prefill.worker_id  # the decode worker is well enough to say so
+            raise error
+        fresh = run.accept(chunk)
+        if fresh is None:
+            self._metrics.inc("baton_stale_chunks_total", reason="duplicate")
+        elif fresh.token_ids:
+            self._settle(run, route)
+            if run.ttft_s is None:
+                run.ttft_s = asyncio.get_running_loop().time() - run.arrived
+        return fresh
+
+    def _after_failure(self, run: _Run, error: BatonError) -> FinishReason | None:
+        """None: go on with the next attempt. A finish: the tokens were complete, only the last word was lost. Raises
+        the error once attempts are spent."""
+        finish = run.ended()
+        if finish is not None:
+            return finish
+        limit = self._config.router.max_attempts
+        if run.epoch >= limit:
+            raise type(error)(
+                f"request {run.request.request_id} failed {limit} times (router.max_attempts); the last: "
+                f"{error.message}"
+            ) from error
+        log.info("request %s is sent again after attempt %d: %s", run.request.request_id, run.epoch, error.message)
+        self._metrics.inc("baton_dispatch_retries_total", reason=error.code)
+        run.avoided.add(run.suspect)
+        return None
+
+    # ---- the end ----
+
+    def _record(self, run: _Run, outcome: str) -> None:
+        total_s = asyncio.get_running_loop().time() - run.arrived
+        self.traces.add(
+            TraceRecord(
+                run.request.request_id,
+                outcome,
+                len(run.request.prompt),
+                len(run.delivered),
+                run.cached_tokens,
+                run.ttft_s,
+                total_s,
+                tuple(run.attempts),
+                timeline(run.attempts, run.spans, run.ttft_s, total_s),
+            )
+        )

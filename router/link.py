@@ -1,0 +1,346 @@
+"""One worker's stream: what is sent up it, what comes down, and who is waiting for it.
+
+Owns the worker's state as docs/protocol.md has it, and the work dispatched to it. It knows neither prompts nor other
+workers.
+
+Life of a link:
+
+1. CONNECTING: dials with back-off; the first message brings the worker's prefix map.
+2. READY: each message refreshes liveness, load, index and the waiting subscriptions, and never waits for any of them.
+3. SUSPECT is READY with nothing heard for `suspect_s`; any message ends it.
+4. The stream broke, or `dead_s` of silence (DEAD): every subscription fails with PeerLost, and dialling goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+
+from baton.core.config import RouterConfig
+from baton.core.errors import BatonError, Cancelled, PeerLost
+from baton.core.messages import Cancel, Hello, KVEvents, KVSnapshot, StepMessage, Submit, TokenChunk, UpMessage
+from baton.core.metrics import Metrics
+from baton.core.services import Dial
+from baton.core.worker import Ledger, WorkerInfo, WorkerLoad
+from baton.router.index import PrefixIndex
+
+log = logging.getLogger(__name__)
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 2.0
+REPORT_LAG_S = 0.05
+"""A load report covers what was dispatched this long before it arrived. Work younger than that is added to it."""
+
+Key = tuple[str, int]
+"""(request_id, epoch)."""
+
+
+class WorkerState(enum.StrEnum):
+    """See docs/protocol.md, "Worker as R sees it"."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+
+
+class Subscription:
+    """Chunks of one attempt of one request, from the stream's reader to the one who delivers them.
+
+    Bounded: past `max_tokens` undelivered tokens the attempt fails with Cancelled. What was buffered before a failure
+    is still handed out.
+    """
+
+    def __init__(self, request_id: str, epoch: int, max_tokens: int) -> None:
+        self.request_id = request_id
+        self.epoch = epoch
+        self._max_tokens = max_tokens
+        self._chunks: deque[TokenChunk] = deque()
+        self._num_tokens = 0
+        self._failure: BatonError | None = None
+        self._news: asyncio.Future[None] | None = None
+        self.ended = False
+        """The worker said its last word on this attempt."""
+
+    def put(self, chunk: TokenChunk) -> bool:
+        """False: this chunk was one too many; the attempt has failed and should be cancelled on the worker."""
+        if self._failure is not None:
+            return True
+        self.ended = self.ended or chunk.finish is not None
+        if self._num_tokens + len(chunk.token_ids) > self._max_tokens:
+            self.fail(
+                Cancelled(
+                    f"request {self.request_id} was cancelled: its client left more than {self._max_tokens} tokens unread. "
+                    "Read faster, or raise router.client_buffer_tokens."
+                )
+            )
+            return False
+        self._chunks.append(chunk)
+        self._num_tokens += len(chunk.token_ids)
+        self._wake()
+        return True
+
+    def fail(self, error: BatonError) -> None:
+        """No more chunks will come. The first failure stays."""
+        if self._failure is None:
+            self._failure = error
+            self._wake()
+
+    async def next(self) -> TokenChunk:
+        """The next chunk; raises what `fail` was given once the buffer is empty. Whoever subscribed sees to it that
+        `fail` is called at the deadline."""
+        while not self._chunks:
+            if self._failure is not None:
+                raise self._failure
+            self._news = asyncio.get_running_loop().create_future()
+            try:
+                await self._news
+            finally:
+                self._news = None
+        chunk = self._chunks.popleft()
+        self._num_tokens -= len(chunk.token_ids)
+        return chunk
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+
+class UpQueue:
+    """The upward half of one stream, as the iterator a `WorkerService.stream` reads. Cancels go first; a cancel whose
+    submit is still here takes it out, and neither is sent."""
+
+    def __init__(self, hello: Hello) -> None:
+        self._urgent: deque[UpMessage] = deque([hello])
+        self._submits: dict[Key, Submit] = {}
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def put(self, message: Submit | Cancel) -> None:
+        if isinstance(message, Submit):
+            self._submits[message.request.request_id, message.epoch] = message
+        elif self._submits.pop((message.request_id, message.epoch), None) is None:
+            self._urgent.append(message)
+        self._news.set()
+
+    def close(self) -> None:
+        """Ends the iteration; what was not sent is dropped."""
+        self._closed = True
+        self._news.set()
+
+    def __aiter__(self) -> AsyncIterator[UpMessage]:
+        return self
+
+    async def __anext__(self) -> UpMessage:
+        while not self._closed:
+            if self._urgent:
+                return self._urgent.popleft()
+            if self._submits:
+                return self._submits.pop(next(iter(self._submits)))
+            self._news.clear()
+            await self._news.wait()
+        raise StopAsyncIteration
+
+
+@dataclass(slots=True)
+class InFlight:
+    """Work this router dispatched to one worker that the worker's own load does not show yet."""
+
+    unreported: dict[Key, tuple[float, int]] = field(default_factory=dict)
+    """(when dispatched, prefill tokens), oldest first."""
+    awaited: dict[Key, None] = field(default_factory=dict)
+    """Sequences that a decode worker gets once their prompt was computed elsewhere."""
+    queued_prefill_tokens: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.unreported) + len(self.awaited)
+
+    def add(self, key: Key, prefill_tokens: int, now: float) -> None:
+        """`prefill_tokens` 0: the prompt is computed elsewhere, this worker decodes."""
+        if prefill_tokens:
+            self.unreported[key] = (now, prefill_tokens)
+            self.queued_prefill_tokens += prefill_tokens
+        else:
+            self.awaited[key] = None
+
+    def settle(self, key: Key) -> None:
+        """Its first token is out, or its attempt ended. Settled work is no error."""
+        self.awaited.pop(key, None)
+        _, tokens = self.unreported.pop(key, (0.0, 0))
+        self.queued_prefill_tokens -= tokens
+
+    def reported(self, now: float) -> None:
+        """A load report arrived: it shows what was dispatched up to REPORT_LAG_S ago."""
+        while self.unreported:
+            key = next(iter(self.unreported))
+            if self.unreported[key][0] > now - REPORT_LAG_S:
+                return
+            self.settle(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all links of a router share."""
+
+    dial: Dial
+    index: PrefixIndex
+    config: RouterConfig
+    metrics: Metrics
+    router_id: str
+    changed: Callable[[], None]
+    """Called when a worker became able or unable to take requests."""
+
+
+class Link:
+    """One incarnation of one worker. `run` is its only task; everything else is called on the same loop."""
+
+    def __init__(self, info: WorkerInfo, around: Surroundings, past_boots: tuple[str, ...] = ()) -> None:
+        self.info = info
+        self.past_boots = past_boots
+        """Earlier boots of this worker: a registry that still lists one is behind."""
+        self.was_ready = False
+        self.load = WorkerLoad()
+        self.ledger: Ledger | None = None
+        self.in_flight = InFlight()
+        self.bandwidth: Mapping[str, float] = {}
+        self._around = around
+        self._up: UpQueue | None = None
+        self._state = WorkerState.CONNECTING
+        self._heard = asyncio.get_running_loop().time()
+        self._subscriptions: dict[str, Subscription] = {}
+
+    @property
+    def silent_s(self) -> float:
+        return asyncio.get_running_loop().time() - self._heard
+
+    @property
+    def state(self) -> WorkerState:
+        if self._state is WorkerState.READY and self.silent_s >= self._around.config.suspect_s:
+            return WorkerState.SUSPECT
+        return self._state
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of this router that are on this worker."""
+        return len(self._subscriptions)
+
+    def send(self, message: Submit | Cancel) -> None:
+        """Queue a message; raises PeerLost for a submit without a stream. A cancel without one has been obeyed."""
+        if self._up is not None:
+            self._up.put(message)
+        elif isinstance(message, Submit):
+            raise PeerLost(f"the stream to {self.info.worker_id} is not open. Try another worker.")
+
+    def subscribe(self, request_id: str, epoch: int) -> Subscription:
+        """Chunks of this attempt from now on. One attempt of a request at a time; `unsubscribe` ends it."""
+        assert request_id not in self._subscriptions, f"{request_id} is already waited for on {self.info.worker_id}"
+        subscription = Subscription(request_id, epoch, self._around.config.client_buffer_tokens)
+        if self._up is None:
+            subscription.fail(PeerLost(f"the stream to {self.info.worker_id} is not open. Try another worker."))
+        self._subscriptions[request_id] = subscription
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        if self._subscriptions.get(subscription.request_id) is subscription:
+            del self._subscriptions[subscription.request_id]
+
+    async def run(self) -> None:
+        """Keep a stream open, for ever; cancelling ends it."""
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            why = "the router goes away"
+            try:
+                await self._session()
+                why = "the worker closed it"
+            except TimeoutError:
+                why = f"nothing was heard for {self._around.config.dead_s} s"
+                self._declare_dead()
+            except (BatonError, OSError) as e:
+                why = str(e)
+            finally:
+                was_ready = self._state is WorkerState.READY
+                self._break(f"the stream to {self.info.worker_id} broke: {why}")
+            backoff_s = BACKOFF_FIRST_S if was_ready else min(2 * backoff_s, BACKOFF_MAX_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _session(self) -> None:
+        """One stream, from Hello to its end. Raises what broke it; TimeoutError: silence for `dead_s`."""
+        loop, dead_s = asyncio.get_running_loop(), self._around.config.dead_s
+        up = self._up = UpQueue(Hello(self._around.router_id))
+        stream = self._around.dial(self.info).stream(up)
+        try:
+            async with asyncio.timeout(dead_s) as silence:
+                async for message in stream:
+                    silence.reschedule(loop.time() + dead_s)
+                    self._take(message)
+        finally:
+            up.close()
+            if isinstance(stream, AsyncGenerator):
+                await stream.aclose()
+
+    def _take(self, message: StepMessage) -> None:
+        """Everything one message says. Raises PeerLost when the stream can no longer be believed."""
+        if message.boot_id != self.info.boot_id:
+            raise PeerLost(f"boot {message.boot_id} of {self.info.worker_id} answered for boot {self.info.boot_id}")
+        news = self.state is not WorkerState.READY
+        now = self._heard = asyncio.get_running_loop().time()
+        if self._state is WorkerState.DEAD:
+            self._state = WorkerState.CONNECTING
+        if message.load.pair_bandwidth is not self.load.pair_bandwidth:
+            self.bandwidth = {peer: bytes_per_s for peer, _, bytes_per_s in message.load.pair_bandwidth}
+        self.load = message.load
+        self.ledger = message.ledger or self.ledger
+        self.in_flight.reported(now)
+        for chunk in message.chunks:
+            self._deliver(chunk)
+        if message.snapshot is not None:
+            self._resync(message.snapshot)
+            self._state = WorkerState.READY
+        if self._state is WorkerState.READY:
+            self._follow(message.kv_events)
+            if news:
+                self._around.changed()
+
+    def _resync(self, snapshot: KVSnapshot) -> None:
+        if self.was_ready or self.past_boots:
+            self._around.metrics.inc("baton_index_resyncs_total")
+        self.was_ready = True
+        self._around.index.apply_snapshot(self.info.worker_id, self.info.boot_id, snapshot)
+
+    def _follow(self, changes: tuple[KVEvents, ...]) -> None:
+        for events in changes:
+            if not self._around.index.apply(self.info.worker_id, self.info.boot_id, events):
+                raise PeerLost(f"KV events before {events.seq} of {self.info.worker_id} are missing")
+
+    def _deliver(self, chunk: TokenChunk) -> None:
+        subscription = self._subscriptions.get(chunk.request_id)
+        if subscription is None or subscription.epoch != chunk.epoch:
+            reason = "unknown" if subscription is None else "epoch"
+            self._around.metrics.inc("baton_stale_chunks_total", reason=reason)
+        elif not subscription.put(chunk):
+            self.send(Cancel(chunk.request_id, chunk.epoch, "the client reads too slowly"))
+
+    def _declare_dead(self) -> None:
+        if self._state is not WorkerState.READY:
+            return  # it never was alive on this stream
+        self._state = WorkerState.DEAD
+        self._around.index.drop(self.info.worker_id)
+        self._around.metrics.inc("baton_worker_lost_total", role=self.info.role.value)
+        log.warning("%s is dead: nothing heard for %.1f s", self.info.worker_id, self.silent_s)
+
+    def _break(self, why: str) -> None:
+        """The stream is gone, and with it every request on it."""
+        self._up = None
+        if self._state is WorkerState.READY:
+            log.warning("%s", why)
+            self._state = WorkerState.CONNECTING
+        self.in_flight = InFlight()
+        for subscription in self._subscriptions.values():
+            subscription.fail(PeerLost(f"{why}. Its requests go to other workers."))
+        self._subscriptions.clear()
+        self._around.changed()

@@ -1,0 +1,91 @@
+"""What became of the last requests: the router's decisions and every span, for `baton trace` and the waterfall.
+
+A ring of finished requests. It knows neither streams nor text.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from baton.core.worker import Route, Span, Timeline
+
+CAPACITY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One dispatch. Seconds since the request reached the router."""
+
+    epoch: int
+    route: Route
+    start_s: float
+    end_s: float
+    outcome: str
+    """Finish reason, or the code of the error that ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    request_id: str
+    outcome: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    cached_tokens: int
+    ttft_s: float | None
+    """Seconds from arrival at the router to its first token; None if there was none."""
+    total_s: float
+    attempts: tuple[Attempt, ...]
+    timeline: Timeline
+
+    @property
+    def route(self) -> Route | None:
+        """Of the last attempt."""
+        return self.attempts[-1].route if self.attempts else None
+
+
+def timeline(
+    attempts: Iterable[Attempt], worker_spans: Iterable[Span], ttft_s: float | None, total_s: float
+) -> Timeline:
+    """One waterfall, in order: the router's queue and lost attempts (before 0), then what the last worker said.
+
+    Zero is the last dispatch: the worker's clock starts when it gets the request, and the hop is not known to either.
+    First token and decode are the router's view unless the worker told its own.
+    """
+    done = list(attempts)
+    if not done:
+        return Timeline((Span("router queue", 0.0, total_s),))
+    zero = done[-1].start_s
+    spans = [Span("router queue", -zero, done[0].start_s - zero, done[0].route.reason)]
+    spans += [Span("attempt", a.start_s - zero, a.end_s - zero, f"{a.route.decode}: {a.outcome}") for a in done[:-1]]
+    told = sorted(worker_spans, key=lambda s: (s.start_s, s.end_s))
+    names = {s.name for s in told}
+    spans += told
+    if ttft_s is not None and "first token" not in names:
+        spans.append(Span("first token", max(0.0, ttft_s - zero), max(0.0, ttft_s - zero)))
+    if ttft_s is not None and "decode" not in names:
+        spans.append(Span("decode", max(0.0, ttft_s - zero), total_s - zero))
+    spans.sort(key=lambda s: s.start_s)
+    return Timeline(tuple(spans))
+
+
+class TraceLog:
+    """The last `capacity` finished requests; the oldest leave first."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._records: OrderedDict[str, TraceRecord] = OrderedDict()
+
+    def add(self, record: TraceRecord) -> None:
+        self._records.pop(record.request_id, None)
+        self._records[record.request_id] = record
+        while len(self._records) > self._capacity:
+            self._records.popitem(last=False)
+
+    def get(self, request_id: str) -> TraceRecord | None:
+        return self._records.get(request_id)
+
+    def recent(self, count: int = CAPACITY) -> tuple[TraceRecord, ...]:
+        """Newest first."""
+        return tuple(reversed(self._records.values()))[:count]
