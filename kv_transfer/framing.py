@@ -1,0 +1,350 @@
+"""What two workers say to each other on a data connection, over TCP or a Unix socket, and who waits for what.
+
+Owns the frames, the reader's end of a connection (OrderLink) and the lender's listener (OrderListener). Does not know
+how bytes of blocks travel: both ends are given a coroutine for that.
+
+    reader                              lender
+    HELLO version, token          ->    (a wrong token: closed without a word)
+                                  <-    WELCOME version, bytes per block
+    ORDER id, lease, block ids    ->    any number, without waiting for answers
+                                  <-    ANSWER id, OK: what follows is the transport's; or ANSWER id, REFUSED, text
+
+Orders are answered in the order they came. A frame that is out of bounds, or that nobody asked for, closes the
+connection. The token is 16 random bytes per boot out of the lender's advert: so a connection is always to the boot
+it was meant for, and somebody who found the port gets nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+import itertools
+import json
+import logging
+import socket
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from baton.core.errors import Incompatible, PeerLost
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.transport import MayRead, Pull, PullOrder, PullRefused, PullState, failed
+
+log = logging.getLogger("baton.kv_transfer")
+
+VERSION = 1
+TOKEN_BYTES = 16
+MAX_LEASE_BYTES = 512
+MAX_ORDER_BLOCKS = 1 << 16
+MAX_TEXT_BYTES = 1024
+MAX_CONNECTIONS = 256
+
+_HELLO = struct.Struct(f"<4sI{TOKEN_BYTES}s")
+_WELCOME = struct.Struct("<4sIQ")
+_ORDER = struct.Struct("<IHxxI")
+_ANSWER = struct.Struct("<IHH")
+_MAGIC = b"BtKV"
+OK, REFUSED = 0, 1
+
+
+class FrameError(ConnectionError):
+    """The other side does not speak our protocol: close."""
+
+
+async def receive_into(sock: socket.socket, view: memoryview) -> None:
+    """Fill the whole view straight from the socket. Raises ConnectionError at the end of the stream."""
+    loop = asyncio.get_running_loop()
+    while view:
+        count = await loop.sock_recv_into(sock, view)
+        if count == 0:
+            raise ConnectionResetError("the other side closed the connection")
+        view = view[count:]
+
+
+async def receive(sock: socket.socket, num_bytes: int) -> bytes:
+    data = bytearray(num_bytes)
+    await receive_into(sock, memoryview(data))
+    return bytes(data)
+
+
+async def send(sock: socket.socket, data: bytes | memoryview) -> None:
+    await asyncio.get_running_loop().sock_sendall(sock, data)
+
+
+def pack_advert(**fields: str | int) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def unpack_advert(peer_id: str, advert: bytes | None) -> dict[str, str | int]:
+    """Raises Incompatible for an advert this build cannot read: it came from another worker."""
+    try:
+        fields = json.loads(advert or b"")
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise Incompatible(f"a transport advert of {peer_id} cannot be read; it runs another Baton version.")
+    return fields
+
+
+# ---- the reader's end ------------------------------------------------------------------------------------------------
+
+
+async def say_hello(sock: socket.socket, token: bytes) -> None:
+    await send(sock, _HELLO.pack(_MAGIC, VERSION, token))
+
+
+def check_welcome(frame: bytes, peer_id: str, memory: KVMemory) -> None:
+    """Raises FrameError, or Incompatible if the lender's blocks have another size."""
+    magic, version, block_bytes = _WELCOME.unpack(frame)
+    if magic != _MAGIC or version != VERSION:
+        raise FrameError(f"{peer_id} does not speak version {VERSION} of the data protocol")
+    if block_bytes != memory.block_bytes:
+        raise Incompatible(f"blocks of {peer_id} have {block_bytes} bytes, ours {memory.block_bytes}")
+
+
+WELCOME_BYTES = _WELCOME.size
+
+Take = Callable[[socket.socket, Pull], Awaitable[None]]
+"""Called for each OK answer to a pull: bring in what it announces and advance pull.moved_blocks. Raises ConnectionError
+or PullRefused. When cancelled it must not return before the last byte that can land has landed."""
+
+
+class OrderLink:
+    """The reader's end of one welcomed connection, which it owns.
+
+    1. submit() queues an order; a sending task writes it.
+    2. A receiving task reads answers for as long as the connection lives, in the order of the orders.
+    3. It ends by an error, by the peer, or by close(). Only when it has ended - so that nothing can land any more - do
+       the pulls still queued become FAILED.
+    """
+
+    def __init__(
+        self, sock: socket.socket, peer_id: str, boot_id: str, take: Take, release: Callable[[], None] | None = None
+    ) -> None:
+        """`release` is called once nothing is received any more: what `take` used can be given back."""
+        self.peer_id = peer_id
+        self.boot_id = boot_id
+        self._sock = sock
+        self._take = take
+        self._release = release
+        self._numbers = itertools.count()
+        self._pending: deque[tuple[int, Pull]] = deque()
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._reason = "the connection was fenced"
+        self._receiving = asyncio.create_task(self._receive_all(), name=f"pulls from {peer_id}")
+        self._sending = asyncio.create_task(self._send_all(), name=f"orders to {peer_id}")
+        self._receiving.add_done_callback(self._fail_pending)
+        for task in (self._receiving, self._sending):
+            task.add_done_callback(self._close_socket)
+            task.add_done_callback(log_bug)
+
+    @property
+    def alive(self) -> bool:
+        return not self._receiving.done()
+
+    def submit(self, order: PullOrder) -> Pull:
+        assert len(order.source) <= MAX_ORDER_BLOCKS, f"an order of {len(order.source)} blocks"
+        if not self.alive:
+            return failed(order, PeerLost(f"no connection to {self.peer_id}: {self._reason}"))
+        pull = Pull(order)
+        number = next(self._numbers) & 0xFFFFFFFF
+        lease = order.lease_id.encode()
+        assert len(lease) <= MAX_LEASE_BYTES, f"lease id of {len(lease)} bytes"
+        self._pending.append((number, pull))
+        count = len(order.source)
+        head = _ORDER.pack(number, len(lease), count)
+        self._outbox.put_nowait(head + lease + struct.pack(f"<{count}I", *order.source))
+        return pull
+
+    async def close(self) -> None:
+        """On return the connection is closed, both tasks have ended and every pull is terminal."""
+        self._sending.cancel()
+        self._receiving.cancel()
+        await finish([self._sending, self._receiving])
+
+    async def _send_all(self) -> None:
+        try:
+            while True:
+                await send(self._sock, await self._outbox.get())
+        except OSError as e:
+            self._reason = str(e)
+            self._receiving.cancel()  # half a connection is none
+
+    async def _receive_all(self) -> None:
+        try:
+            while True:
+                await self._receive_answer()
+        except (OSError, FrameError) as e:
+            self._reason = str(e)
+
+    async def _receive_answer(self) -> None:
+        number, status, text_bytes = _ANSWER.unpack(await receive(self._sock, _ANSWER.size))
+        if not self._pending or number != self._pending[0][0] or text_bytes > MAX_TEXT_BYTES or status > REFUSED:
+            raise FrameError(f"{self.peer_id} sent an answer nobody asked for")
+        text = (await receive(self._sock, text_bytes)).decode(errors="replace")
+        pull = self._pending[0][1]
+        try:
+            if status == REFUSED:
+                raise PullRefused(f"{self.peer_id} declined to lend: {text}")
+            await self._take(self._sock, pull)
+        except PullRefused as e:
+            self._pending.popleft()
+            pull.set_failed(e)
+            return
+        if pull.moved_blocks == len(pull.order.source):
+            self._pending.popleft()
+            pull.set_done()
+
+    def _fail_pending(self, _: asyncio.Task[None]) -> None:
+        self._sending.cancel()
+        while self._pending:
+            pull = self._pending.popleft()[1]
+            assert pull.state is PullState.MOVING, f"a {pull.state} pull is still queued"
+            pull.set_failed(PeerLost(f"the connection to {self.peer_id} ended: {self._reason}"))
+
+    def _close_socket(self, _: asyncio.Task[None]) -> None:
+        """By the later of the two tasks: until then the event loop may still watch the descriptor."""
+        if self._receiving.done() and self._sending.done():
+            self._sock.close()
+            release, self._release = self._release, None
+            if release is not None:
+                release()
+
+
+# ---- the lender's end ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """An order as the lender sees it."""
+
+    number: int
+    lease_id: str
+    blocks: tuple[int, ...]
+
+    def granted(self) -> bytes:
+        """The ANSWER frame OK."""
+        return _ANSWER.pack(self.number, OK, 0)
+
+
+Give = Callable[[socket.socket, ReadRequest], Awaitable[None]]
+"""Answer one order: raise PullRefused to decline (also half-way), OSError when the connection is broken."""
+
+Greet = Callable[[socket.socket, bytes], Awaitable[None]]
+"""Send the WELCOME frame, and whatever else the transport sends with it."""
+
+
+class OrderListener:
+    """The lender's listener and the connections of its readers, one task each."""
+
+    def __init__(
+        self, sock: socket.socket, token: bytes, memory: KVMemory, give: Give, timeout_s: float, greet: Greet = send
+    ) -> None:
+        """Takes the bound, listening, non-blocking socket. `timeout_s` bounds a reader's HELLO and each answer."""
+        self._sock = sock
+        self._token = token
+        self._give = give
+        self._greet = greet
+        self._timeout_s = timeout_s
+        self._welcome = _WELCOME.pack(_MAGIC, VERSION, memory.block_bytes)
+        self._connections: dict[int, asyncio.Task[None]] = {}
+        self._numbers = itertools.count()
+        self._accepting = asyncio.create_task(self._accept_all(), name="lender")
+
+    async def close(self) -> None:
+        """On return no connection is open and nothing listens."""
+        self._accepting.cancel()
+        await finish([self._accepting])
+        self._sock.close()
+        tasks = list(self._connections.values())
+        for task in tasks:
+            task.cancel()
+        await finish(tasks)
+
+    async def _accept_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(self._sock)
+            except OSError as e:
+                # Out of descriptors, or the reader went away in between: neither may end the lender.
+                log.warning("a reader could not be accepted: %s", e)
+                await asyncio.sleep(0.1)
+                continue
+            if len(self._connections) >= MAX_CONNECTIONS:
+                log.warning("a reader was turned away: %d connections are open", len(self._connections))
+                sock.close()
+                continue
+            number = next(self._numbers)
+            task = asyncio.create_task(self._serve(sock), name=f"reader {number}")
+            self._connections[number] = task
+            task.add_done_callback(functools.partial(self._forget, number))
+            task.add_done_callback(log_bug)
+
+    def _forget(self, number: int, _: asyncio.Task[None]) -> None:
+        del self._connections[number]
+
+    async def _serve(self, sock: socket.socket) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                magic, version, token = _HELLO.unpack(await receive(sock, _HELLO.size))
+                if magic != _MAGIC or version != VERSION or not hmac.compare_digest(token, self._token):
+                    raise FrameError("a reader without this boot's token was turned away")
+                await self._greet(sock, self._welcome)
+            while True:
+                await self._answer(sock, await self._read_order(sock))
+        except FrameError as e:
+            log.warning("%s", e)
+        except (OSError, TimeoutError) as e:
+            log.debug("a reader's connection ended: %r", e)
+        finally:
+            sock.close()
+
+    async def _read_order(self, sock: socket.socket) -> ReadRequest:
+        """Waits for the next order as long as the reader likes; the rest of it is bounded by `timeout_s`."""
+        head = await receive(sock, _ORDER.size)
+        number, lease_bytes, count = _ORDER.unpack(head)
+        if lease_bytes > MAX_LEASE_BYTES or not 0 < count <= MAX_ORDER_BLOCKS:
+            raise FrameError(f"an order of {count} blocks with a lease id of {lease_bytes} bytes: malformed")
+        async with asyncio.timeout(self._timeout_s):
+            body = await receive(sock, lease_bytes + 4 * count)
+        try:
+            lease_id = body[:lease_bytes].decode()
+        except UnicodeDecodeError:
+            raise FrameError("a lease id that is not text: malformed") from None
+        return ReadRequest(number, lease_id, struct.unpack(f"<{count}I", body[lease_bytes:]))
+
+    async def _answer(self, sock: socket.socket, request: ReadRequest) -> None:
+        try:
+            await self._give(sock, request)
+        except PullRefused as e:
+            text = e.message.encode()[:MAX_TEXT_BYTES]
+            async with asyncio.timeout(self._timeout_s):
+                await send(sock, _ANSWER.pack(request.number, REFUSED, len(text)) + text)
+
+
+def check_lent(may_read: MayRead, lease_id: str, blocks: tuple[int, ...]) -> None:
+    """Raises PullRefused unless the lender lends all of them now."""
+    if not may_read(lease_id, blocks):
+        raise PullRefused(f"lease {lease_id} does not (or no longer) cover blocks {list(blocks[:8])}")
+
+
+async def finish(tasks: Sequence[asyncio.Future[None]]) -> None:
+    """Wait until cancelled tasks of ours have really ended, even while we are being cancelled ourselves: what must
+    not happen before they have ended comes after this."""
+    cancelled = False
+    while waiting := [t for t in tasks if not t.done()]:
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+
+
+def log_bug(task: asyncio.Task[None]) -> None:
+    """Done-callback: what a task of ours did not expect is logged when it happens, not when it is collected."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s ended with %r", task.get_name(), error, exc_info=error)

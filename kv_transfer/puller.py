@@ -1,0 +1,332 @@
+"""The reader's side of docs/protocol.md, table "Pull": whole blocks in, verified, or not at all.
+
+Owns every pull of this worker, the quarantine, and what was measured about each peer. Does not know requests,
+sequences or what the blocks mean.
+
+Life of a pull (and of its destination blocks):
+1. MOVING: the transport may write at any time; the blocks belong to the pull.
+2. DONE by the transport -> digests are compared in the same loop turn -> verified: the blocks are the caller's.
+3. FAILED by the transport, or a digest differs: terminal too; the caller throws the blocks away.
+4. deadline or cancellation while the transport is still MOVING: the blocks enter quarantine *before* the caller
+   hears of it, because late bytes may land in them for as long as the peer is frozen.
+5. `run`, a timer, looks at the quarantine: terminal -> the blocks return; too old, or too many -> the peer is fenced
+   and then they return. It never waits for the next request to do so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.core.config import HandoffConfig
+from baton.core.errors import BatonError, DeadlineExceeded, Incompatible, IntegrityError, PeerLost
+from baton.core.handoff import LentBlock
+from baton.core.metrics import Metrics
+from baton.core.worker import WorkerInfo
+from baton.kv_transfer.choose import Figure, Handshake
+from baton.kv_transfer.digest import digest
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.transport import Pull, PullOrder, PullRefused, PullState, Transport
+
+log = logging.getLogger("baton.kv_transfer")
+
+
+class QuarantinePins(Protocol):
+    """The block pool, as far as quarantine goes: a pinned block is given to nobody, whoever lets go of it."""
+
+    def quarantine(self, block: int) -> None: ...
+
+    def unquarantine(self, block: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What is known about one boot of one peer."""
+
+    peer_id: str
+    boot_id: str
+    figures: tuple[Figure, ...]
+    """Every common transport as measured; the first is in use."""
+
+    @property
+    def transport(self) -> str:
+        return self.figures[0].transport
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.figures[0].bytes_per_s
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """A pull and the blocks it owns until it is terminal."""
+
+    pull: Pull
+    peer_id: str
+    transport: str
+    quarantined_at: float | None = None
+
+
+class Puller:
+    """All pulls of one worker. Owns the transports from construction to close()."""
+
+    def __init__(
+        self,
+        memory: KVMemory,
+        transports: Mapping[str, Transport],
+        quarantine: QuarantinePins,
+        config: HandoffConfig,
+        metrics: Metrics,
+    ) -> None:
+        self._memory = memory
+        self._transports = transports
+        self._pins = quarantine
+        self._config = config
+        self._metrics = metrics
+        self._handshake = Handshake(memory, transports, config, metrics)
+        self._links: dict[str, Link] = {}
+        self._connecting: dict[str, tuple[str, asyncio.Task[Link]]] = {}
+        self._transfers: dict[int, _Transfer] = {}
+        """By id(): every pull that is MOVING, quarantined ones included."""
+        self._fencing: dict[tuple[str, str], asyncio.Task[None]] = {}
+        """(transport, peer) -> the fence under way."""
+        self._closed = False
+
+    # ---- connecting ----------------------------------------------------------------------------------------------
+
+    async def connect(self, peer: WorkerInfo) -> str:
+        """Measure this boot of the peer, once, and return the name of the transport chosen.
+
+        Raises PeerLost or Incompatible; then the next call measures again. Calls for one peer share one handshake.
+        Takes no deadline of its own beyond the handshake's (2 x peer_timeout_s per transport).
+        """
+        return (await self._link(peer)).transport
+
+    async def _link(self, peer: WorkerInfo) -> Link:
+        if self._closed:
+            raise PeerLost("this worker is closing its transfers.")
+        link = self._links.get(peer.worker_id)
+        if link is not None and link.boot_id == peer.boot_id:
+            return link
+        boot_id, task = self._connecting.get(peer.worker_id, ("", None))
+        if task is None or boot_id != peer.boot_id:
+            task = asyncio.create_task(self._measure(peer, after=task), name=f"handshake {peer.worker_id}")
+            self._connecting[peer.worker_id] = (peer.boot_id, task)
+            task.add_done_callback(_retrieve)
+        # Not awaited directly: one impatient request must not end the handshake that others wait for.
+        await asyncio.wait([task])
+        if self._closed or task.cancelled():
+            raise PeerLost("this worker is closing its transfers.")
+        return task.result()
+
+    async def _measure(self, peer: WorkerInfo, after: asyncio.Task[Link] | None) -> Link:
+        """One handshake at a time per peer: a newer boot's waits for the older one's to end."""
+        if after is not None:
+            await asyncio.wait([after])
+        try:
+            figures = await self._handshake.choose(peer)
+            link = Link(peer.worker_id, peer.boot_id, figures)
+            self._links[peer.worker_id] = link
+        finally:
+            if self._connecting.get(peer.worker_id, ("", None))[1] is asyncio.current_task():
+                del self._connecting[peer.worker_id]
+        log.info("pulls from %s use %s (%s)", peer.worker_id, link.transport,
+                 ", ".join(f"{f.transport} {f.error or f'{f.bytes_per_s / 1e6:.0f} MB/s'}" for f in figures))
+        return link
+
+    # ---- pulling -------------------------------------------------------------------------------------------------
+
+    async def pull(
+        self, peer: WorkerInfo, lease_id: str, blocks: Sequence[LentBlock], destination: Sequence[int]
+    ) -> None:
+        """Bring blocks[i] into our block destination[i]; return when every digest is right.
+
+        Raises DeadlineExceeded after handoff.pull_timeout_s, PeerLost (PullRefused if the lender lives but declines),
+        Incompatible, IntegrityError. However it ends, no destination block that the caller then lets go of can change
+        under its next owner: it is either terminal or quarantined.
+        """
+        assert len(blocks) == len(destination), f"{len(blocks)} blocks to {len(destination)}"
+        assert all(0 <= b < self._memory.num_blocks for b in destination), f"destination {destination} not in the pool"
+        transfer: _Transfer | None = None
+        name = "none"
+        end = "cancelled"
+        try:
+            async with asyncio.timeout(self._config.pull_timeout_s):
+                link = await self._link(peer)
+                name = link.transport
+                order = PullOrder(lease_id, tuple(b.block_id for b in blocks), tuple(destination))
+                transfer = self._start(peer.worker_id, name, order)
+                await transfer.pull.wait()
+            end = self._outcome(transfer, blocks, link)
+        except TimeoutError:
+            end = "timeout"
+            raise DeadlineExceeded(
+                f"{len(blocks)} blocks from {peer.worker_id} did not arrive over {name} within "
+                f"{self._config.pull_timeout_s:g} s; they stay in quarantine until no late byte can land."
+            ) from None
+        except (PeerLost, Incompatible) as e:
+            end = "refused" if isinstance(e, PullRefused) else "failed"
+            raise
+        except IntegrityError:
+            end = "integrity"
+            raise
+        finally:
+            if transfer is not None:
+                self._let_go(transfer)
+            self._metrics.inc("baton_pulls_total", transport=name, end=end)
+
+    def _start(self, peer_id: str, transport: str, order: PullOrder) -> _Transfer:
+        busy = self.in_flight_blocks().intersection(order.destination)
+        assert not busy, f"blocks {sorted(busy)} still belong to another pull"
+        transfer = _Transfer(self._transports[transport].pull(peer_id, order), peer_id, transport)
+        self._transfers[id(transfer)] = transfer
+        return transfer
+
+    def _outcome(self, transfer: _Transfer, blocks: Sequence[LentBlock], link: Link) -> str:
+        """Of a terminal pull: 'verified', or raises its error. No await between DONE and the comparison."""
+        pull = transfer.pull
+        if pull.state is PullState.FAILED:
+            error = pull.error or PeerLost(f"the pull from {transfer.peer_id} failed")
+            if not isinstance(error, PullRefused) and self._links.get(link.peer_id) is link:
+                del self._links[link.peer_id]  # the connection is gone: measure again before the next pull
+            raise error
+        num_bytes = len(blocks) * self._memory.block_bytes
+        self._metrics.inc("baton_pulled_bytes_total", num_bytes, transport=transfer.transport)
+        wrong = [
+            b.block_id for b, d in zip(blocks, pull.order.destination, strict=True)
+            if digest(self._memory.block(d)) != b.digest
+        ]
+        if wrong:
+            self._metrics.inc("baton_integrity_failures_total", len(wrong), reason="digest")
+            raise IntegrityError(
+                f"{len(wrong)} of {len(blocks)} blocks pulled from {transfer.peer_id} over {transfer.transport} are "
+                f"not what it published (its blocks {wrong[:8]}). They are thrown away and computed again."
+            )
+        self._metrics.inc("baton_verified_bytes_total", num_bytes)
+        return "verified"
+
+    def _let_go(self, transfer: _Transfer) -> None:
+        """The waiter leaves. What is not terminal is quarantined here, before anybody else can run."""
+        if transfer.pull.state is not PullState.MOVING:
+            del self._transfers[id(transfer)]
+            return
+        transfer.quarantined_at = asyncio.get_running_loop().time()
+        for block in transfer.pull.order.destination:
+            self._pins.quarantine(block)
+        self._metrics.inc("baton_quarantined_blocks_total", len(transfer.pull.order.destination))
+        log.warning("%d blocks of a pull from %s over %s are quarantined: it did not end in time",
+                    len(transfer.pull.order.destination), transfer.peer_id, transfer.transport)
+        self._fence_over_cap()
+
+    # ---- quarantine ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """The quarantine timer, until cancelled or closed. Keeps working when no request ever comes again."""
+        while not self._closed:
+            await asyncio.sleep(self._config.quarantine_poll_s)
+            self.poll()
+
+    def poll(self) -> None:
+        """Return what has become terminal; start fences for what is too old or too much."""
+        now = asyncio.get_running_loop().time()
+        for transfer in self._quarantined():
+            if transfer.pull.state is not PullState.MOVING:
+                self._return(transfer)
+        for transfer in self._quarantined():
+            assert transfer.quarantined_at is not None
+            if now - transfer.quarantined_at >= self._config.quarantine_max_s:
+                self._start_fence(transfer.transport, transfer.peer_id)
+        self._fence_over_cap()
+
+    def _fence_over_cap(self) -> None:
+        """Above the cap, the peer of the oldest pulls goes first, until what is left is below it."""
+        cap = self._config.quarantine_cap * self._memory.num_blocks
+        waiting = [t for t in self._quarantined() if (t.transport, t.peer_id) not in self._fencing]
+        held = sum(len(t.pull.order.destination) for t in waiting)
+        for transfer in waiting:
+            if held <= cap:
+                return
+            self._start_fence(transfer.transport, transfer.peer_id)
+            held -= len(transfer.pull.order.destination)
+
+    def _start_fence(self, transport: str, peer_id: str) -> None:
+        if (transport, peer_id) in self._fencing:
+            return
+        self._metrics.inc("baton_fences_total", transport=transport)
+        task = asyncio.create_task(self._fence(transport, peer_id), name=f"fence {peer_id} on {transport}")
+        self._fencing[transport, peer_id] = task
+        task.add_done_callback(_retrieve)
+
+    async def _fence(self, transport: str, peer_id: str) -> None:
+        """End every pull from the peer on this transport. A new handshake comes before the next one."""
+        log.warning("fencing %s on %s", peer_id, transport)
+        self._links.pop(peer_id, None)
+        try:
+            await self._transports[transport].fence(peer_id)
+        finally:
+            del self._fencing[transport, peer_id]
+        for transfer in self._quarantined():
+            if transfer.pull.state is not PullState.MOVING:
+                self._return(transfer)
+
+    def _return(self, transfer: _Transfer) -> None:
+        del self._transfers[id(transfer)]
+        for block in transfer.pull.order.destination:
+            self._pins.unquarantine(block)
+
+    def _quarantined(self) -> list[_Transfer]:
+        """Oldest first."""
+        return [t for t in self._transfers.values() if t.quarantined_at is not None]
+
+    # ---- looking in ----------------------------------------------------------------------------------------------
+
+    def links(self) -> tuple[Link, ...]:
+        """Per connected peer: every transport as measured, the one in use first."""
+        return tuple(self._links.values())
+
+    def bandwidths(self) -> tuple[tuple[str, str, float], ...]:
+        """(peer worker_id, transport in use, measured bytes/s), as in WorkerLoad.pair_bandwidth."""
+        return tuple((k.peer_id, k.transport, k.bytes_per_s) for k in self._links.values())
+
+    def in_flight_blocks(self) -> set[int]:
+        """Destination blocks that a transport may still write to, quarantined ones included."""
+        return {b for t in self._transfers.values() for b in t.pull.order.destination}
+
+    def quarantined_blocks(self) -> set[int]:
+        """Destination blocks pinned by quarantine."""
+        return {b for t in self._quarantined() for b in t.pull.order.destination}
+
+    def progress(self) -> Iterator[tuple[str, str, int, int]]:
+        """(peer worker_id, transport, blocks landed, blocks ordered) of every pull under way."""
+        for t in self._transfers.values():
+            yield t.peer_id, t.transport, t.pull.moved_blocks, len(t.pull.order.source)
+
+    # ---- closing -------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Fence everything. On return every pull is terminal, its waiter has been told or will be in the next loop
+        turn, the quarantine is empty, and the transports serve nobody any more."""
+        self._closed = True
+        handshakes = [task for _, task in self._connecting.values()]
+        for task in handshakes:
+            task.cancel()
+        if handshakes:
+            await asyncio.wait(handshakes)
+        for transfer in list(self._transfers.values()):
+            self._start_fence(transfer.transport, transfer.peer_id)
+        if self._fencing:
+            await asyncio.wait(list(self._fencing.values()))
+        for transfer in self._quarantined():
+            self._return(transfer)
+        for transport in self._transports.values():
+            await transport.close()
+
+
+def _retrieve(task: asyncio.Task[object]) -> None:
+    """A task whose waiters may all have gone: its error is looked at here, at the latest."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        level = logging.DEBUG if isinstance(error, BatonError) else logging.ERROR
+        log.log(level, "%s ended with %r", task.get_name(), error, exc_info=error)

@@ -1,0 +1,179 @@
+"""Transport "shm": two workers on one machine, one copy, by the reader.
+
+Owns the abstract Unix socket over which the lender passes its sealed memfd (no name in any file system: nothing to
+leave behind), and the thread that copies. Each pull asks the lender first, with one small order; the copy then runs
+without it. A lease that ends during the copy is caught by the digests.
+
+What makes a pull terminal: the copy has returned. A copy takes its time and cannot be cancelled, but it cannot stall
+either: it needs nothing of the lender, frozen or dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import secrets
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from baton.core.config import HandoffConfig
+from baton.core.errors import Incompatible, PeerLost
+from baton.core.worker import WorkerInfo
+from baton.kv_transfer.framing import (
+    TOKEN_BYTES,
+    WELCOME_BYTES,
+    FrameError,
+    OrderLink,
+    OrderListener,
+    ReadRequest,
+    check_lent,
+    check_welcome,
+    finish,
+    pack_advert,
+    say_hello,
+    send,
+    unpack_advert,
+)
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.transport import MayRead, Pull, PullOrder, failed
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class ShmTransport:
+    """Built by `open`; closed by whoever opened it."""
+
+    name = "shm"
+
+    def __init__(self, memory: KVMemory, may_read: MayRead) -> None:
+        assert memory.fd is not None, "the shm transport needs shared memory"
+        self._memory = memory
+        self._may_read = may_read
+        self._links: dict[str, OrderLink] = {}
+        self._copier = ThreadPoolExecutor(1, "kv-copy")
+        self._machine = _BOOT_ID.read_text().strip()
+        self.advert = b""
+        self._listener: OrderListener | None = None
+
+    @classmethod
+    async def open(cls, memory: KVMemory, may_read: MayRead, config: HandoffConfig) -> ShmTransport:
+        """Listen on an abstract socket with a random name. Raises OSError where there is no such thing."""
+        self = cls(memory, may_read)
+        name = f"baton-kv-{secrets.token_hex(16)}"
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.bind("\0" + name)
+        sock.listen(64)
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._listener = OrderListener(sock, token, memory, self._give, config.peer_timeout_s, self._greet)
+        self.advert = pack_advert(machine=self._machine, socket=name, token=token.hex())
+        return self
+
+    async def connect(self, peer: WorkerInfo) -> None:
+        link = self._links.get(peer.worker_id)
+        if link is not None and link.alive and link.boot_id == peer.boot_id:
+            return
+        await self.fence(peer.worker_id)
+        name, token = self._address(peer)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, "\0" + name)
+            await say_hello(sock, token)
+            fd = await self._receive_memory(sock, peer.worker_id)
+        except OSError as e:
+            sock.close()
+            raise PeerLost(f"{peer.worker_id} does not answer on this machine: {e}") from None
+        except BaseException:
+            sock.close()
+            raise
+        if peer.worker_id in self._links:  # another caller was quicker
+            sock.close()
+            os.close(fd)
+            return
+        # The descriptor keeps the peer's whole memory alive, so it goes when the link does, not when somebody asks.
+        self._links[peer.worker_id] = OrderLink(
+            sock, peer.worker_id, peer.boot_id, functools.partial(self._take, fd), functools.partial(os.close, fd)
+        )
+
+    def pull(self, peer_id: str, order: PullOrder) -> Pull:
+        link = self._links.get(peer_id)
+        if link is None:
+            return failed(order, PeerLost(f"there is no shm connection to {peer_id}"))
+        return link.submit(order)
+
+    async def fence(self, peer_id: str) -> None:
+        link = self._links.pop(peer_id, None)
+        if link is not None:
+            await link.close()
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
+        for peer_id in list(self._links):
+            await self.fence(peer_id)
+        self._copier.shutdown(wait=True)  # idle by now: every copy was joined
+
+    def _address(self, peer: WorkerInfo) -> tuple[str, bytes]:
+        fields = unpack_advert(peer.worker_id, peer.capability.advert(self.name))
+        if fields.get("machine") != self._machine:
+            raise Incompatible(f"{peer.worker_id} runs on another machine: no shared memory")
+        try:
+            name, token = str(fields["socket"]), bytes.fromhex(str(fields["token"]))
+        except (KeyError, ValueError):
+            token, name = b"", ""
+        if len(token) != TOKEN_BYTES or not 0 < len(name) < 100:
+            raise Incompatible(f"the shm advert of {peer.worker_id} cannot be read; it runs another version.")
+        return name, token
+
+    async def _receive_memory(self, sock: socket.socket, peer_id: str) -> int:
+        """The WELCOME frame and the descriptor that comes with it. The caller owns the descriptor."""
+        await _readable(sock)
+        frame, fds, _, _ = socket.recv_fds(sock, WELCOME_BYTES, 1)
+        try:
+            if not frame:
+                raise ConnectionResetError("the other side closed the connection")
+            if len(frame) != WELCOME_BYTES or len(fds) != 1:
+                raise FrameError(f"{peer_id} sent no memory with its welcome")
+            check_welcome(frame, peer_id, self._memory)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds[0]
+
+    async def _take(self, fd: int, _: socket.socket, pull: Pull) -> None:
+        """One OK answer grants the whole order. Returns, or is cancelled, only after the copy has ended."""
+        copying = asyncio.get_running_loop().run_in_executor(self._copier, self._copy, fd, pull.order)
+        await finish([copying])
+        copying.result()
+        pull.moved_blocks = len(pull.order.source)
+
+    def _copy(self, fd: int, order: PullOrder) -> None:
+        """In the thread. preadv releases the interpreter and reads the lender's pages straight into the block."""
+        size = self._memory.block_bytes
+        for source, destination in zip(order.source, order.destination, strict=True):
+            count = os.preadv(fd, [self._memory.block(destination)], source * size)
+            if count != size:
+                raise ConnectionResetError(f"block {source} lies outside the lender's memory ({count} bytes read)")
+
+    async def _give(self, sock: socket.socket, request: ReadRequest) -> None:
+        check_lent(self._may_read, request.lease_id, request.blocks)
+        await send(sock, request.granted())
+
+    async def _greet(self, sock: socket.socket, welcome: bytes) -> None:
+        """A fresh connection's buffer takes these few bytes at once."""
+        assert self._memory.fd is not None, "serving memory that was closed"
+        socket.send_fds(sock, [welcome], [self._memory.fd])
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
