@@ -1,0 +1,157 @@
+"""Who is in the fleet: a registry of worker incarnations, in Redis or in this process.
+
+It is discovery and nothing more. A worker registers again and again while it lives; readers treat an entry as a hint
+where to connect, decide life and death by the worker's own stream, and keep what they know when the registry is empty
+or gone. So no request waits for it, and losing it loses nothing.
+
+Life of an entry: register -> refreshed by further registers -> deregister by the same boot, replaced by the next
+boot's register, or (Redis) expired `expire_s` after the last refresh, for workers that died without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from baton.core.errors import ConfigError, PeerLost
+from baton.core.layout import Capability, KVLayout
+from baton.core.worker import Role, WorkerInfo
+
+log = logging.getLogger("baton.cluster")
+
+EXPIRE_S = 30.0
+"""Many times the refresh interval: an entry outlives short outages of its worker or of Redis, not its worker."""
+_KEY_PREFIX = "baton:worker:"
+_SOCKET_TIMEOUT_S = 1.0
+_CALL_TIMEOUT_S = 2.5
+"""For one call, its connection and the one retry that a restarted server needs (the old connection is dead)."""
+
+# A late deregister of an old boot must not remove its successor. An entry that is no JSON is nobody's.
+_DELETE_IF_BOOT = """
+local value = redis.call('GET', KEYS[1])
+if not value then return 0 end
+local ok, entry = pcall(cjson.decode, value)
+if ok and entry['boot_id'] == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
+
+class Registry(Protocol):
+    """Every call raises PeerLost, within a few seconds, when the registry does not answer."""
+
+    async def register(self, info: WorkerInfo) -> None:
+        """Enter this incarnation, or refresh it. Replaces an earlier boot of the same worker."""
+        ...
+
+    async def deregister(self, worker_id: str, boot_id: str) -> None:
+        """Take this incarnation out. Nothing happens if it is not there, or a later boot is."""
+        ...
+
+    async def list(self) -> tuple[WorkerInfo, ...]:
+        """All entries, by worker_id. Entries that cannot be read are skipped and logged."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class MemoryRegistry:
+    """For one process (tests, the simulator). Entries do not expire: nobody here dies without the registry."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, WorkerInfo] = {}
+
+    async def register(self, info: WorkerInfo) -> None:
+        self._entries[info.worker_id] = info
+
+    async def deregister(self, worker_id: str, boot_id: str) -> None:
+        held = self._entries.get(worker_id)
+        if held is not None and held.boot_id == boot_id:
+            del self._entries[worker_id]
+
+    async def list(self) -> tuple[WorkerInfo, ...]:
+        return tuple(self._entries[name] for name in sorted(self._entries))
+
+    async def close(self) -> None:
+        pass
+
+
+class RedisRegistry:
+    """Redis or Valkey; one key per worker. Connects when first used, and again whenever it must."""
+
+    def __init__(self, url: str, expire_s: float = EXPIRE_S) -> None:
+        """`url`: redis://host:port/0, rediss://..., unix:///path. Raises ConfigError for any other."""
+        self._expire_ms = int(expire_s * 1000)
+        self._unreadable: dict[bytes, bytes] = {}
+        self._where = url.rpartition("@")[2]  # Without the password: this goes into messages.
+        try:
+            self._redis: Any = redis.Redis.from_url(
+                url, socket_timeout=_SOCKET_TIMEOUT_S, socket_connect_timeout=_SOCKET_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1))
+        except ValueError as e:
+            raise ConfigError(f"cluster.redis_url {self._where!r} cannot be used: {e}", "cluster.redis_url") from None
+
+    async def register(self, info: WorkerInfo) -> None:
+        async with self._answering():
+            await self._redis.set(_KEY_PREFIX + info.worker_id, _to_json(info), px=self._expire_ms)
+
+    async def deregister(self, worker_id: str, boot_id: str) -> None:
+        async with self._answering():
+            await self._redis.eval(_DELETE_IF_BOOT, 1, _KEY_PREFIX + worker_id, boot_id)
+
+    async def list(self) -> tuple[WorkerInfo, ...]:
+        async with self._answering():
+            keys = sorted({key async for key in self._redis.scan_iter(match=_KEY_PREFIX + "*", count=1000)})
+            values = await self._redis.mget(keys) if keys else []
+        entries = [self._read(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
+        return tuple(info for info in entries if info is not None)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    def _read(self, key: bytes, value: bytes) -> WorkerInfo | None:
+        try:
+            return _from_json(value)
+        except (ValueError, TypeError, KeyError) as e:
+            if self._unreadable.get(key) != value:  # Once per content: this is polled.
+                self._unreadable[key] = value
+                log.warning("skipping registry entry %r, which this version cannot read: %r", key, e)
+            return None
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                yield
+        except TimeoutError:
+            raise PeerLost(f"the registry at {self._where} did not answer within {_CALL_TIMEOUT_S} s.") from None
+        except (RedisError, OSError) as e:
+            raise PeerLost(f"the registry at {self._where} is not usable: {e}") from None
+
+
+def _to_json(info: WorkerInfo) -> str:
+    return json.dumps(dataclasses.asdict(info), default=lambda raw: base64.b64encode(raw).decode())
+
+
+def _from_json(raw: bytes) -> WorkerInfo:
+    """Raises ValueError, TypeError or KeyError for what `_to_json` of this version does not write."""
+    entry = json.loads(raw)
+    capability = dict(entry.pop("capability"))
+    layout = KVLayout(**capability.pop("layout"))
+    adverts = capability.pop("transports")
+    transports = tuple((str(name), base64.b64decode(advert, validate=True)) for name, advert in adverts)
+    eos_token_ids = tuple(capability.pop("eos_token_ids"))
+    role = Role(entry.pop("role"))
+    return WorkerInfo(
+        role=role, **entry,
+        capability=Capability(layout=layout, transports=transports, eos_token_ids=eos_token_ids, **capability))
