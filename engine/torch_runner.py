@@ -91,13 +91,15 @@ class TorchRunner:
 
     def _run(self, step: Step) -> StepResult:
         with torch.inference_mode():
-            logits = self._logits(step.chunks)
+            logits = self.logits(step.chunks)
             asked = [SampledRow(c.sampling, c.seed, c.end) for c in step.chunks if c.samples]
             tokens = iter(sample(logits, asked)) if logits is not None else iter(())
         return StepResult(tuple(next(tokens) if c.samples else None for c in step.chunks))
 
-    def _logits(self, chunks: tuple[ScheduledChunk, ...]) -> Tensor | None:
-        """[number of chunks that sample, vocab_size] in their order, or None if there is none."""
+    def logits(self, chunks: tuple[ScheduledChunk, ...]) -> Tensor | None:
+        """Run the op list: [number of chunks that sample, vocab_size] in their order, or None if there is none.
+
+        `execute` calls it in the compute thread; a test may call it while no step is in execution."""
         self.num_layers_done = 0
         layout = self._layout
         spans = [reference.Span(c.start, len(c.token_ids), c.block_table) for c in chunks]
