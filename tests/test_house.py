@@ -55,8 +55,13 @@ ONLY_IN = {  # package -> where it may be imported
     "marshal": lambda path: False,
     "shelve": lambda path: False,
 }
-CLOCKS = {f"time.{name}{ns}" for name in ("time", "monotonic", "perf_counter", "process_time") for ns in ("", "_ns")} | {
-    "time.sleep", "datetime.now", "datetime.datetime.now", "datetime.utcnow", "datetime.datetime.utcnow"}
+CLOCKS = {"time.sleep", "datetime.now", "datetime.datetime.now", "datetime.utcnow", "datetime.datetime.utcnow"} | {
+    f"time.{name}{ns}" for name in ("time", "monotonic", "perf_counter", "process_time") for ns in ("", "_ns")
+}
+CLOCKS_ALLOWED = {
+    "models/convert.py": "waits for a file lock in a thread, where no loop runs",
+    "router/server.py": "hands the wall clock to the HTTP front for OpenAI's `created`, which nothing reads again",
+}
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 UNSAFE_LOADS = {"torch.load", "torch.save", "numpy.load", "np.load"}
 VAGUE_NAMES = ("Manager", "Handler", "Helper", "Util", "Utils", "Base", "Mixin")
@@ -76,7 +81,7 @@ def sources() -> dict[Path, ast.Module]:
 
 
 @cache
-def test_sources() -> dict[Path, ast.Module]:
+def sources_of_tests() -> dict[Path, ast.Module]:
     return {p.relative_to(ROOT): ast.parse(p.read_text(), str(p)) for p in sorted((ROOT / "tests").rglob("*.py"))}
 
 
@@ -125,22 +130,32 @@ def test_rooms_import_only_what_stands_below_them() -> None:
         room = path.parts[0]
         for line, module in imports(tree):
             parts = module.split(".")
-            if parts[0] == "baton" and len(parts) > 1 and parts[1] in MAY_IMPORT:
-                if parts[1] not in MAY_IMPORT[room] | {room}:
-                    wrong.append(f"{path}:{line}: {room} may not import {parts[1]}")
+            target = parts[1] if parts[0] == "baton" and len(parts) > 1 else ""
+            if target in MAY_IMPORT and target not in MAY_IMPORT[room] | {room}:
+                wrong.append(f"{path}:{line}: {room} may not import {target}")
     complain(wrong)
 
 
 def test_imports_are_absolute_because_a_room_has_two_paths() -> None:
-    complain([f"{path}:{node.lineno}: write the absolute import"
-              for path, tree in {**sources(), **test_sources()}.items() for node in ast.walk(tree)
-              if isinstance(node, ast.ImportFrom) and node.level])
+    complain(
+        [
+            f"{path}:{node.lineno}: write the absolute import"
+            for path, tree in {**sources(), **sources_of_tests()}.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level
+        ]
+    )
 
 
 def test_rooms_import_each_other_through_the_package_only() -> None:
-    complain([f"{path}:{line}: write baton.{module}" for path, tree in {**sources(), **test_sources()}.items()
-              for line, module in imports(tree)
-              if module.split(".")[0] in set(ROOMS) and not (ROOT / "tests" / module.split(".")[0]).with_suffix(".py").exists()])
+    complain(
+        [
+            f"{path}:{line}: write baton.{module}"
+            for path, tree in {**sources(), **sources_of_tests()}.items()
+            for line, module in imports(tree)
+            if module.split(".")[0] in MAY_IMPORT
+        ]
+    )
 
 
 def test_heavy_and_dangerous_packages_stay_in_their_places() -> None:
@@ -154,34 +169,63 @@ def test_heavy_and_dangerous_packages_stay_in_their_places() -> None:
 
 
 def test_only_core_config_reads_the_environment() -> None:
-    complain([f"{path}:{line}: {name}; core/config.py is the only reader of the environment"
-              for path, tree in sources().items() if path.as_posix() != "core/config.py"
-              for line, name in dotted_names(tree) if name in ENVIRONMENT])
+    complain(
+        [
+            f"{path}:{line}: {name}; core/config.py is the only reader of the environment"
+            for path, tree in sources().items()
+            if path.as_posix() != "core/config.py"
+            for line, name in dotted_names(tree)
+            if name in ENVIRONMENT
+        ]
+    )
 
 
 def test_no_wall_clock_outside_cli_and_bench() -> None:
-    complain([f"{path}:{line}: {name}; take `now` as an argument or ask the running loop"
-              for path, tree in sources().items() if path.parts[0] not in {"cli", "bench"}
-              for line, name in dotted_names(tree) if name in CLOCKS])
+    complain(
+        [
+            f"{path}:{line}: {name}; take `now` as an argument or ask the running loop"
+            for path, tree in sources().items()
+            if path.parts[0] not in {"cli", "bench"} and path.as_posix() not in CLOCKS_ALLOWED
+            for line, name in dotted_names(tree)
+            if name in CLOCKS
+        ]
+    )
 
 
 def test_no_module_level_random_outside_cli_and_bench() -> None:
-    complain([f"{path}:{line}: {name}; pass a seeded random.Random"
-              for path, tree in sources().items() if path.parts[0] not in {"cli", "bench"}
-              for line, name in dotted_names(tree)
-              if name.startswith(("random.", "np.random.", "numpy.random.")) and name != "random.Random"])
+    complain(
+        [
+            f"{path}:{line}: {name}; pass a seeded random.Random"
+            for path, tree in sources().items()
+            if path.parts[0] not in {"cli", "bench"}
+            for line, name in dotted_names(tree)
+            if name.startswith(("random.", "np.random.", "numpy.random.")) and name != "random.Random"
+        ]
+    )
 
 
 def test_nothing_loads_code_from_data() -> None:
-    complain([f"{path}:{line}: {name} may run code from a file; use safetensors"
-              for path, tree in sources().items() for line, name in dotted_names(tree) if name in UNSAFE_LOADS])
-    complain([f"{path}:{node.lineno}: {node.func.id}()" for path, tree in sources().items() for node in ast.walk(tree)
-              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}])
+    complain(
+        [
+            f"{path}:{line}: {name} may run code from a file; use safetensors"
+            for path, tree in sources().items()
+            for line, name in dotted_names(tree)
+            if name in UNSAFE_LOADS
+        ]
+    )
+    complain(
+        [
+            f"{path}:{node.lineno}: {node.func.id}()"
+            for path, tree in sources().items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}
+        ]
+    )
 
 
 def test_files_and_functions_stay_short() -> None:
     wrong = []
-    for path, tree in {**sources(), **test_sources()}.items():
+    for path, tree in {**sources(), **sources_of_tests()}.items():
         lines = (ROOT / path).read_text().count("\n")
         if lines > MAX_FILE_LINES:
             wrong.append(f"{path}: {lines} lines, at most {MAX_FILE_LINES}")
@@ -198,8 +242,14 @@ def test_every_module_says_what_it_owns() -> None:
 
 
 def test_no_class_has_a_name_that_says_nothing() -> None:
-    complain([f"{path}:{node.lineno}: {node.name}" for path, tree in sources().items() for node in ast.walk(tree)
-              if isinstance(node, ast.ClassDef) and node.name.endswith(VAGUE_NAMES)])
+    complain(
+        [
+            f"{path}:{node.lineno}: {node.name}"
+            for path, tree in sources().items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and node.name.endswith(VAGUE_NAMES)
+        ]
+    )
 
 
 def test_settings_stay_few() -> None:
@@ -209,8 +259,13 @@ def test_settings_stay_few() -> None:
 
 
 LIGHT = ["baton.router.server", "baton.sim.simulate", "baton.cli.main", "baton.wire.client", "baton.cluster.store"]
-PURE = ["baton.engine.scheduler", "baton.engine.block_pool", "baton.kv_transfer.lease", "baton.kv_transfer.puller",
-        "baton.worker.node"]
+PURE = [
+    "baton.engine.scheduler",
+    "baton.engine.block_pool",
+    "baton.kv_transfer.lease",
+    "baton.kv_transfer.puller",
+    "baton.worker.node",
+]
 HEAVY = {"torch", "numpy", "ray", "transformers", "safetensors", "gguf", "nixl", "nixl_cu13", "triton"}
 BLOCKER = """
 import importlib, sys
@@ -233,9 +288,12 @@ def test_the_light_core_imports_without_torch_or_ray(module: str) -> None:
 def test_lines_per_room(capsys: pytest.CaptureFixture[str]) -> None:
     """Not a limit but a look: `make check` prints it, and a change that adds 300 lines says what they buy."""
     counts = {room: sum((ROOT / p).read_text().count("\n") for p in sources() if p.parts[0] == room) for room in ROOMS}
-    tests = sum((ROOT / p).read_text().count("\n") for p in test_sources())
+    tests = sum((ROOT / p).read_text().count("\n") for p in sources_of_tests())
     with capsys.disabled():
         if sys.stdout.isatty() or "-s" in sys.argv:
-            print("\nlines per room: " + ", ".join(f"{r} {n:,}" for r, n in counts.items()) +
-                  f"; all {sum(counts.values()):,}, tests {tests:,}")
+            print(
+                "\nlines per room: "
+                + ", ".join(f"{r} {n:,}" for r, n in counts.items())
+                + f"; all {sum(counts.values()):,}, tests {tests:,}"
+            )
     assert sum(counts.values()) > 0

@@ -1,0 +1,157 @@
+"""`baton status` and `baton trace`: what a running router says of its fleet and of one request, over its admin
+service. The same messages as JSON with --json."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from collections.abc import Awaitable, Iterator
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from baton.cli.config import ConfigFile, Overrides, read_config
+from baton.cli.waterfall import waterfall
+from baton.core.config import Config
+from baton.core.errors import PeerLost, SetupError
+from baton.core.worker import Span
+
+if TYPE_CHECKING:
+    from baton.wire.admin_pb2 import FleetStatus, RequestTrace
+
+Answer = TypeVar("Answer", bound=Message)
+Address = Annotated[
+    str | None,
+    typer.Option("--router", metavar="HOST:PORT", help="The router's gRPC address; default: from the settings."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")]
+
+
+def status(
+    router: Address = None, as_json: AsJson = False, config: ConfigFile = None, override: Overrides = None
+) -> None:
+    """Workers, pairs and counters of a running stack."""
+    answer = asyncio.run(fleet_status(router or _address(read_config(config, override))))
+    if as_json:
+        print(MessageToJson(answer, always_print_fields_with_no_presence=True))
+        return
+    for line in summary(answer):
+        print(line)
+    Console().print(workers_table(answer), pairs_table(answer))
+
+
+def trace(
+    request_id: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Default: the newest request.")] = "",
+    router: Address = None,
+    as_json: AsJson = False,
+    config: ConfigFile = None,
+    override: Overrides = None,
+) -> None:
+    """The waterfall of one request, and why it went where it went."""
+    answer = asyncio.run(request_trace(router or _address(read_config(config, override)), request_id))
+    if as_json:
+        print(MessageToJson(answer, always_print_fields_with_no_presence=True))
+        return
+    print("\n".join(trace_lines(answer)))
+
+
+async def fleet_status(address: str, timeout_s: float = 5.0) -> FleetStatus:
+    from baton.wire.client import GrpcAdmin
+
+    async with GrpcAdmin(address) as admin:
+        return await _reached(admin.status(timeout_s), address)
+
+
+async def request_trace(address: str, request_id: str = "", timeout_s: float = 5.0) -> RequestTrace:
+    from baton.wire.client import GrpcAdmin
+
+    async with GrpcAdmin(address) as admin:
+        return await _reached(admin.trace(request_id, timeout_s), address)
+
+
+async def _reached(call: Awaitable[Answer], address: str) -> Answer:
+    try:
+        return await call
+    except PeerLost as e:
+        raise SetupError(
+            f"no router answers at {address} ({e}); start a stack with `baton serve`, or name its gRPC "
+            "address with --router."
+        ) from e
+
+
+def _address(config: Config) -> str:
+    return f"{config.router.host}:{config.router.grpc_port}"
+
+
+def summary(answer: FleetStatus) -> Iterator[str]:
+    yield f"router {answer.router_id}: {answer.model} at {answer.http_endpoint} and {answer.grpc_endpoint} (gRPC)"
+    yield f"{answer.in_flight} requests now"
+    if answer.counters:
+        yield "   ".join(f"{c.name} {c.value:g}" for c in answer.counters)
+
+
+def workers_table(answer: FleetStatus) -> Table:
+    from baton.wire.admin_pb2 import WorkerState  # protobuf is loaded by the commands that speak it
+    from baton.wire.worker_pb2 import Role
+
+    table = Table(
+        "worker",
+        "role",
+        "state",
+        "address",
+        "requests",
+        "blocks active/lent/cached/free/quarantined",
+        "prefill tok/s",
+        "step",
+        title="workers",
+        title_justify="left",
+    )
+    for w in answer.workers:
+        led = w.ledger
+        blocks = f"{led.active}/{led.lent}/{led.cached}/{led.free}/{led.quarantined}" if w.HasField("ledger") else "-"
+        table.add_row(
+            w.info.worker_id,
+            Role.Name(w.info.role).lower(),
+            WorkerState.Name(w.state).lower(),
+            w.info.address,
+            str(w.in_flight),
+            blocks,
+            f"{w.load.prefill_tokens_per_s:.0f}",
+            f"{w.load.decode_step_s * 1e3:.1f} ms",
+        )
+    return table
+
+
+def pairs_table(answer: FleetStatus) -> Table:
+    table = Table("prefill", "decode", "transport", "measured", title="pairs", title_justify="left")
+    for p in answer.pairs:
+        speed = f"{p.bytes_per_s / 1e6:,.0f} MB/s" if p.bytes_per_s else "-"
+        shown = f"not paired: {p.refused}" if p.refused else p.transport or "not used yet"
+        table.add_row(p.prefill, p.decode, shown, speed)
+    return table
+
+
+def trace_lines(answer: RequestTrace) -> Iterator[str]:
+    state = "finished" if answer.finished else "running"
+    yield (
+        f"{answer.request_id} ({state}): {answer.prompt_tokens} prompt tokens, {answer.cached_tokens} of them cached, "
+        f"{answer.output_tokens} output tokens"
+    )
+    for attempt in answer.attempts:
+        route = attempt.route
+        place = f"{route.prefill.worker_id} -> {route.decode}" if route.HasField("prefill") else f"{route.decode} alone"
+        terms = ", ".join(f"{t.name} {t.seconds * 1e3:.1f} ms" for t in route.terms)
+        yield f"attempt {attempt.epoch}: {place}, priced {route.cost_s * 1e3:.1f} ms ({terms}); {route.reason}"
+        if attempt.outcome not in ("", "stop", "length"):
+            yield f"  ended: {attempt.outcome}"
+    spans = [Span(s.name, s.start_s, s.end_s, s.detail) for s in answer.spans]
+    yield from waterfall(
+        spans,
+        min(shutil.get_terminal_size((100, 24)).columns, 140),
+        ascii_only=not (sys.stdout.encoding or "").lower().startswith("utf"),
+    )
