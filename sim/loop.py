@@ -150,6 +150,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self.problems: list[str] = []
         """Exceptions nobody took, generators nobody closed: each is a bug of the code under test."""
         self.num_turns = 0
+        self.on_turn: Callable[[], None] | None = None
+        """Called before each turn, when no callback is half done; what it raises ends the run."""
         self._now = 0.0
         self._numbers = 0
         self._turns_at_this_instant = 0
@@ -193,6 +195,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._turns_at_this_instant += 1
         if self._turns_at_this_instant > MAX_TURNS_PER_INSTANT:
             raise SimLivelock(f"{MAX_TURNS_PER_INSTANT} turns at t={self._now}:\n" + self.describe())
+        if self.on_turn is not None:
+            self.on_turn()
         ready = [h for h in self._ready if self._may_run(h)]
         self._ready.clear()
         while self._scheduled and self._scheduled[0].when() <= self._now:
@@ -290,6 +294,7 @@ def _cancel_leftovers(loop: SimLoop) -> None:
     for process in {t.process: None for t in loop.tasks() if t.process is not None}:
         process.thaw()
     loop.start_instant()
+    loop.on_turn = None
     left = loop.tasks()
     for task in left:
         task.cancel()

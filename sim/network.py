@@ -27,7 +27,7 @@ from typing import Any, cast
 from baton.core.errors import BatonError, DeadlineExceeded, InternalError, PeerLost
 from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.messages import StepMessage, UpMessage, WorkerStatus
-from baton.core.services import WorkerService
+from baton.core.services import Dial, WorkerService
 from baton.core.worker import WorkerInfo
 from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.trace import Trace
@@ -161,10 +161,21 @@ class _Call:
         if self.task is not None:
             self.task.cancel()
 
-    async def incoming(self) -> AsyncGenerator[UpMessage, None]:
-        """What the client sends up, until it closes its direction."""
-        while (frame := await self.up.get()) is not _End:
-            yield frame
+
+class _Incoming:
+    """What the client of a call sends up, until it closes its direction. An iterator without aclose, as gRPC's."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+
+    def __aiter__(self) -> AsyncIterator[UpMessage]:
+        return self
+
+    async def __anext__(self) -> UpMessage:
+        frame = await self._call.up.get()
+        if frame is _End:
+            raise StopAsyncIteration
+        return cast(UpMessage, frame)
 
 
 class SimNetwork:
@@ -190,9 +201,13 @@ class SimNetwork:
         self._drop([c for c in self._calls if c.between(host, None)], "was restarted")
         self._listening[host] = (service, process)
 
-    def dial(self, host: str) -> Callable[[WorkerInfo], WorkerService]:
-        """How code on `host` reaches workers (core.services.Dial)."""
-        return lambda info: SimWorker(self, host, info)
+    def dial(self, host: str) -> Dial:
+        """How code on `host` reaches workers."""
+
+        def reach(info: WorkerInfo) -> WorkerService:
+            return SimWorker(self, host, info)
+
+        return reach
 
     # ---- faults --------------------------------------------------------------------------------------------------
 
@@ -279,8 +294,7 @@ class SimNetwork:
         """The server's side of a call, in the server's process."""
         try:
             if call.method == "stream":
-                async with closing(call.incoming()) as up:
-                    await _forward(service.stream(up), call)
+                await _forward(service.stream(_Incoming(call)), call)
             elif call.method == "prefill":
                 await _forward(service.prefill(**arguments), call)
             else:

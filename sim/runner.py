@@ -41,7 +41,7 @@ class SimRunner:
 
     def __init__(self, memory: KVMemory, block_size: int, costs: Costs) -> None:
         expected = layout(block_size).block_bytes
-        assert memory.block_bytes == expected, f"blocks of {memory.block_bytes} bytes, {block_size} slots are {expected}"
+        assert memory.block_bytes == expected, f"blocks of {memory.block_bytes} bytes, not {expected}"
         self.slowness = 1.0
         self._memory = memory
         self._block_size = block_size

@@ -1,0 +1,210 @@
+"""One simulated worker machine: production worker code in a process that can be killed, frozen and started again.
+
+Owns what `worker/assembly.py` owns on a real machine: it builds a node, here on the simulated runner, transport and
+network. Does not know faults or clients.
+
+Life: started (a new boot id, empty memory) -> listens, registers -> killed, or stopped in order -> started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baton.core.block_hash import HashScope
+from baton.core.config import Config
+from baton.core.layout import Capability
+from baton.core.metrics import Metrics
+from baton.core.step import Runner, Step, StepResult
+from baton.core.worker import Role, WorkerInfo
+from baton.decode_node.policy import decode_policy
+from baton.engine.block_pool import BlockPool
+from baton.engine.scheduler import Scheduler
+from baton.kv_transfer.lease import LeaseTable
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.puller import Puller
+from baton.prefill_node.policy import prefill_policy
+from baton.sim.hash_model import EOS
+from baton.sim.loop import SimLoop, SimProcess
+from baton.sim.network import SimNetwork
+from baton.sim.runner import Costs, SimRunner, layout
+from baton.sim.trace import Trace
+from baton.sim.transport import Fabric, Lender, SimTransport
+from baton.worker.node import NodeParts, WorkerNode
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all machines of a world have in common."""
+
+    block_size: int
+    max_model_len: int
+    num_blocks: dict[Role, int]
+    costs: Costs
+    config: Config
+
+
+@dataclass(frozen=True, slots=True)
+class Builders:
+    """The parts of production that a test may replace by a broken one, to see the oracle catch it."""
+
+    puller: Callable[..., Puller] = Puller
+    leases: Callable[..., LeaseTable] = LeaseTable
+    pool: Callable[[int, int], BlockPool] = BlockPool
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where machines stand: the wires, the registry, the log."""
+
+    loop: SimLoop
+    trace: Trace
+    network: SimNetwork
+    fabric: Fabric
+    registry: SimRegistry
+    failed: Callable[[str], None]
+    """Called when a worker's process ended by a bug."""
+
+
+class SimRegistry:
+    """The registry as a dictionary. `outage` makes every call fail, as a lost Redis does."""
+
+    def __init__(self) -> None:
+        self.outage = False
+        self.num_refused = 0
+        self._infos: dict[str, WorkerInfo] = {}
+
+    async def register(self, info: WorkerInfo) -> None:
+        self._check()
+        self._infos[info.worker_id] = info
+
+    async def list(self) -> tuple[WorkerInfo, ...]:
+        self._check()
+        return tuple(self._infos.values())
+
+    def _check(self) -> None:
+        if self.outage:
+            self.num_refused += 1
+            raise ConnectionError("the registry is gone")
+
+
+class _TracedRunner:
+    """A runner that says in the trace what it executed."""
+
+    def __init__(self, inner: Runner, trace: Trace, name: str) -> None:
+        self._inner, self._trace, self._name = inner, trace, name
+
+    async def execute(self, step: Step) -> StepResult:
+        result = await self._inner.execute(step)
+        chunks = " ".join(f"{c.request_id}[{c.start}:{c.end}]" for c in step.chunks)
+        self._trace.note(self._name, "step", step.step_id, chunks)
+        return result
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+class Machine:
+    def __init__(self, site: Site, terms: Terms, worker_id: str, role: Role, builders: Builders) -> None:
+        self.worker_id = worker_id
+        self.role = role
+        self.boots = 0
+        self.process: SimProcess | None = None
+        self.node: WorkerNode | None = None
+        self.runner: SimRunner | None = None
+        self._site = site
+        self._terms = terms
+        self._builders = builders
+        self._main: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and not self.process.dead and self.node is not None
+
+    @property
+    def num_requests(self) -> int:
+        """Sequences that run or wait on this machine."""
+        if not self.alive or self.node is None:
+            return 0
+        load = self.node.load()
+        return load.num_running + load.num_waiting
+
+    @property
+    def steps(self) -> int:
+        return self.node.load().steps if self.node is not None else 0
+
+    def start(self) -> None:
+        assert not self.alive, f"{self.worker_id} is running"
+        self.boots += 1
+        self.process = SimProcess(self._site.loop, self.worker_id)
+        self._site.trace.note(self.worker_id, "start", self.boots)
+        self._main = self.process.spawn(self._run(self.process), f"{self.worker_id} boot {self.boots}")
+        self._main.add_done_callback(self._on_end)
+
+    def kill(self, silent: bool) -> None:
+        """kill -9, or (`silent`) the whole machine is off."""
+        assert self.process is not None
+        self.process.kill()
+        self.node = None
+        self._site.network.crash(self.worker_id, silent)
+        self._site.fabric.crash(self.worker_id, silent)
+
+    async def stop(self) -> None:
+        """SIGTERM: the node ends in order. Afterwards no task of it may be left."""
+        assert self._main is not None
+        self._main.cancel()
+        await asyncio.wait([self._main])
+
+    def _on_end(self, main: asyncio.Task[None]) -> None:
+        if not main.cancelled() and (error := main.exception()) is not None:
+            self._site.failed(f"{self.worker_id} died of a bug: {_leaf(error)!r}")
+
+    async def _run(self, process: SimProcess) -> None:
+        site, terms, config = self._site, self._terms, self._terms.config
+        shape, num_blocks = layout(terms.block_size), terms.num_blocks[self.role]
+        metrics = Metrics()
+        memory = KVMemory(num_blocks, shape.block_bytes, shared=False)
+        memory.buffer[:] = random.Random(self.worker_id).randbytes(len(memory.buffer))  # nobody may lean on zeroes
+        pool = self._builders.pool(num_blocks, terms.block_size)
+        leases = self._builders.leases(pool, metrics)
+        transport = SimTransport(site.fabric, self.worker_id, memory)
+        puller = self._builders.puller(memory, {transport.name: transport}, pool, config.handoff, metrics)
+        capability = Capability(
+            model="hash", model_fingerprint="hash-1", layout=shape, max_model_len=terms.max_model_len,
+            num_blocks=num_blocks, eos_token_ids=(EOS,), numerics="hash",
+            transports=((transport.name, transport.advert),),
+        )
+        policy = (prefill_policy if self.role is Role.PREFILL else decode_policy)(config, capability.eos_token_ids)
+        self.runner = SimRunner(memory, terms.block_size, terms.costs)
+        parts = NodeParts(
+            pool, Scheduler(pool, policy.limits, HashScope.of(capability)),
+            _TracedRunner(self.runner, site.trace, self.worker_id), memory, leases, puller,
+            site.network.dial(self.worker_id), metrics,
+        )
+        info = WorkerInfo(self.worker_id, f"{self.worker_id}.{self.boots}", self.role, self.worker_id, capability)
+        self.node = node = WorkerNode(info, parts, policy, config)
+        site.fabric.attach(Lender(info, memory, leases.may_read, process))
+        site.network.listen(self.worker_id, node, process)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(node.run())
+                tasks.create_task(self._stay_registered(info))
+        finally:
+            site.network.crash(self.worker_id, silent=False)
+            await puller.close()
+            await transport.close()
+
+    async def _stay_registered(self, info: WorkerInfo) -> None:
+        while True:
+            with contextlib.suppress(ConnectionError):
+                await self._site.registry.register(info)
+            await asyncio.sleep(4 * self._terms.config.cluster.registry_poll_s)
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
