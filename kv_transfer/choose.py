@@ -103,7 +103,8 @@ class Handshake:
         """Pull the peer's probe block `repeats` times into our landing block and look at what came."""
         block = self._memory.block(landing)
         block[:] = bytes(len(block))
-        order = PullOrder(PROBE_LEASE, (self._memory.probe_block,) * repeats, (landing,) * repeats)
+        # The peer's probe block lies behind its own pool, whose size is not ours.
+        order = PullOrder(PROBE_LEASE, (peer.capability.num_blocks,) * repeats, (landing,) * repeats)
         await _finish(transport, peer.worker_id, transport.pull(peer.worker_id, order), self._config.peer_timeout_s)
         if digest(block) != self._memory.probe_digest:
             raise IntegrityError(
