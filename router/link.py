@@ -74,8 +74,8 @@ class Subscription:
         if self._num_tokens + len(chunk.token_ids) > self._max_tokens:
             self.fail(
                 Cancelled(
-                    f"request {self.request_id} was cancelled: its client left more than {self._max_tokens} tokens unread. "
-                    "Read faster, or raise router.client_buffer_tokens."
+                    f"request {self.request_id} was cancelled: its client left more than {self._max_tokens} tokens "
+                    "unread. Read faster, or raise router.client_buffer_tokens."
                 )
             )
             return False
@@ -258,7 +258,7 @@ class Link:
                 await self._session()
                 why = "the worker closed it"
             except TimeoutError:
-                why = f"nothing was heard for {self._around.config.dead_s} s"
+                why = f"nothing was heard within {self._around.config.dead_s:g} s"
                 self._declare_dead()
             except (BatonError, OSError) as e:
                 why = str(e)
@@ -269,15 +269,17 @@ class Link:
             await asyncio.sleep(backoff_s)
 
     async def _session(self) -> None:
-        """One stream, from Hello to its end. Raises what broke it; TimeoutError: silence for `dead_s`."""
+        """One stream, from Hello to its end. Raises what broke it; TimeoutError: no prefix map or no word for
+        `dead_s`."""
         loop, dead_s = asyncio.get_running_loop(), self._around.config.dead_s
         up = self._up = UpQueue(Hello(self._around.router_id))
         stream = self._around.dial(self.info).stream(up)
         try:
             async with asyncio.timeout(dead_s) as silence:
                 async for message in stream:
-                    silence.reschedule(loop.time() + dead_s)
                     self._take(message)
+                    if self._state is WorkerState.READY:  # until then the deadline is that of the prefix map
+                        silence.reschedule(loop.time() + dead_s)
         finally:
             up.close()
             if isinstance(stream, AsyncGenerator):

@@ -1,0 +1,247 @@
+"""A fleet for the router's tests: workers that follow a script instead of a model, behind the real WorkerService door.
+
+A token is a function of the request and its index, so that a test can say what a client must have got, whatever
+workers died on the way. Runs on the simulator's loop: no test here waits for a clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from baton.core.block_hash import BlockHash
+from baton.core.config import Config, RouterConfig
+from baton.core.errors import BatonError, PeerLost
+from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
+from baton.core.layout import Capability, KVLayout
+from baton.core.messages import (
+    Cancel,
+    Hello,
+    KVEvents,
+    KVSnapshot,
+    StepMessage,
+    Submit,
+    TokenChunk,
+    UpMessage,
+    WorkerStatus,
+)
+from baton.core.metrics import Metrics
+from baton.core.request import FinishReason, Request, SamplingParams
+from baton.core.services import WorkerService
+from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
+from baton.router.dispatch import Dispatcher
+from baton.router.fleet import Fleet
+from baton.router.policy import CostPolicy, Policy
+from baton.sim.loop import SimLoop
+
+EOS = 999
+BLOCK = 2
+LEDGER = Ledger(0, 0, 0, 0, 64)
+
+
+def capability(**changes: object) -> Capability:
+    plain = Capability("toy", "f00d", KVLayout(1, 1, 1, BLOCK, "fp32"), max_model_len=64, num_blocks=64,
+                       eos_token_ids=(EOS,), transports=(("tcp", b""),))
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def token(request_id: str, index: int) -> int:
+    """What every worker says at this index: never EOS."""
+    return hashlib.sha256(f"{request_id}/{index}".encode()).digest()[0]
+
+
+def request(request_id: str = "r", prompt: Sequence[int] = (1, 2, 3, 4, 5), max_tokens: int = 6, **fields: object) -> Request:
+    return Request(request_id, tuple(prompt), SamplingParams(max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
+
+
+def expected(r: Request) -> list[int]:
+    return [token(r.request_id, i) for i in range(r.sampling.max_tokens)]
+
+
+Act = TokenChunk | float | BatonError
+"""A script's next act: say this, wait so many seconds, or let the stream break with this error."""
+Script = Callable[[Submit], Iterator[Act]]
+
+
+def speak(submit: Submit) -> Iterator[Act]:
+    """The well-behaved worker: from where the client is, a token every 10 ms, the last with the finish."""
+    r, first = submit.request, len(submit.request.delivered)
+    for i in range(first, r.sampling.max_tokens):
+        yield 0.01
+        finish = FinishReason.LENGTH if i == r.sampling.max_tokens - 1 else None
+        yield TokenChunk(r.request_id, submit.epoch, i, (token(r.request_id, i),), finish)
+
+
+def refuse(code: str, message: str = "no") -> Script:
+    def script(submit: Submit) -> Iterator[Act]:
+        yield TokenChunk(submit.request.request_id, submit.epoch, len(submit.request.delivered), (),
+                         FinishReason.ERROR, error_code=code, error_message=message)
+
+    return script
+
+
+def mute(submit: Submit) -> Iterator[Act]:
+    yield from ()
+
+
+@dataclass
+class ScriptedWorker:
+    """A WorkerService whose requests follow `script`; it heartbeats unless frozen, and refuses streams while down."""
+
+    worker_id: str
+    role: Role = Role.DECODE
+    capability: Capability = field(default_factory=capability)
+    script: Script = speak
+    boot_id: str = ""
+    frozen: bool = False
+    down: bool = False
+    load: WorkerLoad = field(default_factory=lambda: WorkerLoad(available_blocks=64, total_blocks=64))
+    held: dict[BlockHash, None] = field(default_factory=dict)
+    seq: int = 0
+    submits: list[Submit] = field(default_factory=list)
+    cancels: list[Cancel] = field(default_factory=list)
+    routers: list[str] = field(default_factory=list)
+    _downs: list[asyncio.Queue[StepMessage | BatonError]] = field(default_factory=list)
+
+    @property
+    def info(self) -> WorkerInfo:
+        boot = self.boot_id or f"{self.worker_id}-boot"
+        return WorkerInfo(self.worker_id, boot, self.role, f"{self.worker_id}:1", self.capability)
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._downs)
+
+    def say(self, *chunks: TokenChunk, **fields: object) -> None:
+        """One message on every stream."""
+        for down in self._downs:
+            down.put_nowait(StepMessage(self.info.boot_id, self.load, chunks, **fields))  # type: ignore[arg-type]
+
+    def store(self, *hashes: BlockHash, skip: int = 0) -> None:
+        """Blocks enter the prefix map; `skip` events are lost on the way."""
+        self.held |= dict.fromkeys(hashes)
+        self.seq += 1 + skip
+        self.say(kv_events=(KVEvents(self.seq, stored=hashes),))
+
+    def break_streams(self, error: BatonError | None = None) -> None:
+        for down in self._downs:
+            down.put_nowait(error or PeerLost(f"{self.worker_id} was killed"))
+
+    async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncGenerator[StepMessage, None]:
+        if self.down:
+            raise PeerLost(f"{self.worker_id} does not answer")
+        down: asyncio.Queue[StepMessage | BatonError] = asyncio.Queue()
+        self._downs.append(down)
+        tasks: list[asyncio.Task[None]] = []
+        tasks.append(asyncio.create_task(self._read(up, down, tasks)))
+        try:
+            while True:
+                message = await self._next(down)
+                if isinstance(message, BatonError):
+                    raise message
+                yield message
+        finally:
+            self._downs.remove(down)
+            for task in tasks:
+                task.cancel()
+
+    async def _next(self, down: asyncio.Queue[StepMessage | BatonError]) -> StepMessage | BatonError:
+        while True:
+            try:
+                async with asyncio.timeout(0.5):
+                    message = await down.get()
+            except TimeoutError:
+                message = StepMessage(self.info.boot_id, self.load, ledger=LEDGER)
+            if not self.frozen:
+                return message
+
+    async def _read(self, up: AsyncIterator[UpMessage], down: asyncio.Queue[StepMessage | BatonError],
+                    tasks: list[asyncio.Task[None]]) -> None:
+        async for message in up:
+            match message:
+                case Hello():
+                    self.routers.append(message.router_id)
+                    snapshot = KVSnapshot(self.seq, tuple(self.held))
+                    down.put_nowait(StepMessage(self.info.boot_id, self.load, snapshot=snapshot))
+                case Submit():
+                    self.submits.append(message)
+                    tasks.append(asyncio.create_task(self._perform(message, down)))
+                case Cancel():
+                    self.cancels.append(message)
+
+    async def _perform(self, submit: Submit, down: asyncio.Queue[StepMessage | BatonError]) -> None:
+        for act in self.script(submit):
+            if isinstance(act, float):
+                await asyncio.sleep(act)
+            elif isinstance(act, TokenChunk):
+                down.put_nowait(StepMessage(self.info.boot_id, self.load, (act,)))
+            else:
+                down.put_nowait(act)
+
+    def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+        raise PeerLost("the router never calls prefill")
+
+    async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
+        return ReleaseAnswer(False, "no such lease")
+
+    async def status(self, timeout_s: float) -> WorkerStatus:
+        return WorkerStatus(self.info, self.load, LEDGER, ())
+
+
+class ScriptedFleet:
+    """Workers, a registry that lists them, and a router over both. Use as `async with`; closes every stream."""
+
+    def __init__(self, *workers: ScriptedWorker, policy: Policy | None = None, **router: object) -> None:
+        self.workers = {w.worker_id: w for w in workers}
+        self.registry_fails: BaseException | None = None
+        self.registry_empty = False
+        self.unlisted: set[str] = set()
+        self.also_listed: tuple[WorkerInfo, ...] = ()
+        """Entries of boots that are over."""
+        self.config = Config(router=RouterConfig(**router))  # type: ignore[arg-type]
+        self.metrics = Metrics()
+        self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, "router-0")
+        self.dispatcher = Dispatcher(
+            self.fleet, policy or CostPolicy(self.config.router, Random(1)), self.config, self.metrics)
+
+    async def _discover(self) -> Sequence[WorkerInfo]:
+        if self.registry_fails is not None:
+            raise self.registry_fails
+        if self.registry_empty:
+            return ()
+        return (*self.also_listed, *(w.info for w in self.workers.values() if w.worker_id not in self.unlisted))
+
+    def _dial(self, info: WorkerInfo) -> WorkerService:
+        return self.workers[info.worker_id]
+
+    async def __aenter__(self) -> ScriptedFleet:
+        self._task = asyncio.create_task(self.fleet.run())
+        await asyncio.sleep(0.2)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        assert self._task.cancelled(), self._task.exception()
+
+    def state(self, worker_id: str) -> str:
+        return {w.info.worker_id: w.state.value for w in self.fleet.workers()}.get(worker_id, "unknown")
+
+    async def answer(self, r: Request) -> list[int]:
+        """All tokens of a request; checks that the pieces fit and that the end is said once, at the end."""
+        tokens: list[int] = list(r.delivered)
+        finish = None
+        async for chunk in self.dispatcher.generate(r):
+            assert finish is None, f"{chunk} came after the end"
+            assert chunk.first_index == len(tokens), f"{chunk} does not follow {len(tokens)} tokens"
+            tokens += chunk.token_ids
+            finish = chunk.finish
+        assert finish is not None, "the tokens stopped without an end"
+        return tokens
+
+
+def check_no_problems(loop: SimLoop) -> None:
+    assert not loop.problems, loop.problems
