@@ -140,6 +140,14 @@ class Scheduler:
             known.extend(extend(parent, seq.tokens[len(known) * size : wanted * size], size))
         return known[:wanted]
 
+    def finish_of(self, seq: SequenceState, token: int) -> FinishReason | None:
+        """How `token`, the last of the sequence's tokens, ends it; None: it goes on."""
+        sampling = seq.request.sampling
+        is_eos = token in self.limits.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token in sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if seq.num_output_tokens >= seq.max_output_tokens else None
+
     # ---- load ----
 
     @property
@@ -226,17 +234,10 @@ class Scheduler:
     def _take_token(self, seq: SequenceState, chunk: ScheduledChunk, token: int | None) -> Progress:
         if token is not None:
             seq.tokens.append(token)
-            seq.finish = self._finish(seq, token)
+            seq.finish = self.finish_of(seq, token)
             if seq.finish is not None:
                 del self._running[seq.request_id]
         return Progress(seq.request_id, seq.epoch, chunk.start, chunk.end, token, seq.num_output_tokens, seq.finish)
-
-    def _finish(self, seq: SequenceState, token: int) -> FinishReason | None:
-        sampling = seq.request.sampling
-        is_eos = token in self.limits.eos_token_ids and not sampling.ignore_eos
-        if is_eos or token in sampling.stop_token_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if seq.num_output_tokens >= seq.max_output_tokens else None
 
     def _publish(self, seq: SequenceState, start: int) -> None:
         """Publish the blocks that became full since `start`: only computed tokens count, never a token that was

@@ -115,6 +115,8 @@ class Intake:
             return
         self._ended = True
         parts = self._parts
+        if self.seq.finish is not None:
+            error, finish = None, self.seq.finish  # all its tokens are out, only their KV was still moving
         if self._task is not None:
             self._task.cancel()
         if self.in_scheduler:
@@ -151,11 +153,11 @@ class Intake:
     async def _hand_over(self, lender: WorkerInfo) -> None:
         try:
             handoff = _Handoff(self, self._parts, lender)
-            finish = await handoff.run()
+            await handoff.run()
         except BatonError as e:
             self._fall_back(e)
             return
-        if finish is None:
+        if self.seq.finish is None:
             self._to_scheduler()
             return
         # The first token was the last: the KV still serves whoever asks next.
@@ -163,12 +165,15 @@ class Intake:
         for index, block_hash in enumerate(self._parts.steps.scheduler.hashes(self.seq, full)):
             if index >= self._num_held:
                 self._parts.pool.publish(self.seq.block_table.blocks[index], block_hash)
-        self.end(finish=finish)
+        self.end(finish=self.seq.finish)
 
     def _fall_back(self, cause: BatonError) -> None:
         """Prefill here, from the verified prefix on. The blocks after it go back (those still being written to are in
         quarantine and stay there)."""
         parts, seq = self._parts, self.seq
+        if seq.finish is not None:
+            self.end(finish=seq.finish)  # the first token was the last: nothing is left to compute
+            return
         kind = f"local_prefill_{cause.code}"
         parts.metrics.inc("baton_fallbacks_total", kind=kind)
         log.warning("request %s: prefill falls back to this worker: %s", self.submit.request.request_id, cause.message)
@@ -218,15 +223,16 @@ class Intake:
         """The lease was not good: only what we held before is ours."""
         self._verified = set(range(self._num_held))
 
-    def first_token(self, event: FirstToken) -> FinishReason | None:
-        """Forward it at once, before the KV is in. Returns LENGTH if it was the last one allowed."""
+    def first_token(self, event: FirstToken) -> None:
+        """Forward it at once, before the KV is in. Whether it was the last is known here, too: the lender may be gone
+        before it can say so."""
         if event.index != self._delivered or event.index != self.seq.num_output_tokens:
             raise InternalError(f"first token has index {event.index}, expected {self._delivered}")
         self.seq.tokens.append(event.token_id)
         self._emit(event.index, (event.token_id,))
         self._parts.steps.wake()
         self.outbox.flush()
-        return FinishReason.LENGTH if self.seq.num_output_tokens >= self.seq.max_output_tokens else None
+        self.seq.finish = self._parts.steps.scheduler.finish_of(self.seq, event.token_id)
 
     def span(self, name: str, start_s: float, detail: str = "") -> None:
         """Record a bar from loop time `start_s` until now."""
@@ -301,13 +307,12 @@ class _Handoff:
         self._service: WorkerService = parts.dial(lender)
         self._lease: Lease | None = None
         self._state: HandoffState | None = None
-        self._finish: FinishReason | None = None
         self._last_published = False
         self._verified_bytes = 0
 
-    async def run(self) -> FinishReason | None:
-        """Until the sequence's KV is here, verified and released. Returns how the request ended, if the first token
-        ended it. Raises the BatonError that broke the hand-off; the intake then knows what was verified."""
+    async def run(self) -> None:
+        """Until the sequence's KV is here, verified and released. Raises the BatonError that broke the hand-off; the
+        intake then knows what was verified."""
         intake, submit = self._intake, self._intake.submit
         parts = self._parts
         call = PrefillCall(submit.request, submit.epoch, parts.worker_id, intake.num_held, parts.lease_ttl_s)
@@ -318,14 +323,13 @@ class _Handoff:
             self._parts.spawn(self._release_quietly())
             raise
         if failure is not None:
-            await self._release_quietly()
+            self._parts.spawn(self._release_quietly())  # a lost lender must not hold up the fallback
             raise failure
         assert self._state is not None
         assert self._lease is not None
         intake.foreign_spans(self._state, called_s)
         await self._release(self._lease)
         intake.seq.num_computed_tokens = self._state.num_computed_tokens
-        return self._finish
 
     async def _drive(self, events: AsyncIterator[PrefillEvent]) -> BatonError | None:
         """Read, pull and renew side by side; the first failure ends them all and is returned."""
@@ -371,11 +375,10 @@ class _Handoff:
                 if event.blocks:
                     tasks.create_task(self._pull(event))
             case FirstToken():
-                self._finish = self._intake.first_token(event)
+                self._intake.first_token(event)
             case HandoffState():
                 event.check()
                 self._state = event
-                self._finish = event.finish or self._finish
             case Alive():
                 pass
 
