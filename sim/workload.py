@@ -35,7 +35,7 @@ class Shape:
     prefix_tokens: tuple[int, int] = (4, 16)
     suffix_tokens: tuple[int, int] = (1, 14)
     output_tokens: tuple[int, int] = (1, 14)
-    mean_gap_s: float = 0.08
+    mean_gap_s: float = 0.02
     p_cancel: float = 0.15
     p_slow: float = 0.1
     p_hurried: float = 0.05
