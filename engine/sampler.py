@@ -51,7 +51,9 @@ def _draw(logits: NDArray[np.float32], row: SampledRow) -> int:
 
 def uniform(seed: int, position: int, choice: int = 0, draw: int = 0) -> float:
     """One number in [0, 1) with 53 random bits; Philox 4x64-10 (Salmon et al. 2011) at a counter of its own."""
-    bits = np.random.Philox(key=[seed, 0], counter=[draw, 0, choice, position]).random_raw()
+    # As uint64 at once: numpy makes floats of a list with a number above 2^63, and different seeds become equal.
+    key, counter = np.array([seed, 0], np.uint64), np.array([draw, 0, choice, position], np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw()
     return float(int(bits) >> 11) * 2.0**-53
 
 
