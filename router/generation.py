@@ -16,7 +16,7 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,7 +28,6 @@ from baton.core.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
-    Overloaded,
     from_code,
 )
 from baton.core.messages import TokenChunk
@@ -55,9 +54,15 @@ class ModelNotFound(NotFound):
 
 
 class TokenSource(Protocol):
-    """What `run` needs of the dispatcher."""
+    """Where tokens come from: the dispatcher."""
 
-    def generate(self, request: Request) -> AsyncIterator[TokenChunk]: ...
+    def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        """Closing the iterator cancels the request."""
+        ...
+
+    def max_model_len(self) -> int:
+        """Most tokens, prompt and output, that a known worker holds for one request; 0 while none is known."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +88,13 @@ class GenerateCall:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Without its max_tokens: see below."""
     max_tokens: int | None = None
-    """None: whatever the context leaves."""
-    max_tokens_field: str = "max_tokens"
+    default_max_tokens: int | None = None
+    """Where max_tokens is None: this, cut to what the context leaves; None: all that it leaves."""
     stop: tuple[str, ...] = ()
     tenant: str = ""
     timeout_s: float | None = None
+    max_tokens_field: str = "max_tokens"
+    """What the client called it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +126,16 @@ class Job:
 
 class Generation:
     def __init__(self, codec: TextCodec, tokens: TokenSource, config: RouterConfig, metrics: Metrics,
-                 max_model_len: Callable[[], int], served_name: str) -> None:
-        """`max_model_len`: longest prompt + output that a worker could take now, in tokens."""
+                 served_name: str) -> None:
         self.codec = codec
         self.served_name = served_name
         self.metrics = metrics
         self._tokens = tokens
         self._config = config
-        self._max_model_len = max_model_len
-        self._live: set[str] = set()
-
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
 
     def max_model_len(self) -> int:
-        return min(self._max_model_len(), self.codec.card.max_model_len)
+        """Longest prompt + output, in tokens."""
+        return min(self._tokens.max_model_len() or self.codec.card.max_model_len, self.codec.card.max_model_len)
 
     def check_model(self, name: str) -> None:
         if name != self.served_name:
@@ -148,7 +149,6 @@ class Generation:
 
     async def _prepare(self, call: GenerateCall, request_id: str) -> Job:
         arrived_s = asyncio.get_running_loop().time()
-        self._refuse_if_full()
         check_stop(call.stop)
         dataclasses.replace(call.sampling, max_tokens=1).check()
         self._check_token_ids(call.sampling.stop_token_ids, "stop_token_ids")
@@ -174,23 +174,17 @@ class Generation:
 
     async def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """The output as it comes. Raises what the request failed with; closing it cancels the request."""
-        request_id = job.request.request_id
-        with self.refusals_counted():
-            self._refuse_if_full()
-            if request_id in self._live:
-                raise InvalidRequest(f"request_id {shown(request_id)} is in use. Send another, or none.", "request_id")
-        self._live.add(request_id)
         record = _Record(job, self.metrics, asyncio.get_running_loop().time)
         output = _Output(self.codec, job)
         try:
-            async with aclosing(_closable(self._tokens.generate(job.request))) as chunks:
+            async with aclosing(self._tokens.generate(job.request)) as chunks:
                 async for chunk in chunks:
                     delta = output.take(chunk)
                     record.saw(delta)
                     yield delta
                     if delta.finish is not None:
                         return
-            raise InternalError(f"request {request_id} ended without a finish reason.")
+            raise InternalError(f"request {job.request.request_id} ended without a finish reason.")
         except BatonError as e:
             record.outcome = e.code
             raise
@@ -198,7 +192,6 @@ class Generation:
             record.outcome = InternalError.code
             raise
         finally:
-            self._live.discard(request_id)
             record.close()
 
     @contextmanager
@@ -209,10 +202,6 @@ class Generation:
         except BatonError as e:
             self.metrics.inc("baton_requests_total", outcome=e.code)
             raise
-
-    def _refuse_if_full(self) -> None:
-        if len(self._live) >= self._config.max_inflight:
-            raise Overloaded(f"{len(self._live)} requests are running, which is router.max_inflight. Come back later.")
 
     async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -241,7 +230,7 @@ class Generation:
         left = self.max_model_len() - num_prompt_tokens
         wanted = call.max_tokens
         if wanted is None:
-            return dataclasses.replace(call.sampling, max_tokens=left)
+            return dataclasses.replace(call.sampling, max_tokens=min(call.default_max_tokens or left, left))
         name = call.max_tokens_field
         if wanted < 1:
             raise InvalidRequest(f"{name} is {shown(wanted)}; it must be at least 1.", name)
@@ -369,14 +358,3 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """Clients may choose request ids; a log line stays one line."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-async def _closable(chunks: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk, None]:
-    """Any iterator as a generator: closing it closes the source, which is what cancels a request."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        close = getattr(chunks, "aclose", None)
-        if close is not None:
-            await close()

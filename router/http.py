@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,7 +29,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from baton.core.config import RouterConfig
-from baton.core.errors import BatonError, Cancelled, InternalError, InvalidRequest, NotFound, Overloaded
+from baton.core.errors import BatonError, InternalError, InvalidRequest, NotFound, Overloaded, PeerLost
 from baton.router import replies
 from baton.router.exposition import CONTENT_TYPE, exposition
 from baton.router.generation import Generation, Job, new_request_id, shown
@@ -73,6 +74,8 @@ class Front:
     """None: a request could be served now."""
     unix_time: Callable[[], float]
     """For `created`, which nothing here reads again."""
+    stopping: asyncio.Event
+    """Set: the router ends now, and what still runs ends with an error."""
 
 
 def create_app(front: Front) -> Starlette:
@@ -105,7 +108,7 @@ class _Generations:
         exchange = _Exchange(send, request_id)
         try:
             call = await self._read(Request(scope, receive))
-            await _unless_gone(receive, self._answer(call, exchange))
+            await _unless(self._answer(call, exchange), _gone(receive), _stopped(self._front.stopping))
         except ClientDisconnect:
             log.debug("request %s: its client left", request_id)
         except BatonError as e:
@@ -199,24 +202,27 @@ class _Exchange:
             raise ClientDisconnect from None
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
-    """Do `work` while the client is there. Raises Cancelled when it hangs up first; `work` has ended by then."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
+async def _unless(work: Coroutine[Any, Any, None], *ends: Coroutine[Any, Any, NoReturn]) -> None:
+    """Do `work` until it is done or one of `ends` raises; then all of them have ended, and the error leaves."""
+    tasks = [asyncio.create_task(c) for c in (work, *ends)]
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Cancelled("the client went away.")
-        working.result()
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        (tasks[0] if tasks[0] in done else done.pop()).result()
     finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _gone(receive: Receive) -> NoReturn:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect
+
+
+async def _stopped(stopping: asyncio.Event) -> NoReturn:
+    await stopping.wait()
+    raise PeerLost("the router is stopping. Send the request again, to another one.")
 
 
 def check_media_type(request: Request) -> None:

@@ -267,21 +267,22 @@ def parse(body: bytes, endpoint: Endpoint) -> Call:
     if "stream_options" in checked and not stream:
         raise InvalidRequest("stream_options is only allowed with stream true. Remove it or stream.", "stream_options")
     asked: Prompt = checked["messages"] if endpoint is Endpoint.CHAT else checked["prompt"]
-    max_tokens, max_tokens_field = _max_tokens(checked, endpoint)
+    max_tokens, max_tokens_field = _max_tokens(checked)
     generate = GenerateCall(
         asked, SamplingParams(**{name: checked[name] for name in SAMPLING if name in checked}),
-        max_tokens, max_tokens_field, checked.get("stop", ()))
+        max_tokens, None if endpoint is Endpoint.CHAT else DEFAULT_COMPLETION_TOKENS, checked.get("stop", ()),
+        max_tokens_field=max_tokens_field)
     return Call(checked["model"], generate, stream, checked.get("stream_options", False))
 
 
-def _max_tokens(checked: Mapping[str, Any], endpoint: Endpoint) -> tuple[int | None, str]:
+def _max_tokens(checked: Mapping[str, Any]) -> tuple[int | None, str]:
     values = {checked[name] for name in ("max_tokens", "max_completion_tokens") if name in checked}
     if len(values) > 1:
         raise InvalidRequest("max_tokens and max_completion_tokens differ. Send the second alone.", "max_tokens")
     for name in ("max_completion_tokens", "max_tokens"):
         if name in checked:
             return checked[name], name
-    return (None if endpoint is Endpoint.CHAT else DEFAULT_COMPLETION_TOKENS), "max_tokens"
+    return None, "max_tokens"
 
 
 def read_json(body: bytes) -> Any:

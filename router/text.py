@@ -29,20 +29,21 @@ NONCHARACTERS = tuple(chr(c) for c in range(0xFDD0, 0xFDF0))
 class ModelCard:
     """What the router has to know of config.json."""
 
+    name: str
+    """What the model is called where no setting says."""
     fingerprint: str
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
-    template_tokens: dict[str, str]
-    """bos_token and eos_token as chat templates name them, where the model has them."""
+    bos_token_id: int | None
 
     @classmethod
     def read(cls, path: Path) -> ModelCard:
         try:
             data: Any = json.loads(path.read_text())
-            return cls(str(data["fingerprint"]), int(data["vocab_size"]), int(data["max_model_len"]),
-                       tuple(int(i) for i in data["eos_token_ids"]),
-                       {name: str(data[name]) for name in ("bos_token", "eos_token") if data.get(name) is not None})
+            bos = data.get("bos_token_id")
+            return cls(str(data["name"]), str(data["fingerprint"]), int(data["vocab_size"]), int(data["max_model_len"]),
+                       tuple(int(i) for i in data["eos_token_ids"]), None if bos is None else int(bos))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise SetupError(f"{path} cannot be read as a converted model's config.json ({type(e).__name__}: {e}). "
                              "Convert the model again: baton model pull.") from None
@@ -139,7 +140,9 @@ class TextCodec:
     def _read_template(self, path: Path, today: Callable[[], datetime]) -> ChatTemplate | None:
         if not path.exists():
             return None
-        return ChatTemplate(path.read_text(), self.card.template_tokens, today)
+        ids = {"bos_token": self.card.bos_token_id, "eos_token": next(iter(self.card.eos_token_ids), None)}
+        tokens = {name: self._tokenizer.id_to_token(i) or "" for name, i in ids.items() if i is not None}
+        return ChatTemplate(path.read_text(), tokens, today)
 
 
 def _load(path: Path) -> Any:

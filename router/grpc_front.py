@@ -1,0 +1,157 @@
+"""The gRPC front: Inference over generation.py, like HTTP, and Admin over fleet and traces. Protobuf on one side, core
+and text on the other; errors leave as BatonErrors, which wire/server.py turns into statuses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from baton.core.errors import InvalidRequest, NotFound
+from baton.core.metrics import Metrics
+from baton.core.request import FinishReason, SamplingParams
+from baton.core.worker import Role
+from baton.router.dispatch import Dispatcher
+from baton.router.fleet import Fleet, WorkerView
+from baton.router.generation import GenerateCall, Generation, Prompt, Usage, new_request_id, shown
+from baton.router.trace import TraceRecord
+from baton.wire import admin_pb2, admin_pb2_grpc, codec, inference_pb2, inference_pb2_grpc
+
+DEFAULT_MAX_TOKENS = 128
+"""As proto/baton/wire/inference.proto documents it."""
+
+FINISH = {
+    FinishReason.STOP: inference_pb2.GenerateResponse.STOP,
+    FinishReason.LENGTH: inference_pb2.GenerateResponse.LENGTH,
+}
+
+
+class InferenceFront(inference_pb2_grpc.InferenceServicer):
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    async def Generate(self, request: inference_pb2.GenerateRequest,
+                       context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        with self._generation.refusals_counted():
+            self._check_model(request.model)
+            call = _call(request, context.time_remaining())
+        request_id = request.request_id or new_request_id("gen")
+        job = await self._generation.prepare(call, request_id)
+        async with aclosing(self._generation.run(job)) as deltas:
+            async for delta in deltas:
+                reply = inference_pb2.GenerateResponse(
+                    request_id=request_id, text=delta.text, token_ids=delta.token_ids)
+                if delta.finish is not None:
+                    reply.finish_reason = FINISH[delta.finish]
+                    reply.usage.CopyFrom(_usage(delta.usage))
+                yield reply
+
+    async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
+        self._check_model(request.model)
+        return inference_pb2.TokenizeResponse(token_ids=await self._generation.tokenize(request.text))
+
+    async def Detokenize(self, request: inference_pb2.DetokenizeRequest,
+                         context: Any) -> inference_pb2.DetokenizeResponse:
+        self._check_model(request.model)
+        text = self._generation.detokenize(request.token_ids, request.skip_special_tokens)
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    async def ListModels(self, request: inference_pb2.ListModelsRequest,
+                         context: Any) -> inference_pb2.ListModelsResponse:
+        card = self._generation.codec.card
+        model = inference_pb2.Model(
+            name=self._generation.served_name, max_model_len=self._generation.max_model_len(),
+            vocab_size=card.vocab_size, eos_token_ids=card.eos_token_ids)
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    def _check_model(self, name: str) -> None:
+        if name:
+            self._generation.check_model(name)
+
+
+def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None) -> GenerateCall:
+    which = request.WhichOneof("prompt")
+    if which is None:
+        raise InvalidRequest("the request has no prompt. Set text or token_ids.", "prompt")
+    prompt: Prompt = request.text if which == "text" else tuple(request.token_ids.ids)
+    wire = request.sampling
+    chosen = {name: getattr(wire, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+              if wire.HasField(name)}
+    sampling = SamplingParams(stop_token_ids=tuple(wire.stop_token_ids), ignore_eos=wire.ignore_eos, **chosen)
+    deadlines = [s for s in (request.timeout_s or None, call_deadline_s) if s is not None]
+    return GenerateCall(
+        prompt, sampling, wire.max_tokens if wire.HasField("max_tokens") else None,
+        default_max_tokens=DEFAULT_MAX_TOKENS, stop=tuple(wire.stop), tenant=request.tenant,
+        timeout_s=min(deadlines, default=None))
+
+
+def _usage(usage: Usage) -> inference_pb2.Usage:
+    return inference_pb2.Usage(prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cached_tokens,
+                               output_tokens=usage.output_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """How this router is known, for Status."""
+
+    router_id: str
+    http_endpoint: str
+    grpc_endpoint: str
+    model: str
+
+
+class AdminFront(admin_pb2_grpc.AdminServicer):
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, metrics: Metrics,
+                 identity: Callable[[], Identity]) -> None:
+        """`identity` is asked at each call: the ports are known only once both servers listen."""
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._identity = identity
+
+    async def Status(self, request: admin_pb2.FleetStatusRequest, context: Any) -> admin_pb2.FleetStatus:
+        who = self._identity()
+        workers = self._fleet.workers()
+        counters = [{"name": name, "value": value} for name, value in self._metrics.rendered()]
+        return admin_pb2.FleetStatus(
+            router_id=who.router_id, http_endpoint=who.http_endpoint, grpc_endpoint=who.grpc_endpoint, model=who.model,
+            workers=[_worker(view) for view in workers], pairs=_pairs(workers),
+            in_flight=self._dispatcher.num_inflight, counters=counters)
+
+    async def Trace(self, request: admin_pb2.TraceRequest, context: Any) -> admin_pb2.RequestTrace:
+        traces = self._dispatcher.traces
+        record = traces.get(request.request_id) if request.request_id else next(iter(traces.recent(1)), None)
+        if record is None:
+            asked = f"request {shown(request.request_id)}" if request.request_id else "any request"
+            raise NotFound(f"no trace of {asked}: only the newest finished ones are kept.", "request_id")
+        return _trace(record)
+
+
+def _worker(view: WorkerView) -> admin_pb2.FleetWorker:
+    return admin_pb2.FleetWorker(
+        info=codec.INFO.encode(view.info), state=view.state.name,
+        load=codec.LOAD.encode(view.load), ledger=codec.LEDGER.encode(view.ledger) if view.ledger else None,
+        silent_s=view.silent_s, in_flight=view.num_requests, index_blocks=view.indexed_blocks)
+
+
+def _pairs(workers: tuple[WorkerView, ...]) -> list[admin_pb2.FleetPair]:
+    pairs = []
+    for decode in (w for w in workers if w.info.role is Role.DECODE):
+        measured = {peer: (transport, rate) for peer, transport, rate in decode.load.pair_bandwidth}
+        refused = dict(decode.refused)
+        for prefill in (w for w in workers if w.info.role is Role.PREFILL):
+            name = prefill.info.worker_id
+            transport, rate = measured.get(name, ("", 0.0))
+            pairs.append(admin_pb2.FleetPair(prefill=name, decode=decode.info.worker_id, transport=transport,
+                                             bytes_per_s=rate, refused=refused.get(name, "")))
+    return pairs
+
+
+def _trace(record: TraceRecord) -> admin_pb2.RequestTrace:
+    attempts = [admin_pb2.TraceAttempt(epoch=a.epoch, route=codec.ROUTE.encode(a.route), outcome=a.outcome)
+                for a in record.attempts]
+    return admin_pb2.RequestTrace(
+        request_id=record.request_id, attempts=attempts, spans=[codec.SPAN.encode(s) for s in record.timeline.spans],
+        prompt_tokens=record.num_prompt_tokens, cached_tokens=record.cached_tokens,
+        output_tokens=record.num_output_tokens, finished=True)
