@@ -15,7 +15,7 @@ Life of a sequence:
 
 Why it cannot get stuck: a sequence takes blocks only from younger ones, so that the oldest running one always gets
 on, unless all other blocks are pinned, promised or in flight, and those end by their own deadlines. Who fails to get
-a block keeps what he has, and nobody after him in that step takes one. Waiting sequences that hold blocks pass those
+a block keeps what he has, and nobody younger takes one in that step. Waiting sequences that hold blocks pass those
 that hold none, and can be preempted as if they ran. A sequence is admitted only when all its known tokens have room
 beside what the running ones still need for theirs: otherwise two prompts whose blocks are lent while they are
 computed could wait for each other.
@@ -60,8 +60,8 @@ class _Plan:
     budget_tokens: int
     chunks: list[ScheduledChunk] = field(default_factory=list)
     sequences: list[SequenceState] = field(default_factory=list)
-    blocked: bool = False
-    """Somebody found no block: nobody after him takes one, or he would wait for ever."""
+    blocked: int | None = None
+    """Arrival of the oldest who found no block: nobody younger takes one, or he would wait for ever."""
 
 
 class Scheduler:
@@ -200,7 +200,7 @@ class Scheduler:
         for seq in list(self._waiting):
             preempted = self.num_preemptions > num_preemptions
             full = len(self._running) >= self.limits.max_sequences
-            if plan.blocked or preempted or full or not plan.budget_tokens:
+            if plan.blocked is not None or preempted or full or not plan.budget_tokens:
                 break
             self._admit(plan, seq)
         if not plan.chunks:
@@ -272,13 +272,13 @@ class Scheduler:
         `start` has room: a shorter chunk is cheaper than a recomputed sequence."""
         table = seq.block_table
         missing = self._blocks_for(end) - len(table.blocks)
-        if missing <= 0 or plan.blocked:
+        if missing <= 0 or (plan.blocked is not None and seq.arrival > plan.blocked):
             return
         if table.capacity_tokens <= start:
             while not self._pool.num_available:
                 victim = self._youngest_after(seq)
                 if victim is None:
-                    plan.blocked = True
+                    plan.blocked = seq.arrival
                     return
                 self._preempt(victim)
         blocks = self._pool.allocate(min(missing, self._pool.num_available))

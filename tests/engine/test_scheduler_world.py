@@ -1,0 +1,272 @@
+"""The scheduler under everything at once, in pools too small for it: new and received sequences, cancels, credits,
+leases, two steps in flight, prefix hits by the dozen (a vocabulary of two), preemption.
+
+The oracle is the undisturbed run: each token must be the one that sequence gets when it is alone, and each token the
+runner reads from a block must be that sequence's own. At the end every block is back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.core.errors import Overloaded
+from baton.core.request import FinishReason
+from baton.core.step import Step, StepResult
+from baton.engine.block_pool import Credit
+from tests.engine.builders import BLOCK_SIZE, Bench, limits, sequence, undisturbed
+
+
+@dataclass
+class LentBlocks:
+    """What a reader was told: these bytes, under these generations."""
+
+    blocks: list[int]
+    generations: list[int]
+    contents: list[int]
+
+
+@dataclass
+class Flight:
+    step: Step
+    result: StepResult | None = None
+
+
+@dataclass
+class World:
+    bench: Bench
+    expected: dict[str, list[int]] = field(default_factory=dict)
+    """Prompt + output of each request that ever was, from undisturbed runs."""
+    unfinished: set[str] = field(default_factory=set)
+    flights: deque[Flight] = field(default_factory=deque)
+    credits: list[Credit] = field(default_factory=list)
+    arriving: list[list[int]] = field(default_factory=list)
+    """Blocks of credits that were bound: somebody is pulling into them."""
+    leases: list[LentBlocks] = field(default_factory=list)
+    num_cached: int = 0
+    num_overlapped: int = 0
+
+    # ---- what can happen ----
+
+    def add(self, rnd: Random) -> None:
+        """A prompt that is computed here; some replay tokens the client already has."""
+        prompt, num_output = self._prompt(rnd), rnd.randint(1, MAX_OUTPUT)
+        name, tokens = self._new(prompt, num_output)
+        num_delivered = rnd.randint(0, num_output - 1)
+        delivered = tokens[len(prompt) : len(prompt) + num_delivered]
+        try:
+            self.bench.scheduler.add(sequence(name, prompt, num_output, delivered=delivered))
+        except Overloaded:
+            self.unfinished.remove(name)
+
+    def add_received(self, rnd: Random) -> None:
+        """A hand-off: prompt and first token known, KV of the prompt (or, after a fallback, of some blocks) in."""
+        prompt, num_output = self._prompt(rnd), rnd.randint(2, MAX_OUTPUT)
+        bench = self.bench
+        needed = -(-(len(prompt) + 1) // BLOCK_SIZE)
+        credit = bench.pool.reserve(needed)
+        if credit is None:
+            return
+        name, tokens = self._new(prompt, num_output)
+        seq = sequence(name, prompt, num_output, delivered=tokens[len(prompt) : len(prompt) + 1])
+        blocks = bench.pool.bind(credit)
+        num_computed = len(prompt)
+        if rnd.random() < 0.5:
+            num_computed = rnd.randint(0, len(prompt) // BLOCK_SIZE) * BLOCK_SIZE
+        bench.memory.write(blocks, 0, tokens[:num_computed])
+        seq.block_table.blocks.extend(blocks)
+        seq.num_computed_tokens = num_computed
+        bench.scheduler.add(seq)
+
+    def cancel(self, rnd: Random) -> None:
+        if self.unfinished:
+            name = rnd.choice(sorted(self.unfinished))
+            self.unfinished.remove(name)
+            self.bench.scheduler.remove(name)
+
+    def reserve(self, rnd: Random) -> None:
+        credit = self.bench.pool.reserve(rnd.randint(1, 4))
+        if credit is not None:
+            self.credits.append(credit)
+
+    def bind(self, rnd: Random) -> None:
+        if self.credits:
+            self.arriving.append(self.bench.pool.bind(self.credits.pop(0)))
+
+    def give_up(self, rnd: Random) -> None:
+        if self.arriving and rnd.random() < 0.5:
+            self.bench.pool.release(self.arriving.pop(0))
+        elif self.credits:
+            self.bench.pool.drop(self.credits.pop(0))
+
+    def lend(self, rnd: Random) -> None:
+        """The full, committed blocks of somebody."""
+        candidates = [s for s in self.bench.scheduler.sequences() if s.num_computed_tokens >= BLOCK_SIZE]
+        if candidates:
+            seq = rnd.choice(candidates)
+            blocks = seq.block_table.blocks[: seq.num_computed_tokens // BLOCK_SIZE]
+            for block in blocks:
+                self.bench.pool.lend(block)
+            self.leases.append(LentBlocks(blocks, [self.bench.pool.generation(b) for b in blocks], self._read(blocks)))
+
+    def unlend(self, rnd: Random) -> None:
+        if self.leases:
+            lease = self.leases.pop(0)
+            assert self._read(lease.blocks) == lease.contents
+            assert [self.bench.pool.generation(b) for b in lease.blocks] == lease.generations
+            for block in reversed(lease.blocks):
+                self.bench.pool.unlend(block)
+
+    def schedule(self, rnd: Random) -> None:
+        if len(self.flights) < 2:
+            step = self.bench.scheduler.schedule(0.0)
+            if step is not None:
+                assert step.num_tokens <= self.bench.scheduler.limits.max_step_tokens
+                assert self.bench.scheduler.num_running <= self.bench.scheduler.limits.max_sequences
+                self.num_overlapped += len(self.flights)
+                self.flights.append(Flight(step))
+
+    def execute(self, rnd: Random) -> None:
+        """Bytes land at some time between schedule and commit, in order."""
+        for flight in self.flights:
+            if flight.result is None:
+                self._execute(flight)
+                return
+
+    def commit(self, rnd: Random) -> None:
+        if self.flights:
+            self._commit()
+
+    # ---- the rules that always hold ----
+
+    def check(self) -> None:
+        pool, scheduler = self.bench.pool, self.bench.scheduler
+        pool.check()
+        tables = [s.block_table.blocks for s in scheduler.sequences()] + self.arriving
+        held = {block for table in tables for block in table}
+        lent = {block for lease in self.leases for block in lease.blocks}
+        assert pool.ledger().active == len(held - lent)
+        assert pool.ledger().lent == len(lent)
+        for seq in scheduler.sequences():
+            table = seq.block_table.blocks
+            assert seq.tokens == self.expected[seq.request_id][: seq.num_tokens]
+            assert self.bench.memory.read(table, seq.num_computed_tokens) == seq.tokens[: seq.num_computed_tokens]
+
+    def finish(self) -> None:
+        """The owners of credits and leases end, as they always do; then everybody must get to the end."""
+        for credit in self.credits:
+            self.bench.pool.drop(credit)
+        for blocks in self.arriving:
+            self.bench.pool.release(blocks)
+        while self.leases:
+            self.unlend(Random(0))
+        self.credits, self.arriving = [], []
+        for _ in range(1000):
+            while self.flights:
+                self._commit()
+            if not self.bench.scheduler.has_work:
+                break
+            step = self.bench.scheduler.schedule(0.0)
+            assert step is not None, "stuck: nobody else holds a block"
+            self.flights.append(Flight(step))
+        assert not self.unfinished, "1000 steps were not enough"
+        self.check()
+        ledger = self.bench.pool.ledger()
+        assert ledger.cached + ledger.free == self.bench.pool.num_blocks == self.bench.pool.num_available
+
+    # ---- inside ----
+
+    def _prompt(self, rnd: Random) -> list[int]:
+        """Fresh, or the beginning of what somebody said before."""
+        if self.expected and rnd.random() < 0.5:
+            return rnd.choice(list(self.expected.values()))[: rnd.randint(1, MAX_PROMPT)]
+        return [rnd.randint(0, 1) for _ in range(rnd.randint(1, MAX_PROMPT))]
+
+    def _new(self, prompt: Sequence[int], num_output: int) -> tuple[str, list[int]]:
+        name = f"r{len(self.expected)}"
+        self.expected[name] = undisturbed(prompt, num_output)
+        self.unfinished.add(name)
+        return name, self.expected[name]
+
+    def _execute(self, flight: Flight) -> None:
+        flight.result = self.bench.memory.execute(flight.step)
+        for chunk in flight.step.chunks:
+            read = self.bench.memory.read(chunk.block_table, chunk.end)
+            assert read == self.expected[chunk.request_id][: chunk.end], "foreign or stale KV"
+
+    def _commit(self) -> None:
+        flight = self.flights.popleft()
+        if flight.result is None:
+            self._execute(flight)
+        assert flight.result is not None
+        for progress in self.bench.scheduler.commit(flight.step, flight.result, 0.0):
+            name = progress.request_id
+            assert name in self.unfinished
+            if progress.finish is not None:
+                assert progress.finish is FinishReason.LENGTH
+                assert self.bench.held(name).tokens == self.expected[name]
+                self.unfinished.remove(name)
+                self.num_cached += self.bench.held(name).num_cached_tokens
+                self.bench.scheduler.remove(name)
+
+    def _read(self, blocks: list[int]) -> list[int]:
+        return self.bench.memory.read(blocks, len(blocks) * BLOCK_SIZE)
+
+
+HAPPENINGS = [
+    World.add, World.add, World.add_received, World.cancel, World.reserve, World.bind, World.give_up, World.lend,
+    World.unlend, World.schedule, World.schedule, World.schedule, World.execute, World.commit, World.commit,
+]
+
+
+MAX_PROMPT, MAX_OUTPUT = 9, 13
+
+
+def _world(rnd: Random) -> World:
+    budgets = limits(rnd.randint(1, 12), rnd.randint(1, 8), rnd.randint(1, 6), max_waiting=4)
+    # The longest sequence fits alone, and hardly more.
+    smallest = -(-(MAX_PROMPT + MAX_OUTPUT) // BLOCK_SIZE)
+    return World(Bench.of(rnd.randint(smallest, smallest + 4), budgets))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.randoms(use_true_random=False), st.lists(st.sampled_from(HAPPENINGS), min_size=10, max_size=80))
+def test_whatever_happens_every_sequence_gets_its_own_tokens_and_gives_back_every_block(
+    rnd: Random, happenings: list[Callable[[World, Random], None]]
+) -> None:
+    world = _world(rnd)
+    for happening in happenings:
+        happening(world, rnd)
+        world.check()
+    world.finish()
+
+
+@cache
+def long_life(seed: int) -> World:
+    rnd = Random(seed)
+    world = _world(rnd)
+    weights = [rnd.random() for _ in HAPPENINGS]
+    for happening in rnd.choices(HAPPENINGS, weights, k=500):
+        happening(world, rnd)
+        world.check()
+    world.finish()
+    return world
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_a_long_life_too(seed: int) -> None:
+    long_life(seed)
+
+
+def test_these_lives_were_hard() -> None:
+    worlds = [long_life(seed) for seed in range(40)]
+    assert sum(w.bench.scheduler.num_preemptions for w in worlds) > 80
+    assert sum(w.num_cached for w in worlds) > 250
+    assert sum(w.num_overlapped for w in worlds) > 250
