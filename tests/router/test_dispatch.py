@@ -1,0 +1,571 @@
+"""Requests and their attempts: every token once, whatever duplicates, reorders, refuses or dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.core.block_hash import HashScope, block_hashes
+from baton.core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PeerLost,
+)
+from baton.core.messages import Submit, TokenChunk
+from baton.core.request import FinishReason, Request, SamplingParams
+from baton.core.worker import Role, Span, WorkerLoad
+from baton.sim.loop import SimLoop, run
+from tests.router.fake_fleet import (
+    BLOCK,
+    EOS,
+    Act,
+    Script,
+    ScriptedFleet,
+    ScriptedWorker,
+    capability,
+    check_no_problems,
+    expected,
+    mute,
+    refuse,
+    request,
+    speak,
+    token,
+)
+
+
+def simulate(main: Callable[[], Coroutine[None, None, None]], seed: int = 1) -> None:
+    async def world(loop: SimLoop) -> None:
+        await main()
+        check_no_problems(loop)
+
+    run(seed, world)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def once(first: Script, then: Script = speak) -> Script:
+    """The first submit gets one treatment, later ones another."""
+    scripts = iter([first])
+    return lambda submit: next(scripts, then)(submit)
+
+
+def break_after(num_tokens: int, say_finish: bool = True) -> Script:
+    """The worker's stream breaks when it has said so many tokens of its own."""
+
+    def script(submit: Submit) -> Iterator[Act]:
+        said = 0
+        for act in speak(submit):
+            if isinstance(act, TokenChunk):
+                if said == num_tokens:
+                    break
+                said += 1
+                yield act if say_finish else replace(act, finish=None)
+            else:
+                yield act
+        yield PeerLost("killed")
+
+    return script
+
+
+# ---- the plain case --------------------------------------------------------------------------------------------------
+
+
+def test_a_request_gets_its_tokens_and_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0")
+        async with ScriptedFleet(worker) as fleet:
+            assert await fleet.answer(request()) == expected(request())
+            assert fleet.dispatcher.num_inflight == 0
+            assert worker.cancels == []
+            (view,) = fleet.fleet.workers()
+            assert (view.num_requests, view.queued_prefill_tokens) == (0, 0)
+            assert fleet.metrics.value("baton_dispatches_total", prefill="local") == 1
+
+    simulate(main)
+
+
+def test_the_route_names_prefill_for_a_long_prompt_and_the_epoch_starts_at_one() -> None:
+    async def main() -> None:
+        decode, prefill = ScriptedWorker("d0"), ScriptedWorker("p0", Role.PREFILL)
+        async with ScriptedFleet(decode, prefill, local_prefill_max_tokens=4) as fleet:
+            await fleet.answer(request(prompt=range(20)))
+            (submit,) = decode.submits
+            assert submit.route.prefill == prefill.info
+            assert submit.epoch == 1
+            assert 599 < submit.request.deadline_s <= 600
+            assert fleet.metrics.value("baton_dispatches_total", prefill="remote") == 1
+
+    simulate(main)
+
+
+def test_a_prompt_goes_where_its_prefix_is() -> None:
+    async def main() -> None:
+        prompt = tuple(range(20))
+        hashes = block_hashes(HashScope.of(capability()), prompt, BLOCK)
+        holder = ScriptedWorker("d1", held=dict.fromkeys(hashes))
+        async with ScriptedFleet(ScriptedWorker("d0"), holder, ScriptedWorker("d2"), local_prefill_max_tokens=4) as fleet:
+            for i in range(3):
+                await fleet.answer(request(f"r{i}", prompt))
+            assert len(holder.submits) == 3
+
+    simulate(main)
+
+
+def test_a_burst_is_spread_before_any_worker_reports() -> None:
+    async def main() -> None:
+        workers = [ScriptedWorker(f"d{i}", script=mute) for i in range(4)]
+        async with ScriptedFleet(*workers) as fleet:
+            burst = [asyncio.create_task(fleet.answer(request(f"r{i}", deadline_s=1.0))) for i in range(40)]
+            await asyncio.sleep(0.01)
+            assert [len(w.submits) for w in workers] == [10] * 4
+            for task in burst:
+                with pytest.raises(DeadlineExceeded):
+                    await task
+
+    simulate(main)
+
+
+def test_handed_off_requests_count_on_the_decode_worker_until_their_first_token() -> None:
+    async def main() -> None:
+        decodes = [ScriptedWorker(f"d{i}", script=mute) for i in range(2)]
+        prefill = ScriptedWorker("p0", Role.PREFILL)
+        async with ScriptedFleet(*decodes, prefill, local_prefill_max_tokens=4) as fleet:
+            for i in range(6):
+                task = asyncio.create_task(fleet.answer(request(f"r{i}", range(20), deadline_s=9.0)))
+                await asyncio.sleep(1.0)  # reports come in between and show nothing: the prompts are elsewhere
+                assert not task.done()
+            assert [len(w.submits) for w in decodes] == [3, 3]
+
+    simulate(main)
+
+
+# ---- exactly once ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("say_finish", [True, False], ids=["", "last word lost"])
+@pytest.mark.parametrize("lost_after", range(8))
+def test_a_worker_lost_at_any_token_costs_the_client_nothing(lost_after: int, say_finish: bool) -> None:
+    """With 7 tokens said and the finish lost, the request is complete: the router closes it, nobody is asked again."""
+    r = request(max_tokens=7)
+
+    async def main() -> None:
+        script = once(break_after(lost_after, say_finish))
+        workers = [ScriptedWorker("d0", script=script), ScriptedWorker("d1", script=script)]
+        async with ScriptedFleet(*workers) as fleet:
+            assert await fleet.answer(r) == expected(r)
+            submits = sorted((s for w in workers for s in w.submits), key=lambda s: s.epoch)
+            retried = lost_after < 7
+            assert [s.epoch for s in submits] == [1, 2][: 1 + retried]
+            assert submits[-1].request.delivered == tuple(expected(r)[:lost_after] if retried else ())
+            assert fleet.metrics.value("baton_dispatch_retries_total", reason="peer_lost") == retried
+
+    for seed in range(3):
+        simulate(main, seed)
+
+
+@st.composite
+def mangled(draw: st.DrawFn) -> list[tuple[int, int, int, bool]]:
+    """(epoch, first index, number of tokens, is it the last) of chunks in any order, any of them more than once."""
+    return draw(st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 2]), st.integers(0, 7), st.integers(0, 3),
+                                   st.booleans()), max_size=12))
+
+
+@settings(max_examples=200, deadline=None)
+@given(mess=mangled(), seed=st.integers(0, 3))
+def test_duplicated_reordered_stale_and_contradicting_chunks_never_reach_the_client(
+        mess: list[tuple[int, int, int, bool]], seed: int) -> None:
+    r = request(max_tokens=6)
+
+    def messy(submit: Submit) -> Iterator[Act]:
+        for epoch, first, count, last in mess:
+            ids = tuple(token("r", i) for i in range(first, min(first + count, 6)))
+            finish = FinishReason.LENGTH if last and first + len(ids) == 6 else None
+            yield TokenChunk("r", epoch, first, ids, finish)
+        yield PeerLost("killed")
+
+    async def main() -> None:
+        script = once(messy)
+        async with ScriptedFleet(ScriptedWorker("d0", script=script), ScriptedWorker("d1", script=script)) as fleet:
+            assert await fleet.answer(r) == expected(r)
+
+    simulate(main, seed)
+
+
+def test_a_gap_is_a_lost_worker_and_the_attempt_is_cancelled_there() -> None:
+    def skip(submit: Submit) -> Iterator[Act]:
+        yield TokenChunk("r", 1, 0, (token("r", 0),))
+        yield TokenChunk("r", 1, 2, (token("r", 2),))
+        yield 5.0
+
+    async def main() -> None:
+        script = once(skip)
+        workers = [ScriptedWorker("d0", script=script), ScriptedWorker("d1", script=script)]
+        async with ScriptedFleet(*workers) as fleet:
+            assert await fleet.answer(request()) == expected(request())
+            first, second = sorted(workers, key=lambda w: w.submits[0].epoch)
+            assert [(c.request_id, c.epoch) for c in first.cancels] == [("r", 1)]
+            assert second.submits[0].request.delivered == (token("r", 0),)
+
+    simulate(main)
+
+
+# ---- what ends a request when its worker cannot say so ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampling", "last", "finish"), [
+    (SamplingParams(max_tokens=9), EOS, FinishReason.STOP),
+    (SamplingParams(max_tokens=9, stop_token_ids=(5,)), 5, FinishReason.STOP),
+    (SamplingParams(max_tokens=2, ignore_eos=True), EOS, FinishReason.LENGTH),
+    (SamplingParams(max_tokens=9, ignore_eos=True), EOS, None),
+    (SamplingParams(max_tokens=100), 1, None),
+], ids=["eos", "stop id", "length", "eos ignored", "not at its end"])
+def test_tokens_that_end_the_request_end_it_once(sampling: SamplingParams, last: int, finish: FinishReason | None) -> None:
+    r = Request("r", (1, 2, 3), sampling)
+
+    def end_silently(submit: Submit) -> Iterator[Act]:
+        yield TokenChunk("r", submit.epoch, 0, (1, last))
+        yield PeerLost("killed")
+
+    async def main() -> None:
+        script = once(end_silently)
+        workers = [ScriptedWorker("d0", script=script), ScriptedWorker("d1", script=script)]
+        async with ScriptedFleet(*workers) as fleet:
+            chunks = [c async for c in fleet.dispatcher.generate(r)]
+            tokens = [t for c in chunks for t in c.token_ids]
+            if finish is None:
+                assert tokens[:2] == [1, last]
+                assert len(tokens) == sampling.max_tokens
+            else:
+                assert tokens == [1, last]
+                assert [c.finish for c in chunks] == [None, finish]
+                assert sum(len(w.submits) for w in workers) == 1
+
+    simulate(main)
+
+
+def test_a_request_that_fills_the_context_ends_there() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", capability=capability(max_model_len=8), script=break_after(3, say_finish=False))
+        async with ScriptedFleet(worker) as fleet:
+            chunks = [c async for c in fleet.dispatcher.generate(request(max_tokens=50))]
+            assert sum(len(c.token_ids) for c in chunks) == 3
+            assert chunks[-1].finish is FinishReason.LENGTH
+
+    simulate(main)
+
+
+def test_a_request_taken_over_goes_on_with_the_next_index() -> None:
+    async def main() -> None:
+        r = request(max_tokens=6)
+        async with ScriptedFleet(ScriptedWorker("d0")) as fleet:
+            some = replace(r, delivered=tuple(expected(r)[:4]))
+            assert await fleet.answer(some) == expected(r)
+            whole = replace(r, delivered=tuple(expected(r)))
+            assert await fleet.answer(whole) == expected(r)
+            assert len(fleet.workers["d0"].submits) == 1
+
+    simulate(main)
+
+
+# ---- refusals and failures -------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_goes_to_the_next_best_decode_worker_at_once() -> None:
+    async def main() -> None:
+        full = ScriptedWorker("d0", script=refuse("overloaded"))
+        spare = ScriptedWorker("d1", load=WorkerLoad(num_running=9, available_blocks=64, total_blocks=64))
+        async with ScriptedFleet(full, spare) as fleet:
+            started = now()
+            assert await fleet.answer(request()) == expected(request())
+            assert now() - started < 0.08, "six tokens of 10 ms, and no pause"
+            assert [s.epoch for s in spare.submits] == [2]
+            assert full.cancels == [], "a refused attempt is over"
+
+    simulate(main)
+
+
+def test_when_all_refuse_they_are_asked_again_and_in_the_end_the_client_hears_it() -> None:
+    async def main() -> None:
+        workers = [ScriptedWorker(f"d{i}", script=refuse("overloaded", "no credit")) for i in range(2)]
+        async with ScriptedFleet(*workers, max_attempts=5) as fleet:
+            with pytest.raises(Overloaded, match=r"failed 5 times.*no credit"):
+                await fleet.answer(request())
+            assert sorted(s.epoch for w in workers for s in w.submits) == [1, 2, 3, 4, 5]
+            assert abs(len(workers[0].submits) - len(workers[1].submits)) == 1
+            workers[0].script = once(refuse("overloaded"))
+            assert await fleet.answer(request("later")) == expected(request("later"))
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(("code", "error"), [("invalid_request", InvalidRequest), ("internal", InternalError),
+                                             ("deadline_exceeded", DeadlineExceeded)])
+def test_what_another_worker_would_answer_too_is_not_tried_again(code: str, error: type[BatonError]) -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", script=refuse(code, "because"))
+        async with ScriptedFleet(worker, ScriptedWorker("p0", Role.PREFILL)) as fleet:
+            with pytest.raises(error, match="because"):
+                await fleet.answer(request())
+            assert len(worker.submits) == 1
+
+    simulate(main)
+
+
+def test_a_failed_hand_off_is_blamed_on_the_prefill_worker() -> None:
+    async def main() -> None:
+        decode = ScriptedWorker("d0", script=once(refuse("peer_lost", "p is gone")))
+        prefills = [ScriptedWorker(f"p{i}", Role.PREFILL) for i in range(2)]
+        async with ScriptedFleet(decode, *prefills, local_prefill_max_tokens=4) as fleet:
+            await fleet.answer(request(prompt=range(20)))
+            first, second = decode.submits
+            assert first.route.prefill is not None
+            assert second.route.prefill is not None
+            assert first.route.prefill != second.route.prefill
+
+    simulate(main)
+
+
+def test_a_worker_that_cancels_by_itself_is_left_for_another() -> None:
+    def leave(submit: Submit) -> Iterator[Act]:
+        yield TokenChunk("r", 1, 0, (token("r", 0),))
+        yield TokenChunk("r", 1, 1, (), FinishReason.CANCELLED)
+
+    async def main() -> None:
+        script = once(leave)
+        async with ScriptedFleet(ScriptedWorker("d0", script=script), ScriptedWorker("d1", script=script)) as fleet:
+            assert await fleet.answer(request()) == expected(request())
+
+    simulate(main)
+
+
+def test_attempts_that_all_fail_end_with_the_last_error() -> None:
+    async def main() -> None:
+        workers = [ScriptedWorker(f"d{i}", script=break_after(0)) for i in range(3)]
+        async with ScriptedFleet(*workers, max_attempts=3) as fleet:
+            with pytest.raises(PeerLost, match="failed 3 times"):
+                await fleet.answer(request())
+            assert fleet.dispatcher.traces.get("r").outcome == "peer_lost"  # type: ignore[union-attr]
+
+    simulate(main)
+
+
+def test_a_pair_that_does_not_fit_is_never_made() -> None:
+    async def main() -> None:
+        odd = ScriptedWorker("p0", Role.PREFILL, capability(numerics="bf16"))
+        decode = ScriptedWorker("d0")
+        async with ScriptedFleet(decode, odd, local_prefill_max_tokens=4) as fleet:
+            await fleet.answer(request(prompt=range(30)))
+            assert decode.submits[0].route.prefill is None
+
+    simulate(main)
+
+
+# ---- waiting, deadlines, cancelling ----------------------------------------------------------------------------------
+
+
+def test_a_request_waits_for_a_worker_and_goes_when_one_is_ready() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", down=True)
+        async with ScriptedFleet(worker) as fleet:
+            asyncio.get_running_loop().call_later(4.0, setattr, worker, "down", False)
+            assert await fleet.answer(request()) == expected(request())
+            assert worker.submits[0].request.deadline_s < 597
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(("deadline_s", "error", "after_s"), [(600.0, Overloaded, 10.0), (3.0, DeadlineExceeded, 3.0)])
+def test_waiting_for_a_worker_ends(deadline_s: float, error: type[BatonError], after_s: float) -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0", down=True)) as fleet:
+            started = now()
+            with pytest.raises(error):
+                await fleet.answer(request(deadline_s=deadline_s))
+            assert now() - started == pytest.approx(after_s, abs=0.01)
+
+    simulate(main)
+
+
+def test_the_refusal_says_how_the_workers_are() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0", down=True)) as fleet:
+            with pytest.raises(Overloaded, match="d0 is connecting"):
+                await fleet.answer(request())
+        async with ScriptedFleet() as fleet:
+            with pytest.raises(Overloaded, match="none has been registered"):
+                await fleet.answer(request())
+
+    simulate(main)
+
+
+def test_a_worker_that_forgets_the_deadline_is_overruled_a_heartbeat_later() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", script=mute)
+        async with ScriptedFleet(worker) as fleet:
+            started = now()
+            with pytest.raises(DeadlineExceeded, match=r"0 tokens after its deadline of 2 s"):
+                await fleet.answer(request(deadline_s=2.0))
+            assert now() - started == pytest.approx(2.5)
+            await asyncio.sleep(0.01)
+            assert [c.request_id for c in worker.cancels] == ["r"]
+
+    simulate(main)
+
+
+def test_retries_share_one_deadline() -> None:
+    def stall(submit: Submit) -> Iterator[Act]:
+        yield 1.5
+        yield PeerLost("killed")
+
+    async def main() -> None:
+        workers = [ScriptedWorker(f"d{i}", script=stall) for i in range(4)]
+        async with ScriptedFleet(*workers) as fleet:
+            with pytest.raises(DeadlineExceeded):
+                await fleet.answer(request(deadline_s=4.0))
+            left = sorted((s.epoch, round(s.request.deadline_s, 1)) for w in workers for s in w.submits)
+            assert left == [(1, 4.0), (2, 2.5), (3, 1.0)]
+
+    simulate(main)
+
+
+def test_closing_the_iterator_cancels_on_the_worker() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0")
+        async with ScriptedFleet(worker) as fleet:
+            async with aclosing(fleet.dispatcher.generate(request(max_tokens=50))) as chunks:
+                async for chunk in chunks:
+                    if chunk.first_index == 2:
+                        break
+            await asyncio.sleep(0.01)
+            assert [(c.request_id, c.epoch) for c in worker.cancels] == [("r", 1)]
+            assert fleet.dispatcher.num_inflight == 0
+            assert fleet.dispatcher.traces.get("r").outcome == "cancelled"  # type: ignore[union-attr]
+
+    simulate(main)
+
+
+def test_a_reader_cancelled_while_it_waits_cancels_on_the_worker() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", script=mute)
+        async with ScriptedFleet(worker) as fleet:
+            async def read() -> None:
+                async with aclosing(fleet.dispatcher.generate(request())) as chunks:
+                    async for _ in chunks:
+                        pass
+
+            task = asyncio.create_task(read())
+            await asyncio.sleep(1)
+            task.cancel()
+            await asyncio.sleep(0.01)
+            assert task.cancelled()
+            assert len(worker.cancels) == 1
+
+    simulate(main)
+
+
+# ---- admission -------------------------------------------------------------------------------------------------------
+
+
+def test_more_requests_than_max_inflight_are_refused_at_once() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0"), max_inflight=3) as fleet:
+            running = [asyncio.create_task(fleet.answer(request(f"r{i}"))) for i in range(3)]
+            await asyncio.sleep(0.001)
+            started = now()
+            with pytest.raises(Overloaded, match="max_inflight"):
+                await fleet.answer(request("one too many"))
+            assert now() == started
+            assert await asyncio.gather(*running) == [expected(request(f"r{i}")) for i in range(3)]
+
+    simulate(main)
+
+
+def test_two_requests_cannot_share_an_id() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0")) as fleet:
+            first = asyncio.create_task(fleet.answer(request()))
+            await asyncio.sleep(0.001)
+            with pytest.raises(InvalidRequest):
+                await fleet.answer(request())
+            assert await first == expected(request())
+
+    simulate(main)
+
+
+def test_a_prompt_that_no_worker_holds_is_refused_with_both_numbers() -> None:
+    async def main() -> None:
+        small, large = ScriptedWorker("d0", capability=capability(max_model_len=16)), ScriptedWorker("d1")
+        async with ScriptedFleet(small, large) as fleet:
+            with pytest.raises(InvalidRequest, match=r"64 tokens.*64") as e:
+                await fleet.answer(request(prompt=range(64)))
+            assert e.value.param == "prompt"
+            await fleet.answer(request(prompt=range(30)))
+            assert not small.submits, "the larger worker has room for it"
+
+    simulate(main)
+
+
+# ---- what can be told afterwards -------------------------------------------------------------------------------------
+
+
+def test_a_finished_request_can_be_explained() -> None:
+    def speak_with_spans(submit: Submit) -> Iterator[Act]:
+        for act in speak(submit):
+            if isinstance(act, TokenChunk) and act.finish:
+                act = replace(act, cached_tokens=4, spans=(Span("decode", 0.02, 0.05), Span("prefill chunk", 0.0, 0.01)))
+            yield act
+
+    async def main() -> None:
+        refusing = ScriptedWorker("d0", script=refuse("overloaded"))
+        busy = ScriptedWorker("d1", script=speak_with_spans, load=WorkerLoad(num_running=9))
+        async with ScriptedFleet(refusing, busy) as fleet:
+            await fleet.answer(request())
+            record = fleet.dispatcher.traces.get("r")
+            assert record is not None
+            assert (record.outcome, record.num_prompt_tokens, record.num_output_tokens) == ("length", 5, 6)
+            assert record.cached_tokens == 4
+            assert [(a.route.decode, a.outcome) for a in record.attempts] == [("d0", "overloaded"), ("d1", "length")]
+            assert record.route is not None
+            assert record.route.reason.startswith("d1 alone")
+            assert record.route.terms
+            assert [s.name for s in record.timeline.spans] == [
+                "router queue", "attempt", "prefill chunk", "first token", "decode"]
+            assert record.ttft_s == pytest.approx(0.01)
+
+    simulate(main)
+
+
+def test_only_the_last_requests_are_remembered() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0")) as fleet:
+            for i in range(300):
+                await fleet.answer(request(f"r{i}", max_tokens=1))
+            traces = fleet.dispatcher.traces
+            assert len(traces.recent()) == 256
+            assert traces.recent(1)[0].request_id == "r299"
+            assert traces.get("r43") is None
+            assert traces.get("r44") is not None
+
+    simulate(main)
+
+
+def test_incompatible_is_retried_elsewhere() -> None:
+    async def main() -> None:
+        workers = [ScriptedWorker("d0", script=refuse(Incompatible.code)),
+                   ScriptedWorker("d1", load=WorkerLoad(num_running=5))]
+        async with ScriptedFleet(*workers) as fleet:
+            assert await fleet.answer(request()) == expected(request())
+
+    simulate(main)
