@@ -151,11 +151,15 @@ class Intake:
     # ---- remote prefill ------------------------------------------------------------------------------------------
 
     async def _hand_over(self, lender: WorkerInfo) -> None:
+        failure: BatonError | None = None
         try:
-            handoff = _Handoff(self, self._parts, lender)
-            await handoff.run()
+            await _Handoff(self, self._parts, lender).run()
         except BatonError as e:
-            self._fall_back(e)
+            failure = e
+        if self._ended:
+            return  # a task group that is cancelled while it fails raises the failure: `_on_task_done` cleans up
+        if failure is not None:
+            self._fall_back(failure)
             return
         if self.seq.finish is None:
             self._to_scheduler()
