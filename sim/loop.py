@@ -24,7 +24,7 @@ import random
 import selectors
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Never, TypeVar
 
 T = TypeVar("T")
@@ -150,8 +150,10 @@ class SimLoop(asyncio.SelectorEventLoop):
         self.problems: list[str] = []
         """Exceptions nobody took, generators nobody closed: each is a bug of the code under test."""
         self.num_turns = 0
-        self.on_turn: Callable[[], None] | None = None
-        """Called before each turn, when no callback is half done; what it raises ends the run."""
+        self.on_turn: Callable[[Iterable[SimProcess]], None] | None = None
+        """Called before each turn, when no callback is half done, with the processes that ran in the last one. What
+        it raises ends the run."""
+        self._ran: dict[SimProcess, None] = {}
         self._now = 0.0
         self._numbers = 0
         self._turns_at_this_instant = 0
@@ -196,7 +198,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         if self._turns_at_this_instant > MAX_TURNS_PER_INSTANT:
             raise SimLivelock(f"{MAX_TURNS_PER_INSTANT} turns at t={self._now}:\n" + self.describe())
         if self.on_turn is not None:
-            self.on_turn()
+            self.on_turn(self._ran)
+        self._ran = {}
         ready = [h for h in self._ready if self._may_run(h)]
         self._ready.clear()
         while self._scheduled and self._scheduled[0].when() <= self._now:
@@ -214,7 +217,10 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def _may_run(self, handle: asyncio.Handle) -> bool:
         process: SimProcess | None = handle._context.get(_process)  # type: ignore[attr-defined]
-        if process is None or process.running:
+        if process is None:
+            return True
+        if process.running:
+            self._ran[process] = None
             return True
         if not process.dead:
             self._stalled.append(handle)

@@ -3,8 +3,8 @@
     each chunk      indexes contiguous, tokens a prefix of the pure function of the request (sim/hash_model.py)
     each request    ends exactly once, by its deadline; a finished one has all its tokens and the right reason;
                     it fails only in ways its client or its deadline can explain
-    each turn       every live worker's ledger sums to its pool
-    every 64 turns  full scan: pool invariants, every reference with an owner we can name, no block that a transport
+    each turn       the ledger of every worker that ran sums to its pool
+    its 64th turns  full scan: pool invariants, every reference with an owner we can name, no block that a transport
                     may still write to in anybody else's hands
     at the end      nothing lent, quarantined or active; no task left behind; no exception that nobody took
 
@@ -59,7 +59,7 @@ class Oracle:
     def __init__(self, max_model_len: int) -> None:
         self.records: dict[str, Record] = {}
         self._max_model_len = max_model_len
-        self._turns = 0
+        self._turns: dict[str, int] = {}
 
     # ---- clients -------------------------------------------------------------------------------------------------
 
@@ -101,12 +101,12 @@ class Oracle:
     # ---- workers -------------------------------------------------------------------------------------------------
 
     def turn(self, nodes: Iterable[WorkerNode]) -> None:
-        self._turns += 1
-        full = self._turns % FULL_SCAN_TURNS == 0
         for node in nodes:
-            ledger, total = node.parts.pool.ledger(), node.parts.pool.num_blocks
-            require(ledger.total == total, f"{node.info.worker_id}: {ledger} sums to {ledger.total} of {total} blocks")
-            if full:
+            name, ledger, total = node.info.worker_id, node.parts.pool.ledger(), node.parts.pool.num_blocks
+            if ledger.total != total:
+                raise OracleFailure(f"{name}: {ledger} sums to {ledger.total}, the pool has {total} blocks")
+            self._turns[name] = self._turns.get(name, 0) + 1
+            if self._turns[name] % FULL_SCAN_TURNS == 0:
                 self.scan(node)
 
     @staticmethod

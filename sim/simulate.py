@@ -66,7 +66,7 @@ def simulate(seed: int, trace: bool = False, plan: Plan | None = None) -> Report
     finally:
         if collecting:
             gc.enable()
-        gc.collect()
+        gc.collect(0)
     return _report(seed, worlds[0], failure)
 
 
