@@ -1,0 +1,281 @@
+"""Workers as Ray actors: the actor's process is the worker. Ray places them and brings them back, and nothing else;
+no request and no token passes through it. The only file that imports ray.
+
+Life of a member: a detached named actor is created on a free slot (one unit of its role's custom resource) -> its
+process runs the entry in a thread with a loop of its own -> if that ends, or the process dies, Ray starts the next
+one in the same slot -> stopped: the entry is cancelled, the actor killed.
+
+Slots are counted before an actor is made, so that none is ever pending: a pending actor would take the slot of one
+that just died, and that one would then wait for ever. Killing Ray's control store (GCS) leaves actors and pool
+running; only starts and restarts are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from baton.cluster.actor import WorkerActor
+from baton.cluster.pool import MemberState, PoolMember, WorkerSpec
+from baton.cluster.processes import family_of, gone, machine_id
+from baton.core.config import Config, apply_child_env, child_env
+from baton.core.errors import NotFound, PeerLost, SetupError
+from baton.core.worker import Role
+
+log = logging.getLogger("baton.cluster")
+
+SLOTS_PER_ROLE = 64
+"""In a cluster of our own: as many workers as the config allows. In a joined one its operator says."""
+CLOSE_GRACE_S = 5.0
+_NAMESPACE = "baton"
+_INIT_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 1.0
+_CONTROL_TIMEOUT_S = 10.0
+_POLL_S = 0.1
+_OBJECT_STORE_BYTES = 80 << 20
+"""Near Ray's minimum: nothing of ours goes through it."""
+_GCS_RECONNECT_S = 7 * 24 * 3600
+"""By default raylet and workers end a minute after the GCS died; ours serve on."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Member:
+    spec: WorkerSpec
+    actor: Any
+    pid: int | None = None
+    restarts: int = 0
+
+
+class RayPool:
+    """Open with `open_ray_pool`."""
+
+    def __init__(self, thread: _RayThread, temp_dir: str | None) -> None:
+        self._thread = thread
+        self._temp_dir = temp_dir
+        """Of the cluster we started; None: we joined somebody's."""
+        self._members: dict[str, _Member] = {}
+        self._closed = False
+
+    async def start(self, spec: WorkerSpec) -> None:
+        if spec.worker_id in self._members:
+            raise SetupError(f"there is a worker {spec.worker_id} already.")
+        timeout_s = Config.model_validate_json(spec.config_json).cluster.start_timeout_s
+        self._members[spec.worker_id] = member = _Member(spec, None)
+        try:
+            async with asyncio.timeout(timeout_s):
+                taken = sum(m.spec.role is spec.role for m in self._members.values())
+                member.actor = await self._thread.run(lambda: _create(spec, taken), timeout_s)
+                await self._come_up(member)
+        except (TimeoutError, PeerLost) as e:
+            await self._end(member, 0.0)
+            what = e.message if isinstance(e, PeerLost) else f"it did not register within {timeout_s:g} s."
+            raise SetupError(f"worker {spec.worker_id} did not come up: {what}") from None
+        except BaseException:
+            await self._end(member, 0.0)
+            raise
+
+    async def stop(self, worker_id: str, grace_s: float) -> None:
+        member = self._members.get(worker_id)
+        if member is None:
+            raise NotFound(f"there is no worker {worker_id} in this pool.")
+        await self._end(member, grace_s)
+
+    async def members(self) -> tuple[PoolMember, ...]:
+        """`restarts` counts the new processes that calls of this have seen."""
+        members = [self._members[name] for name in sorted(self._members)]
+        return tuple(await asyncio.gather(*map(self._look, members)))
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.gather(*(self._end(m, CLOSE_GRACE_S) for m in list(self._members.values())))
+        family = family_of(self._temp_dir) if self._temp_dir else set()
+        try:
+            await self._thread.run(ray.shutdown, _CONTROL_TIMEOUT_S)
+        except PeerLost as e:
+            log.warning("%s Ending its processes.", e.message)
+        self._thread.end()
+        if self._temp_dir:
+            await _swept(family)
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    async def _come_up(self, member: _Member) -> None:
+        while True:
+            state = await _asked(member.actor.state, None)
+            member.pid = state.pid
+            if state.failure:
+                raise SetupError(f"worker {member.spec.worker_id} ended before it registered. Its last words:\n"
+                                 f"{state.failure}")
+            if state.up:
+                return
+            await asyncio.sleep(_POLL_S)
+
+    async def _look(self, member: _Member) -> PoolMember:
+        spec, state = member.spec, MemberState.STARTING
+        pid = member.pid
+        if member.actor is not None and pid is not None:
+            try:
+                answer = await _asked(member.actor.state, _ANSWER_TIMEOUT_S)
+            except PeerLost:
+                pid, state = None, MemberState.RESTARTING
+            else:
+                member.restarts += answer.pid != member.pid
+                member.pid = pid = answer.pid
+                state = MemberState.RUNNING if answer.up else MemberState.STARTING
+        return PoolMember(spec.worker_id, spec.role, pid, member.restarts, state)
+
+    async def _end(self, member: _Member, grace_s: float) -> None:
+        """The entry first, then the actor, then, if it ran on this machine, make sure of its process."""
+        self._members.pop(member.spec.worker_id, None)
+        actor, pids = member.actor, set[int]()
+        if actor is None:
+            return
+        with contextlib.suppress(PeerLost):
+            answer = await _asked(actor.state, _ANSWER_TIMEOUT_S)
+            if answer.machine == machine_id():
+                pids = {answer.pid}
+            if grace_s > 0:
+                await _asked(actor.stop, grace_s + _ANSWER_TIMEOUT_S, grace_s)
+        try:
+            await self._thread.run(lambda: ray.kill(actor, no_restart=True), _CONTROL_TIMEOUT_S)
+        except PeerLost as e:
+            log.warning("Ray did not end worker %s (%s); ending its process", member.spec.worker_id, e.message)
+        await _swept(pids)
+
+
+async def open_ray_pool(address: str | None) -> RayPool:
+    """Join the Ray cluster at `address`, or, if None, start one on this machine. Raises SetupError.
+
+    A joined cluster must have custom resources named `prefill` and `decode`, one unit per worker.
+    """
+    apply_child_env(1)
+    temp_dir = None if address else tempfile.mkdtemp(prefix="baton-ray-", dir="/tmp")
+    thread = _RayThread()
+    try:
+        await thread.run(lambda: _connect(address, temp_dir), _INIT_TIMEOUT_S)
+    except BaseException as e:
+        thread.end()
+        if temp_dir:
+            await _swept(family_of(temp_dir))
+            shutil.rmtree(temp_dir, ignore_errors=True)
+        if isinstance(e, PeerLost):
+            where = f"The Ray cluster at {address} cannot be joined" if address else "Ray cannot be started"
+            raise SetupError(f"{where}: {e.message} `--set cluster.pool=local` needs no Ray.") from None
+        raise
+    return RayPool(thread, temp_dir)
+
+
+class _RayThread:
+    """The one thread that makes Ray's blocking calls, in order. A daemon: a call that hangs (the GCS is gone) costs
+    its caller a deadline, and nobody waits for the thread. Ray's processes end with the thread that started them, so
+    it also lives as long as the pool."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="ray", daemon=True).start()
+
+    async def run(self, call: Callable[[], T], timeout_s: float) -> T:
+        """Raises PeerLost when Ray fails or does not answer in time."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def report(result: T | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def job() -> None:
+            result, error = None, None
+            try:
+                result = call()
+            except Exception as e:
+                error = e
+            with contextlib.suppress(RuntimeError):  # The loop may be closed by now.
+                loop.call_soon_threadsafe(report, result, error)
+
+        self._calls.put(job)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise PeerLost(f"Ray did not answer within {timeout_s:g} s.") from None
+        except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as e:
+            raise PeerLost(f"Ray failed: {str(e).strip() or type(e).__name__}.") from e
+
+    def end(self) -> None:
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (job := self._calls.get()) is not None:
+            job()
+
+
+def _connect(address: str | None, temp_dir: str | None) -> None:
+    common = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.WARNING}
+    if address:
+        ray.init(address=address, **common)
+        return
+    ray.init(
+        num_cpus=1, resources={role.value: SLOTS_PER_ROLE for role in Role}, include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=temp_dir,
+        _system_config={"gcs_rpc_server_reconnect_timeout_s": _GCS_RECONNECT_S}, **common)
+
+
+def _create(spec: WorkerSpec, taken: int) -> Any:
+    """`taken`: slots of this role that our members have, this one included."""
+    role = spec.role.value
+    slots = int(ray.cluster_resources().get(role, 0))
+    free = int(ray.available_resources().get(role, 0))
+    if taken > slots or free < 1:
+        raise SetupError(f"the Ray cluster has {slots} `{role}` slots and none is free for {spec.worker_id}: start its "
+                         f"nodes with more, as in `ray start --resources '{{\"{role}\": {slots + 1}}}'`.")
+    env = child_env(spec.threads)
+    options = {
+        "name": f"baton-{spec.worker_id}", "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0,
+        "num_cpus": 0, "resources": {role: 1}, "max_concurrency": 8,
+        "runtime_env": {"env_vars": {name: env[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}},
+    }
+    return ray.remote(WorkerActor).options(**options).remote(dataclasses.asdict(spec))
+
+
+async def _asked(method: Any, timeout_s: float | None, *args: Any) -> Any:
+    """Call an actor's method, directly at its process: this needs no GCS. Raises PeerLost."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await method.remote(*args)
+    except TimeoutError:
+        raise PeerLost(f"the actor did not answer within {timeout_s} s.") from None
+    except RayError as e:
+        raise PeerLost(f"the actor is not reachable: {e}") from e
+
+
+async def _swept(pids: set[int]) -> None:
+    """Wait until these processes of this machine are gone; kill them at the deadline."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+            while not all(map(gone, pids)):  # noqa: ASYNC110 (nothing tells us of a process that is not our child)
+                await asyncio.sleep(_POLL_S)
+    for pid in pids:
+        if not gone(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

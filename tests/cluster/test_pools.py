@@ -1,0 +1,169 @@
+"""One contract, both pools: workers come up, come back with a new boot id, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from baton.cluster.embedded import start_embedded_redis
+from baton.cluster.local_pool import LocalPool
+from baton.cluster.pool import MemberState, PoolMember, WorkerPool, WorkerSpec
+from baton.cluster.store import RedisRegistry
+from baton.core.config import load
+from baton.core.errors import NotFound, SetupError
+from baton.core.worker import Role, WorkerInfo
+
+DEADLINE_S = 120
+
+
+@dataclass
+class World:
+    pool: WorkerPool
+    registry: RedisRegistry
+    url: str
+
+    def spec(self, worker_id: str = "p-0", entry: str = "serve", timeout_s: float = 60) -> WorkerSpec:
+        config = load(overrides=[f"cluster.start_timeout_s={timeout_s}"])
+        return WorkerSpec(worker_id, Role.PREFILL, f"pool_entries:{entry}", config.model_dump_json(), self.url, 1)
+
+    async def member(self, worker_id: str = "p-0") -> PoolMember:
+        return {m.worker_id: m for m in await self.pool.members()}[worker_id]
+
+    async def entry_of(self, worker_id: str = "p-0") -> WorkerInfo | None:
+        return {i.worker_id: i for i in await self.registry.list()}.get(worker_id)
+
+    async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not await condition():
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def local() -> AsyncIterator[WorkerPool]:
+    pool = LocalPool()
+    yield pool
+    await pool.close()
+
+
+@asynccontextmanager
+async def on_ray() -> AsyncIterator[WorkerPool]:
+    from baton.cluster.ray_pool import open_ray_pool
+
+    pool = await open_ray_pool(None)
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a test body against an open pool, and see that closing it leaves nothing."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    opened = local if request.param == "local" else on_ray
+
+    def inside(body: Callable[[World], Awaitable[None]]) -> None:
+        async def world() -> None:
+            server = await start_embedded_redis()
+            registry = RedisRegistry(server.url)
+            try:
+                async with asyncio.timeout(2 * DEADLINE_S), opened() as pool:
+                    await body(World(pool, registry, server.url))
+            finally:
+                await registry.close()
+                await server.close()
+
+        before = leftovers()
+        asyncio.run(world())
+        assert leftovers() <= before
+
+    return inside
+
+
+def leftovers() -> set[object]:
+    """Our processes, and files where pools keep theirs."""
+    alive = {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
+    return alive | set(Path("/tmp").glob("baton-*")) | set(Path("/dev/shm").iterdir())
+
+
+def family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def test_a_killed_worker_comes_back_as_a_new_boot(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await asyncio.gather(world.pool.start(world.spec("p-0")), world.pool.start(world.spec("p-1")))
+        first, neighbour = await world.entry_of("p-0"), await world.member("p-1")
+        member = await world.member()
+        assert first is not None, "start returns when the worker has registered"
+        assert (member.role, member.restarts, member.state) == (Role.PREFILL, 0, MemberState.RUNNING)
+        assert first.address == f"{member.pid}.1", "the process is the worker, with the threads it was given"
+        assert member.pid is not None
+        os.kill(member.pid, signal.SIGKILL)
+
+        async def back() -> bool:
+            entry, now = await world.entry_of(), await world.member()
+            return entry != first and now.restarts == 1 and now.state is MemberState.RUNNING
+
+        await world.until(back)
+        entry, again = await world.entry_of(), await world.member()
+        assert entry is not None
+        assert entry.boot_id != first.boot_id
+        assert entry.address == f"{again.pid}.1"
+        assert await world.member("p-1") == neighbour
+
+    run(body)
+
+
+def test_a_stopped_worker_deregisters_and_leaves_no_process(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await world.pool.start(world.spec())
+        member = await world.member()
+        assert member.pid is not None
+        processes = family(member.pid)
+        await world.pool.stop("p-0", 30)
+        assert await world.pool.members() == ()
+        assert await world.entry_of() is None, "it was asked before it was made to"
+        assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        with pytest.raises(NotFound, match="p-0"):
+            await world.pool.stop("p-0", 1)
+        await world.pool.start(world.spec())
+        assert (await world.member()).restarts == 0
+
+    run(body)
+
+
+def test_a_worker_that_will_not_end_is_ended(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await world.pool.start(world.spec(entry="come_back"))
+        member = await world.member()
+        assert member.pid is not None
+        await world.pool.stop("p-0", 0.2)
+        assert not psutil.pid_exists(member.pid) or psutil.Process(member.pid).status() == psutil.STATUS_ZOMBIE
+
+    run(body)
+
+
+@pytest.mark.parametrize(("entry", "said"), [
+    ("refuse", "p-0 has nothing to serve: find it a model"), ("crash", "ZeroDivisionError: worker bug"),
+    ("nowhere", "'pool_entries:nowhere' cannot be imported"), ("dawdle", "did not register within 3 s"),
+])
+def test_a_worker_that_does_not_come_up_says_why(run: Callable[..., None], entry: str, said: str) -> None:
+    async def body(world: World) -> None:
+        with pytest.raises(SetupError) as caught:
+            await world.pool.start(world.spec(entry=entry, timeout_s=3 if entry == "dawdle" else 60))
+        assert said in caught.value.message
+        assert await world.pool.members() == ()
+        await world.pool.start(world.spec())
+
+    run(body)
