@@ -48,7 +48,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $(VENV)/.local $@
 
 run: $(VENV)/.local
-	@exec $(BIN)/baton serve --ask "What is the capital of France?" $(if $(ONCE),--once) $(ARGS)
+	@exec $(BIN)/baton serve --ask demo $(if $(ONCE),--once) $(ARGS)
 
 test: $(VENV)/.dev
 	@$(BIN)/baton model pull $(MODEL)

@@ -46,7 +46,8 @@ Figures = dict[str, list[float]]
 
 def prompts(tokenizer: Any, num_tokens: int, count: int, seed: int) -> list[list[int]]:
     """`count` prompts of exactly `num_tokens` tokens that share no prefix beyond chance."""
-    rng, made = random.Random(seed), []
+    rng = random.Random(seed)
+    made: list[list[int]] = []
     while len(made) < count:
         ids = list(tokenizer.encode(" ".join(rng.choices(WORDS, k=2 * num_tokens))).ids)
         assert len(ids) >= num_tokens, f"{len(ids)} tokens out of {2 * num_tokens} words"

@@ -143,13 +143,12 @@ def trace_lines(answer: RequestTrace) -> Iterator[str]:
         f"{answer.output_tokens} output tokens"
     )
     for attempt in answer.attempts:
-        route = attempt.route
-        place = f"{route.prefill.worker_id} -> {route.decode}" if route.HasField("prefill") else f"{route.decode} alone"
-        terms = ", ".join(f"{t.name} {t.seconds * 1e3:.1f} ms" for t in route.terms)
-        yield f"attempt {attempt.epoch}: {place}, priced {route.cost_s * 1e3:.1f} ms ({terms}); {route.reason}"
+        yield f"attempt {attempt.epoch}: {attempt.route.reason}"
         if attempt.outcome not in ("", "stop", "length"):
             yield f"  ended: {attempt.outcome}"
-    spans = [Span(s.name, s.start_s, s.end_s, s.detail) for s in answer.spans]
+    # The router's own bar carries the reason again, which has been said.
+    reasons = {attempt.route.reason for attempt in answer.attempts}
+    spans = [Span(s.name, s.start_s, s.end_s, "" if s.detail in reasons else s.detail) for s in answer.spans]
     yield from waterfall(
         spans,
         min(shutil.get_terminal_size((100, 24)).columns, 140),
