@@ -41,7 +41,7 @@ class Fault(Protocol):
         ...
 
     async def inflict(self, world: World) -> None:
-        """Wait for the moment, strike, heal. Returns when the world is as it was."""
+        """Wait for the moment, strike, heal. Returns when the world is as it was; called again if it has not landed."""
         ...
 
 
@@ -108,12 +108,12 @@ class Slow(_Landing):
         victim = await _moment(world, lambda: _busy(world, self._role))
         if victim is None or victim.runner is None:
             return
-        runner, steps = victim.runner, victim.steps
+        runner, steps = victim.runner, victim.runner.num_steps
         runner.slowness = self._factor
         await asyncio.sleep(self._duration_s)
         runner.slowness = 1.0
-        await _moment(world, lambda: [True] if victim.steps > steps else [])
-        self.evidence = f"{victim.worker_id} did {victim.steps - steps} steps {self._factor:.0f} times slower"
+        if runner.num_steps > steps:
+            self.evidence = f"{victim.worker_id} did {runner.num_steps - steps} steps {self._factor:.0f} times slower"
 
 
 class Reset(_Landing):
@@ -165,19 +165,20 @@ class BadPulls(_Landing):
         self._kind, self._num_pulls = kind, num_pulls
 
     async def inflict(self, world: World) -> None:
-        before = len(world.fabric.hit)
+        mine: list[PullOrder] = []
 
         def rule(reader: str, lender: str, order: PullOrder) -> PullFault | None:
-            left = self._num_pulls - (len(world.fabric.hit) - before)
-            return self._kind if left > 0 and order.lease_id != PROBE_LEASE else None
+            if len(mine) >= self._num_pulls or order.lease_id == PROBE_LEASE:
+                return None
+            mine.append(order)
+            return self._kind
 
-        world.fabric.rule = rule
-        hit = world.fabric.hit
-        await _moment(world, lambda: [True] if len(hit) > before and hit[-1] not in world.fabric.moving else [])
-        world.fabric.rule = lambda reader, lender, order: None
-        if len(hit) > before:
-            blocks = sum(len(m.pull.order.source) for m in hit[before:])
-            self.evidence = f"{len(hit) - before} pulls of {blocks} blocks were {self._kind}"
+        world.fabric.rules[self] = rule
+        await _moment(world, lambda: mine)
+        await asyncio.sleep(1.0)
+        del world.fabric.rules[self]
+        if mine:
+            self.evidence = f"{len(mine)} pulls of {sum(len(o.source) for o in mine)} blocks were {self._kind}"
 
 
 class RegistryOutage(_Landing):

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.core.block_hash import HashScope
 from baton.core.config import Config
@@ -29,10 +29,10 @@ from baton.kv_transfer.puller import Puller
 from baton.prefill_node.policy import prefill_policy
 from baton.sim.hash_model import EOS
 from baton.sim.loop import SimLoop, SimProcess
-from baton.sim.network import SimNetwork
+from baton.sim.network import Conditions, SimNetwork
 from baton.sim.runner import Costs, SimRunner, layout
 from baton.sim.trace import Trace
-from baton.sim.transport import Fabric, Lender, SimTransport
+from baton.sim.transport import Fabric, Lender, SimTransport, WireSpeed
 from baton.worker.node import NodeParts, WorkerNode
 
 
@@ -43,8 +43,10 @@ class Terms:
     block_size: int
     max_model_len: int
     num_blocks: dict[Role, int]
-    costs: Costs
     config: Config
+    costs: Costs = field(default_factory=Costs)
+    conditions: Conditions = field(default_factory=Conditions)
+    speed: WireSpeed = field(default_factory=WireSpeed)
 
 
 @dataclass(frozen=True, slots=True)

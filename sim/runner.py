@@ -43,6 +43,7 @@ class SimRunner:
         expected = layout(block_size).block_bytes
         assert memory.block_bytes == expected, f"blocks of {memory.block_bytes} bytes, not {expected}"
         self.slowness = 1.0
+        self.num_steps = 0
         self._memory = memory
         self._block_size = block_size
         self._costs = costs
@@ -53,6 +54,7 @@ class SimRunner:
         self._running = True
         try:
             await asyncio.sleep(self._costs.of(step) * self.slowness)
+            self.num_steps += 1
             return StepResult(tuple(self._attend(chunk) for chunk in step.chunks))
         finally:
             self._running = False

@@ -84,7 +84,8 @@ class Fabric:
         self.speed = speed or WireSpeed()
         self.rng: random.Random = loop.fork("fabric")
         self.context = contextvars.Context()
-        self.rule: FaultRule = lambda reader, lender, order: None
+        self.rules: dict[object, FaultRule] = {}
+        """By who set them; the first that answers counts."""
         self.reaches: Callable[[str, str], bool] = lambda a, b: True
         """Whether two workers' hosts reach each other (the network's cuts hold for data, too)."""
         self.moving: dict[Moving, None] = {}
@@ -119,6 +120,10 @@ class Fabric:
             elif one.lender == worker_id and not silent and gone is not None:
                 error = PeerLost(f"{worker_id} reset the data connection")
                 self.loop.call_later(self.speed.latency_s, self.end, one, error, context=self.context)
+
+    def fault_of(self, reader: str, lender: str, order: PullOrder) -> PullFault | None:
+        faults = (rule(reader, lender, order) for rule in self.rules.values())
+        return next((f for f in faults if f is not None), None)
 
     def end(self, one: Moving, error: BatonError | None = None) -> None:
         """Terminal, exactly once."""
@@ -176,7 +181,7 @@ class SimTransport:
         lender = self._peers.get(peer_id)
         if lender is None or lender.process.dead:
             return failed(order, PeerLost(f"no connection to {peer_id}"))
-        one = Moving(self._worker_id, peer_id, Pull(order), self._fabric.rule(self._worker_id, peer_id, order))
+        one = Moving(self._worker_id, peer_id, Pull(order), self._fabric.fault_of(self._worker_id, peer_id, order))
         self._fabric.moving[one] = None
         if one.fault is not None:
             self._fabric.hit.append(one)

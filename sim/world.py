@@ -27,11 +27,11 @@ from baton.router.policy import CostPolicy
 from baton.sim.faults import Fault, draw_faults
 from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.machine import Builders, Machine, SimRegistry, Site, Terms
-from baton.sim.network import SimNetwork
+from baton.sim.network import Conditions, SimNetwork
 from baton.sim.oracle import Oracle, OracleFailure, Record, require
 from baton.sim.runner import Costs
 from baton.sim.trace import Trace
-from baton.sim.transport import Fabric
+from baton.sim.transport import Fabric, WireSpeed
 from baton.sim.workload import Job, Shape, Workload
 
 ROUTER = "router"
@@ -74,8 +74,11 @@ def draw_plan(seed: int) -> Plan:
         f"prefill.max_chunk_tokens={chunk}", "prefill.max_step_tokens=24", "prefill.max_sequences=6",
         f"decode.max_chunk_tokens={chunk}", "decode.max_step_tokens=16", "decode.max_sequences=8",
     ])
-    terms = Terms(block_size, max_model_len, num_blocks, Costs(), config)
-    return Plan(terms, Shape(max_model_len=max_model_len), draw_faults(rng))
+    conditions = Conditions(delay_s=rng.choice((0.0002, 0.002, 0.01)), loss=rng.choice((0.0, 0.01, 0.04)))
+    speed = WireSpeed(bytes_per_s=rng.choice((5e3, 5e4, 5e5)), late_s=rng.uniform(1.0, 8.0))
+    terms = Terms(block_size, max_model_len, num_blocks, config, Costs(), conditions, speed)
+    shape = Shape(max_model_len=max_model_len, mean_gap_s=rng.choice((0.005, 0.02, 0.08)))
+    return Plan(terms, shape, draw_faults(rng))
 
 
 class World:
@@ -86,8 +89,8 @@ class World:
         self.plan = plan
         self.trace = Trace(loop.time, out)
         self.rng = loop.fork("faults")
-        self.network = SimNetwork(loop, self.trace)
-        self.fabric = Fabric(loop, self.trace)
+        self.network = SimNetwork(loop, self.trace, plan.terms.conditions)
+        self.fabric = Fabric(loop, self.trace, plan.terms.speed)
         self.fabric.reaches = self.network.reaches
         self.registry = SimRegistry()
         self.oracle = Oracle(plan.terms.max_model_len)
@@ -110,8 +113,8 @@ class World:
         return self.plan.terms.config
 
     def of(self, role: Role) -> list[Machine]:
-        """Machines of a role that are alive."""
-        return [m for m in self.machines.values() if m.role is role and m.alive]
+        """Machines of a role that run: neither dead nor frozen."""
+        return [m for m in self.machines.values() if m.role is role and m.alive and m.process and m.process.running]
 
     def fail(self, message: str) -> None:
         """A failure found where raising would not end the run."""
@@ -150,7 +153,8 @@ class World:
 
     async def _inflict(self, fault: Fault) -> None:
         await asyncio.sleep(self.rng.uniform(0.0, 1.0))
-        await fault.inflict(self)
+        while not (fault.landed or self.over):
+            await fault.inflict(self)
         self.trace.note("fault", fault.name, fault.evidence)
 
     async def _route(self) -> None:
