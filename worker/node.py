@@ -76,7 +76,7 @@ class WorkerNode:
         self.become(policy)
         self._steps = StepLoop(parts.scheduler, parts.runner, parts.metrics, self._after_step)
         self._intakes: dict[str, Intake] = {}
-        self._outboxes: set[Outbox] = set()
+        self._outboxes: dict[Outbox, None] = {}
         self._background: set[asyncio.Task[None]] = set()
         handoff = config.handoff
         self._lender = LenderParts(
@@ -124,14 +124,14 @@ class WorkerNode:
 
     async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
         outbox = Outbox(self._compose)
-        self._outboxes.add(outbox)
+        self._outboxes[outbox] = None
         reader = asyncio.get_running_loop().create_task(self._read_up(up, outbox))
         try:
             while (message := await outbox.next(self._config.router.heartbeat_s)) is not None:
                 yield message
         finally:
             reader.cancel()
-            self._outboxes.discard(outbox)
+            self._outboxes.pop(outbox, None)
             outbox.closed = True
             for intake in [i for i in self._intakes.values() if i.outbox is outbox]:
                 intake.end(Cancelled("the router's stream ended"))
