@@ -43,8 +43,15 @@ LEDGER = Ledger(0, 0, 0, 0, 64)
 
 
 def capability(**changes: object) -> Capability:
-    plain = Capability("toy", "f00d", KVLayout(1, 1, 1, BLOCK, "fp32"), max_model_len=64, num_blocks=64,
-                       eos_token_ids=(EOS,), transports=(("tcp", b""),))
+    plain = Capability(
+        "toy",
+        "f00d",
+        KVLayout(1, 1, 1, BLOCK, "fp32"),
+        max_model_len=64,
+        num_blocks=64,
+        eos_token_ids=(EOS,),
+        transports=(("tcp", b""),),
+    )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -53,7 +60,9 @@ def token(request_id: str, index: int) -> int:
     return hashlib.sha256(f"{request_id}/{index}".encode()).digest()[0]
 
 
-def request(request_id: str = "r", prompt: Sequence[int] = (1, 2, 3, 4, 5), max_tokens: int = 6, **fields: object) -> Request:
+def request(
+    request_id: str = "r", prompt: Sequence[int] = (1, 2, 3, 4, 5), max_tokens: int = 6, **fields: object
+) -> Request:
     return Request(request_id, tuple(prompt), SamplingParams(max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
 
 
@@ -77,8 +86,15 @@ def speak(submit: Submit) -> Iterator[Act]:
 
 def refuse(code: str, message: str = "no") -> Script:
     def script(submit: Submit) -> Iterator[Act]:
-        yield TokenChunk(submit.request.request_id, submit.epoch, len(submit.request.delivered), (),
-                         FinishReason.ERROR, error_code=code, error_message=message)
+        yield TokenChunk(
+            submit.request.request_id,
+            submit.epoch,
+            len(submit.request.delivered),
+            (),
+            FinishReason.ERROR,
+            error_code=code,
+            error_message=message,
+        )
 
     return script
 
@@ -158,8 +174,12 @@ class ScriptedWorker:
             if not self.frozen:
                 return message
 
-    async def _read(self, up: AsyncIterator[UpMessage], down: asyncio.Queue[StepMessage | BatonError],
-                    tasks: list[asyncio.Task[None]]) -> None:
+    async def _read(
+        self,
+        up: AsyncIterator[UpMessage],
+        down: asyncio.Queue[StepMessage | BatonError],
+        tasks: list[asyncio.Task[None]],
+    ) -> None:
         async for message in up:
             match message:
                 case Hello():
@@ -205,7 +225,8 @@ class ScriptedFleet:
         self.metrics = Metrics()
         self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, "router-0")
         self.dispatcher = Dispatcher(
-            self.fleet, policy or CostPolicy(self.config.router, Random(1)), self.config, self.metrics)
+            self.fleet, policy or CostPolicy(self.config.router, Random(1)), self.config, self.metrics
+        )
 
     async def _discover(self) -> Sequence[WorkerInfo]:
         if self.registry_fails is not None:

@@ -115,7 +115,9 @@ def test_a_prompt_goes_where_its_prefix_is() -> None:
         prompt = tuple(range(20))
         hashes = block_hashes(HashScope.of(capability()), prompt, BLOCK)
         holder = ScriptedWorker("d1", held=dict.fromkeys(hashes))
-        async with ScriptedFleet(ScriptedWorker("d0"), holder, ScriptedWorker("d2"), local_prefill_max_tokens=4) as fleet:
+        async with ScriptedFleet(
+            ScriptedWorker("d0"), holder, ScriptedWorker("d2"), local_prefill_max_tokens=4
+        ) as fleet:
             for i in range(3):
                 await fleet.answer(request(f"r{i}", prompt))
             assert len(holder.submits) == 3
@@ -139,14 +141,29 @@ def test_a_burst_is_spread_before_any_worker_reports() -> None:
 
 def test_handed_off_requests_count_on_the_decode_worker_until_their_first_token() -> None:
     async def main() -> None:
-        decodes = [ScriptedWorker(f"d{i}", script=mute) for i in range(2)]
+        decodes = [ScriptedWorker(f"d{i}", script=mute) for i in range(4)]
         prefill = ScriptedWorker("p0", Role.PREFILL)
         async with ScriptedFleet(*decodes, prefill, local_prefill_max_tokens=4) as fleet:
-            for i in range(6):
-                task = asyncio.create_task(fleet.answer(request(f"r{i}", range(20), deadline_s=9.0)))
+            for i in range(12):
+                task = asyncio.create_task(fleet.answer(request(f"r{i}", range(20), deadline_s=99.0)))
                 await asyncio.sleep(1.0)  # reports come in between and show nothing: the prompts are elsewhere
                 assert not task.done()
-            assert [len(w.submits) for w in decodes] == [3, 3]
+            assert [len(w.submits) for w in decodes] == [3] * 4
+            for worker in decodes:
+                worker.say(*(TokenChunk(s.request.request_id, 1, 0, (1,)) for s in worker.submits))
+            await asyncio.sleep(0.01)
+            assert [c.num_sequences for c in fleet.fleet.candidates(Role.DECODE, {})] == [0] * 4
+
+
+def test_a_failed_attempt_leaves_no_work_counted() -> None:
+    async def main() -> None:
+        decode, prefill = ScriptedWorker("d0", script=refuse("overloaded")), ScriptedWorker("p0", Role.PREFILL)
+        async with ScriptedFleet(decode, prefill, local_prefill_max_tokens=0, max_attempts=2) as fleet:
+            with pytest.raises(Overloaded):
+                await fleet.answer(request())
+            for role in Role:
+                (worker,) = fleet.fleet.candidates(role, {})
+                assert (worker.num_sequences, worker.queued_prefill_tokens) == (0, 0)
 
     simulate(main)
 
@@ -178,14 +195,19 @@ def test_a_worker_lost_at_any_token_costs_the_client_nothing(lost_after: int, sa
 @st.composite
 def mangled(draw: st.DrawFn) -> list[tuple[int, int, int, bool]]:
     """(epoch, first index, number of tokens, is it the last) of chunks in any order, any of them more than once."""
-    return draw(st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 2]), st.integers(0, 7), st.integers(0, 3),
-                                   st.booleans()), max_size=12))
+    return draw(
+        st.lists(
+            st.tuples(st.sampled_from([0, 1, 1, 1, 2]), st.integers(0, 7), st.integers(0, 3), st.booleans()),
+            max_size=12,
+        )
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(mess=mangled(), seed=st.integers(0, 3))
 def test_duplicated_reordered_stale_and_contradicting_chunks_never_reach_the_client(
-        mess: list[tuple[int, int, int, bool]], seed: int) -> None:
+    mess: list[tuple[int, int, int, bool]], seed: int
+) -> None:
     r = request(max_tokens=6)
 
     def messy(submit: Submit) -> Iterator[Act]:
@@ -221,17 +243,36 @@ def test_a_gap_is_a_lost_worker_and_the_attempt_is_cancelled_there() -> None:
     simulate(main)
 
 
+def test_an_end_before_what_the_client_already_has_is_not_believed() -> None:
+    def contradict(submit: Submit) -> Iterator[Act]:
+        yield TokenChunk("r", 1, 0, (token("r", 0), token("r", 1), token("r", 2)))
+        yield TokenChunk("r", 1, 1, (token("r", 1),), FinishReason.LENGTH)
+
+    async def main() -> None:
+        script = once(contradict)
+        async with ScriptedFleet(ScriptedWorker("d0", script=script), ScriptedWorker("d1", script=script)) as fleet:
+            assert await fleet.answer(request()) == expected(request())
+
+    simulate(main)
+
+
 # ---- what ends a request when its worker cannot say so ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sampling", "last", "finish"), [
-    (SamplingParams(max_tokens=9), EOS, FinishReason.STOP),
-    (SamplingParams(max_tokens=9, stop_token_ids=(5,)), 5, FinishReason.STOP),
-    (SamplingParams(max_tokens=2, ignore_eos=True), EOS, FinishReason.LENGTH),
-    (SamplingParams(max_tokens=9, ignore_eos=True), EOS, None),
-    (SamplingParams(max_tokens=100), 1, None),
-], ids=["eos", "stop id", "length", "eos ignored", "not at its end"])
-def test_tokens_that_end_the_request_end_it_once(sampling: SamplingParams, last: int, finish: FinishReason | None) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "last", "finish"),
+    [
+        (SamplingParams(max_tokens=9), EOS, FinishReason.STOP),
+        (SamplingParams(max_tokens=9, stop_token_ids=(5,)), 5, FinishReason.STOP),
+        (SamplingParams(max_tokens=2, ignore_eos=True), EOS, FinishReason.LENGTH),
+        (SamplingParams(max_tokens=9, ignore_eos=True), EOS, None),
+        (SamplingParams(max_tokens=100), 1, None),
+    ],
+    ids=["eos", "stop id", "length", "eos ignored", "not at its end"],
+)
+def test_tokens_that_end_the_request_end_it_once(
+    sampling: SamplingParams, last: int, finish: FinishReason | None
+) -> None:
     r = Request("r", (1, 2, 3), sampling)
 
     def end_silently(submit: Submit) -> Iterator[Act]:
@@ -310,8 +351,10 @@ def test_when_all_refuse_they_are_asked_again_and_in_the_end_the_client_hears_it
     simulate(main)
 
 
-@pytest.mark.parametrize(("code", "error"), [("invalid_request", InvalidRequest), ("internal", InternalError),
-                                             ("deadline_exceeded", DeadlineExceeded)])
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("invalid_request", InvalidRequest), ("internal", InternalError), ("deadline_exceeded", DeadlineExceeded)],
+)
 def test_what_another_worker_would_answer_too_is_not_tried_again(code: str, error: type[BatonError]) -> None:
     async def main() -> None:
         worker = ScriptedWorker("d0", script=refuse(code, "because"))
@@ -460,6 +503,7 @@ def test_a_reader_cancelled_while_it_waits_cancels_on_the_worker() -> None:
     async def main() -> None:
         worker = ScriptedWorker("d0", script=mute)
         async with ScriptedFleet(worker) as fleet:
+
             async def read() -> None:
                 async with aclosing(fleet.dispatcher.generate(request())) as chunks:
                     async for _ in chunks:
@@ -524,7 +568,9 @@ def test_a_finished_request_can_be_explained() -> None:
     def speak_with_spans(submit: Submit) -> Iterator[Act]:
         for act in speak(submit):
             if isinstance(act, TokenChunk) and act.finish:
-                act = replace(act, cached_tokens=4, spans=(Span("decode", 0.02, 0.05), Span("prefill chunk", 0.0, 0.01)))
+                act = replace(
+                    act, cached_tokens=4, spans=(Span("decode", 0.02, 0.05), Span("prefill chunk", 0.0, 0.01))
+                )
             yield act
 
     async def main() -> None:
@@ -541,7 +587,12 @@ def test_a_finished_request_can_be_explained() -> None:
             assert record.route.reason.startswith("d1 alone")
             assert record.route.terms
             assert [s.name for s in record.timeline.spans] == [
-                "router queue", "attempt", "prefill chunk", "first token", "decode"]
+                "router queue",
+                "attempt",
+                "prefill chunk",
+                "first token",
+                "decode",
+            ]
             assert record.ttft_s == pytest.approx(0.01)
 
     simulate(main)
@@ -563,8 +614,10 @@ def test_only_the_last_requests_are_remembered() -> None:
 
 def test_incompatible_is_retried_elsewhere() -> None:
     async def main() -> None:
-        workers = [ScriptedWorker("d0", script=refuse(Incompatible.code)),
-                   ScriptedWorker("d1", load=WorkerLoad(num_running=5))]
+        workers = [
+            ScriptedWorker("d0", script=refuse(Incompatible.code)),
+            ScriptedWorker("d1", load=WorkerLoad(num_running=5)),
+        ]
         async with ScriptedFleet(*workers) as fleet:
             assert await fleet.answer(request()) == expected(request())
 

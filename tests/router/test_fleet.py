@@ -20,6 +20,7 @@ from tests.router.test_index import h
 def simulate(main: Callable[[], Coroutine[None, None, None]], seeds: int = 5) -> None:
     """The schedule is a seed's; what must hold must hold on each."""
     for seed in range(seeds):
+
         async def world(loop: SimLoop) -> None:
             await main()
             check_no_problems(loop)
@@ -284,11 +285,38 @@ def test_a_new_boot_replaces_the_old_one_and_the_old_one_never_comes_back() -> N
             assert fleet.fleet.index.match([h(1)]) == {}
             assert fleet.fleet.index.match([h(2)]) == {"d0": 1}
             assert fleet.metrics.value("baton_worker_lost_total", role="decode") == 1
-            fleet.also_listed = (old,)
+            fleet.unlisted, fleet.also_listed = {"d0"}, (old,)
             await asyncio.sleep(2)
             assert [w.info.boot_id for w in fleet.fleet.workers()] == ["boot-2"]
 
     simulate(main)
+
+
+def test_another_boot_at_the_same_address_is_not_taken_for_the_known_one() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", boot_id="boot-1", held={h(1): None})
+        async with ScriptedFleet(worker) as fleet:
+            fleet.registry_fails = ConnectionRefusedError()
+            worker.boot_id = "boot-2"
+            worker.break_streams()
+            await asyncio.sleep(5)
+            assert fleet.state("d0") == "connecting"
+            fleet.registry_fails = None
+            await asyncio.sleep(1)
+            assert fleet.state("d0") == "ready"
+
+    simulate(main, seeds=2)
+
+
+def test_a_worker_that_hashes_differently_is_looked_up_in_its_own_way() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0"), ScriptedWorker("d1")) as fleet:
+            assert len(fleet.fleet.scopes()) == 1
+            fleet.workers["d2"] = ScriptedWorker("d2", capability=capability(numerics="bf16"))
+            await asyncio.sleep(1)
+            assert len(fleet.fleet.scopes()) == 2
+
+    simulate(main, seeds=1)
 
 
 def test_a_worker_that_is_gone_and_no_longer_listed_is_forgotten_in_the_end() -> None:
@@ -352,6 +380,9 @@ def test_candidates_are_the_ready_ones_with_their_load_and_what_was_sent_since()
             (found,) = fleet.fleet.candidates(Role.DECODE, {"d0": 3})
             assert (found.queued_prefill_tokens, found.num_sequences, found.held_blocks) == (50, 4, 3)
             assert found.bandwidth == {"p0": 5e9}
+            await asyncio.sleep(0.6)
+            (found,) = fleet.fleet.candidates(Role.DECODE, {})
+            assert (found.queued_prefill_tokens, found.num_sequences) == (10, 3), "a heartbeat came: it tells it all"
 
     simulate(main, seeds=1)
 

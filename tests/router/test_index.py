@@ -32,7 +32,9 @@ def leading(held: set[BlockHash], hashes: tuple[BlockHash, ...]) -> int:
 
 
 @given(st.lists(st.tuples(ACTIONS, HASHES), max_size=30))
-def test_it_answers_like_a_set_of_hashes_per_worker(actions: list[tuple[tuple[str, str, tuple[BlockHash, ...], tuple[BlockHash, ...]], tuple[BlockHash, ...]]]) -> None:  # noqa: E501
+def test_it_answers_like_a_set_of_hashes_per_worker(
+    actions: list[tuple[tuple[str, str, tuple[BlockHash, ...], tuple[BlockHash, ...]], tuple[BlockHash, ...]]],
+) -> None:
     index = PrefixIndex()
     held: dict[str, set[BlockHash]] = {}
     seqs: dict[str, int] = {}

@@ -23,16 +23,25 @@ def fits(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
     return difference(prefill.capability, decode.capability) is None
 
 
-def worker(worker_id: str, model: str = "f00d", *, held: int = 0, queued: int = 0, sequences: int = 0,
-           bandwidth: dict[str, float] | None = None, **load: float) -> Candidate:
+def worker(
+    worker_id: str,
+    model: str = "f00d",
+    *,
+    held: int = 0,
+    queued: int = 0,
+    sequences: int = 0,
+    bandwidth: dict[str, float] | None = None,
+    **load: float,
+) -> Candidate:
     role = Role.PREFILL if worker_id.startswith("p") else Role.DECODE
     info = WorkerInfo(worker_id, f"{worker_id}-boot", role, "x:1", capability(model_fingerprint=model))
     return Candidate(info, WorkerLoad(**load), held, queued, sequences, bandwidth or {})  # type: ignore[arg-type]
 
 
 def fleet(*workers: Candidate) -> Candidates:
-    return Candidates([w for w in workers if w.info.role is Role.DECODE],
-                      [w for w in workers if w.info.role is Role.PREFILL], fits)
+    return Candidates(
+        [w for w in workers if w.info.role is Role.DECODE], [w for w in workers if w.info.role is Role.PREFILL], fits
+    )
 
 
 def cost_policy(limit: int = 4, seed: int = 5, **config: float) -> CostPolicy:
@@ -47,17 +56,31 @@ def choose(policy: Policy, num_tokens: int, *workers: Candidate) -> Route:
 
 # ---- every policy ----------------------------------------------------------------------------------------------------
 
-ANY_WORKER = st.tuples(st.sampled_from(["p", "d"]), st.sampled_from(["f00d", "beef"]), st.integers(0, 9),
-                       st.integers(0, 500), st.integers(0, 9), st.floats(0, 1e4), st.floats(0, 0.1))
+ANY_WORKER = st.tuples(
+    st.sampled_from(["p", "d"]),
+    st.sampled_from(["f00d", "beef"]),
+    st.integers(0, 9),
+    st.integers(0, 500),
+    st.integers(0, 9),
+    st.floats(0, 1e4),
+    st.floats(0, 0.1),
+)
 
 
 @pytest.mark.parametrize("make", POLICIES, ids=NAMES)
 @given(offered=st.lists(ANY_WORKER, max_size=6), num_tokens=st.integers(1, 60), limit=st.integers(0, 8))
 def test_a_route_names_offered_workers_that_fit_and_says_why(
-        make: Callable[[RouterConfig], Policy], offered: list[tuple[str, str, int, int, int, float, float]],
-        num_tokens: int, limit: int) -> None:
-    workers = [worker(f"{kind}{i}", model, held=held, queued=queued, sequences=n, prefill_tokens_per_s=rate, decode_step_s=step)
-               for i, (kind, model, held, queued, n, rate, step) in enumerate(offered)]
+    make: Callable[[RouterConfig], Policy],
+    offered: list[tuple[str, str, int, int, int, float, float]],
+    num_tokens: int,
+    limit: int,
+) -> None:
+    workers = [
+        worker(
+            f"{kind}{i}", model, held=held, queued=queued, sequences=n, prefill_tokens_per_s=rate, decode_step_s=step
+        )
+        for i, (kind, model, held, queued, n, rate, step) in enumerate(offered)
+    ]
     candidates = fleet(*workers)
     route = make(RouterConfig(local_prefill_max_tokens=limit)).price(Facts(num_tokens), candidates)
     if not candidates.decode:
@@ -77,7 +100,10 @@ def test_a_route_names_offered_workers_that_fit_and_says_why(
 def test_the_same_seed_and_questions_give_the_same_routes(make: Callable[[RouterConfig], Policy]) -> None:
     def routes() -> list[Route | None]:
         policy = make(RouterConfig())
-        return [policy.price(Facts(n), fleet(*(worker(w) for w in ("p0", "p1", "d0", "d1", "d2")))) for n in range(1, 300, 7)]
+        return [
+            policy.price(Facts(n), fleet(*(worker(w) for w in ("p0", "p1", "d0", "d1", "d2"))))
+            for n in range(1, 300, 7)
+        ]
 
     assert routes() == routes()
 
@@ -108,7 +134,10 @@ def test_a_long_conversation_stays_where_its_prefix_is_rather_than_be_computed_a
 
 def test_a_full_hit_is_local_even_where_local_prefill_is_off() -> None:
     assert choose(cost_policy(limit=0), 2 * BLOCK, worker("p0"), worker("d0", held=2)).prefill is None
-    assert choose(cost_policy(limit=0), 2 * BLOCK + 1, worker("p0", queued=10**6), worker("d0", held=2)).prefill is not None
+    assert (
+        choose(cost_policy(limit=0), 2 * BLOCK + 1, worker("p0", queued=10**6), worker("d0", held=2)).prefill
+        is not None
+    )
 
 
 def test_a_busy_prefill_worker_loses_to_an_idle_one_and_to_an_idle_decode_worker() -> None:
@@ -134,8 +163,14 @@ def test_the_prefix_decides_until_the_queue_costs_more_than_it_saves() -> None:
 
 def test_blocks_that_decode_holds_are_not_priced_as_moved() -> None:
     slow = {"p0": 100.0}
-    moved = dict(choose(cost_policy(), 20, worker("p0", prefill_tokens_per_s=1e6),
-                        worker("d0", held=4, bandwidth=slow, prefill_tokens_per_s=0.1)).terms)["transfer"]
+    moved = dict(
+        choose(
+            cost_policy(),
+            20,
+            worker("p0", prefill_tokens_per_s=1e6),
+            worker("d0", held=4, bandwidth=slow, prefill_tokens_per_s=0.1),
+        ).terms
+    )["transfer"]
     layout = capability().layout
     assert moved == pytest.approx((20 // BLOCK - 4) * layout.block_bytes / 100.0)
 
@@ -158,7 +193,9 @@ def test_a_decode_worker_without_room_is_asked_only_when_nobody_has_room() -> No
 
 def test_a_worker_that_has_measured_nothing_is_priced_like_its_peers() -> None:
     """Otherwise a fresh decode worker's assumed speed would beat every prefill worker's real one."""
-    route = choose(cost_policy(assumed_prefill_tokens_per_s=1e6), 200, worker("p0", prefill_tokens_per_s=300.0), worker("d0"))
+    route = choose(
+        cost_policy(assumed_prefill_tokens_per_s=1e6), 200, worker("p0", prefill_tokens_per_s=300.0), worker("d0")
+    )
     assert route.prefill is not None
 
 
