@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 
 from baton.core.config import Config, load
-from baton.core.errors import BatonError, from_code
+from baton.core.errors import from_code
 from baton.core.messages import Hello, Submit, TokenChunk, UpMessage
 from baton.core.request import FinishReason, Request, SamplingParams
-from baton.core.services import WorkerService
+from baton.core.services import Dial, WorkerService
 from baton.core.worker import Role, Route, WorkerInfo
 from baton.decode_node.policy import decode_policy
 from baton.models.catalog import ModelFiles
@@ -35,18 +35,20 @@ class Answer:
     chunks: list[TokenChunk]
 
 
-class Pair:
-    """`prefill` and `decode` are live nodes; `generate` submits to decode as a router would."""
+class Client:
+    """Submits to a decode worker, as a router would."""
 
-    def __init__(self, prefill: WorkerNode, decode: WorkerNode) -> None:
-        self.prefill = prefill
-        self.decode = decode
+    def __init__(self, service: WorkerService, decode_id: str, lender: WorkerInfo) -> None:
+        self._service = service
+        self._decode_id = decode_id
+        self.lender = lender
+        """Where prompts are prefilled, unless `local`."""
         self._up: asyncio.Queue[UpMessage] = asyncio.Queue()
         self._waiting: dict[str, asyncio.Queue[TokenChunk]] = {}
 
     async def run_router(self) -> None:
         self._up.put_nowait(Hello("test"))
-        async for message in self.decode.stream(self._read_queue()):
+        async for message in self._service.stream(self._read_queue()):
             for chunk in message.chunks:
                 self._waiting[chunk.request_id].put_nowait(chunk)
 
@@ -54,19 +56,28 @@ class Pair:
         while True:
             yield await self._up.get()
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int, local: bool = False, **sampling: object) -> Answer:
-        """Greedy unless told otherwise. Raises the BatonError that the worker answered."""
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        local: bool = False,
+        started: asyncio.Event | None = None,
+        **sampling: object,
+    ) -> Answer:
+        """Greedy unless told otherwise. `started` is set at the first token. Raises what the worker answered."""
         params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
         request = Request(f"r{next(_ids)}", tuple(prompt), params)
         chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
         self._waiting[request.request_id] = chunks
-        route = Route(self.decode.info.worker_id, None if local else self.prefill.info)
+        route = Route(self._decode_id, None if local else self.lender)
         self._up.put_nowait(Submit(request, route, 1))
         answer = Answer([], None, 0, [])
         while answer.finish is None:
             async with asyncio.timeout(120):
                 chunk = await chunks.get()
             assert chunk.first_index == len(answer.tokens), "a gap or a duplicate"
+            if started is not None:
+                started.set()
             answer.chunks.append(chunk)
             answer.tokens += chunk.token_ids
             answer.finish, answer.cached_tokens = chunk.finish, chunk.cached_tokens
@@ -79,25 +90,41 @@ def pair_config(*overrides: str) -> Config:
     return load({}, ["engine.num_blocks=160", 'handoff.transports=["tcp"]', *overrides])
 
 
+class Pair(Client):
+    """Both nodes in this process."""
+
+    def __init__(self, prefill: WorkerNode, decode: WorkerNode) -> None:
+        super().__init__(decode, decode.info.worker_id, prefill.info)
+        self.prefill = prefill
+        self.decode = decode
+
+
 @contextlib.asynccontextmanager
 async def open_pair(files: ModelFiles, config: Config) -> AsyncIterator[Pair]:
     """Both nodes, met and measured; everything is closed at the end and both ledgers must balance."""
+    nodes: dict[str, WorkerNode] = {}
+
+    def dial(info: WorkerInfo) -> WorkerService:
+        return nodes[info.worker_id]
+
     async with contextlib.AsyncExitStack() as stack:
-        tasks = await stack.enter_async_context(_background())
-        nodes: dict[str, WorkerNode] = {}
-
-        def dial(info: WorkerInfo) -> WorkerService:
-            return nodes[info.worker_id]
-
         for role in (Role.PREFILL, Role.DECODE):
-            policy = (prefill_policy if role is Role.PREFILL else decode_policy)(config, files.spec.eos_token_ids)
-            nodes[role.value] = await open_node(files, config, role.value, policy, dial, stack)
-            tasks.append(asyncio.create_task(nodes[role.value].run()))
+            nodes[role.value] = await stack.enter_async_context(running_node(files, config, role, dial))
         pair = Pair(nodes["prefill"], nodes["decode"])
-        await pair.decode.meet(pair.prefill.info)
-        tasks.append(asyncio.create_task(pair.run_router()))
+        await pair.decode.meet(pair.lender)
+        await stack.enter_async_context(background(pair.run_router()))
         yield pair
-        await settle(pair)
+        await settle(pair.prefill)
+        await settle(pair.decode)
+
+
+@contextlib.asynccontextmanager
+async def running_node(files: ModelFiles, config: Config, role: Role, dial: Dial) -> AsyncIterator[WorkerNode]:
+    async with contextlib.AsyncExitStack() as stack:
+        policy = (prefill_policy if role is Role.PREFILL else decode_policy)(config, files.spec.eos_token_ids)
+        node = await open_node(files, config, role.value, policy, dial, stack)
+        await stack.enter_async_context(background(node.run()))
+        yield node
 
 
 def forget_cache(node: WorkerNode) -> None:
@@ -108,23 +135,22 @@ def forget_cache(node: WorkerNode) -> None:
             pool.unpublish(block)
 
 
-async def settle(pair: Pair) -> None:
-    """Wait (bounded) until nothing is active, lent or quarantined, then scan both ledgers."""
+async def settle(node: WorkerNode) -> None:
+    """Wait (bounded) until nothing is active, lent or quarantined, then scan the ledger."""
     async with asyncio.timeout(20):
-        for node in (pair.prefill, pair.decode):
-            while (ledger := node.parts.pool.ledger()).active or ledger.lent or ledger.quarantined:
-                await asyncio.sleep(0.01)
-            node.check_ledger()
+        while (ledger := node.parts.pool.ledger()).active or ledger.lent or ledger.quarantined:
+            await asyncio.sleep(0.01)
+    node.check_ledger()
 
 
 @contextlib.asynccontextmanager
-async def _background() -> AsyncIterator[list[asyncio.Task[None]]]:
-    tasks: list[asyncio.Task[None]] = []
+async def background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run it meanwhile; what it died of is raised at the end."""
+    task = asyncio.ensure_future(work)
     try:
-        yield tasks
+        yield
     finally:
-        for task in reversed(tasks):
-            task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, Exception) and not isinstance(result, BatonError):
-                raise result
+        task.cancel()
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(result, Exception):
+            raise result
