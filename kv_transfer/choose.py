@@ -2,7 +2,7 @@
 
 Owns the measurement. For every transport that both offer, in the peer's order of preference: connect, pull its probe
 block once (is it the right memory, and is everything set up?), then pull it repeatedly up to `handoff.probe_bytes`
-against the clock. The fastest wins; ties go to the peer's preference. Does not know leases, pools or requests.
+against the clock. The fastest wins, if it is clearly faster than what the peer prefers. Does not know leases, pools or requests.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from baton.kv_transfer.transport import PROBE_LEASE, Pull, PullOrder, PullState,
 log = logging.getLogger("baton.kv_transfer")
 
 MAX_PROBE_PULLS = 256
+CLEARLY_FASTER = 1.1
+"""Less than this is noise: the measurement takes a few milliseconds on a busy machine."""
 _SHORTEST_S = 1e-9  # a virtual clock may not have moved
 
 
@@ -68,10 +70,7 @@ class Handshake:
                 f"{[n for n, _ in peer.capability.transports]}, we have {list(self._transports)}. "
                 "Give handoff.transports a common entry that works between these machines (tcp always does)."
             )
-        figures.sort(key=lambda f: -f.bytes_per_s)
-        if figures[0].error:
-            raise PeerLost(f"{peer.worker_id} answers on no transport: {figures[0].transport}: {figures[0].error}")
-        return tuple(figures)
+        return _ranked(peer, figures)
 
     async def _try(self, name: str, peer: WorkerInfo, landing: int) -> Figure | None:
         """None: this transport cannot join the two (other machine), which is no failure."""
@@ -110,6 +109,16 @@ class Handshake:
             raise IntegrityError(
                 f"the probe block of {peer.worker_id} came over {transport.name} with other bytes than it holds"
             )
+
+
+def _ranked(peer: WorkerInfo, figures: list[Figure]) -> tuple[Figure, ...]:
+    """`figures` come in order of preference; the chosen one first, the others by speed."""
+    enough = max(f.bytes_per_s for f in figures) / CLEARLY_FASTER
+    chosen = next(f for f in figures if f.bytes_per_s >= enough)
+    if chosen.error:
+        raise PeerLost(f"{peer.worker_id} answers on no transport: {chosen.transport}: {chosen.error}")
+    others = sorted((f for f in figures if f is not chosen), key=lambda f: -f.bytes_per_s)
+    return (chosen, *others)
 
 
 async def _finish(transport: Transport, peer_id: str, pull: Pull, timeout_s: float) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from baton.core.config import HandoffConfig
 from baton.core.handoff import LentBlock, PrefillCall
+from baton.core.metrics import Metrics
 from baton.core.request import Request
 from baton.engine.block_pool import BlockPool
-from baton.core.metrics import Metrics
 from baton.kv_transfer.digest import digest
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from baton.core.errors import DeadlineExceeded, Incompatible, IntegrityError, PeerLost
-from baton.kv_transfer.transport import PullOrder, PullRefused, PullState
 
+from baton.core.errors import DeadlineExceeded, Incompatible, IntegrityError, PeerLost
+from baton.core.handoff import LentBlock
+from baton.kv_transfer.transport import PullOrder, PullRefused, PullState
 from tests.kv_transfer.pair import Lender, Reader, reader, until
 
 BIG = 1 << 20
@@ -87,7 +88,8 @@ def test_blocks_outside_the_lenders_memory_are_refused_and_the_connection_lives_
         async with reader((transport,)) as r:
             lease, blocks = there.lend(2)
             await r.puller.connect(there.info)
-            pull = r.transports[transport].pull(there.info.worker_id, PullOrder(lease, (blocks[0].block_id, 10_000), (1, 2)))
+            order = PullOrder(lease, (blocks[0].block_id, 10_000), (1, 2))
+            pull = r.transports[transport].pull(there.info.worker_id, order)
             assert await pull.wait() is PullState.FAILED
             assert isinstance(pull.error, PullRefused)
             await r.puller.pull(there.info, lease, blocks, r.take(2))
@@ -162,26 +164,30 @@ def test_closing_ends_every_pull_that_is_under_way(transport: str) -> None:
         asyncio.run(main())
 
 
-async def _catch_on_its_way(r: Reader, there: Lender, lease: str, blocks: list, strike) -> tuple[asyncio.Task, list[int]]:  # type: ignore[no-untyped-def, type-arg]
-    """Start a pull of everything and strike while some of its bytes are in and some are not; verified."""
+async def _catch_on_its_way(
+    r: Reader, there: Lender, strike: Callable[[], None]
+) -> tuple[asyncio.Task[None], list[int], str, list[LentBlock]]:
+    """Start a pull of everything the lender has, and strike when its first bytes are in."""
+    lease, blocks = there.lend(MANY)
+    await r.puller.connect(there.info)
     destination = r.take(len(blocks))
     pulling = asyncio.create_task(r.puller.pull(there.info, lease, blocks, destination))
     await until(lambda: r.arrived(destination) > 0 or pulling.done())
     strike()
-    return pulling, destination
+    return pulling, destination, lease, blocks
 
 
 def test_a_lender_killed_with_bytes_on_their_way_fails_the_pull_and_its_next_boot_is_reached(transport: str) -> None:
     async def main(there: Lender) -> None:
         async with reader((transport,), num_blocks=MANY, block_bytes=BIG) as r:
-            lease, blocks = there.lend(MANY)
-            await r.puller.connect(there.info)
-            pulling, destination = await _catch_on_its_way(r, there, lease, blocks, there.kill)
+            pulling, destination, _, _ = await _catch_on_its_way(r, there, there.kill)
             outcome = (await asyncio.gather(pulling, return_exceptions=True))[0]
             if transport == "tcp":  # the others may have all bytes before the kill lands: one copy, by the reader
                 assert isinstance(outcome, PeerLost), outcome
             else:
                 assert outcome is None or isinstance(outcome, PeerLost), outcome
+            if outcome is not None:
+                assert 0 < r.arrived(destination) < MANY, "the kill missed the transfer"
             assert r.puller.in_flight_blocks() == set(), "a failed pull is terminal"
             r.pool.release(destination)
             with lender((transport,), boot_id="boot2", block_bytes=BIG) as again:
@@ -217,9 +223,7 @@ def test_a_frozen_lender_writes_no_byte_into_a_block_that_has_a_new_owner(
     async def main(there: Lender) -> None:
         settings = {"pull_timeout_s": 1.0, "quarantine_poll_s": 0.02, "quarantine_max_s": 0.2, "quarantine_cap": 1.0}
         async with reader((transport,), num_blocks=MANY, block_bytes=BIG, **settings) as r:
-            lease, blocks = there.lend(MANY)
-            await r.puller.connect(there.info)
-            pulling, destination = await _catch_on_its_way(r, there, lease, blocks, there.freeze)
+            pulling, destination, lease, blocks = await _catch_on_its_way(r, there, there.freeze)
             with pytest.raises(DeadlineExceeded):
                 await pulling
             landed = r.arrived(destination)

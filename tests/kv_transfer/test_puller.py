@@ -1,0 +1,302 @@
+"""Who owns a destination block, when: every row of docs/protocol.md, table Pull, on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from baton.core.config import HandoffConfig
+from baton.core.errors import BatonError, DeadlineExceeded, Incompatible, IntegrityError, PeerLost
+from baton.core.handoff import LentBlock
+from baton.core.metrics import Metrics
+from baton.core.worker import WorkerInfo
+from baton.engine.block_pool import BlockPool
+from baton.kv_transfer.digest import digest
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.puller import Puller
+from baton.kv_transfer.transport import PullRefused
+from baton.sim.loop import SimLoop, run
+from tests.kv_transfer.pair import info_of
+from tests.kv_transfer.scripted import ScriptedTransport
+
+SIZE = 64
+
+
+class World:
+    """One reader, two lenders p0 and p1, two transports: slow (preferred by the lenders) and fast."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.config = HandoffConfig(probe_bytes=SIZE * 8, **settings)
+        self.memory, self.pool, self.metrics = KVMemory(10, SIZE, shared=False), BlockPool(10, 16), Metrics()
+        self.lenders = {name: KVMemory(8, SIZE, shared=False) for name in ("p0", "p1")}
+        for name, memory in self.lenders.items():
+            for b in range(8):
+                memory.block(b)[:] = f"{name}/{b}".encode().ljust(SIZE, b".")
+        self.slow = ScriptedTransport("slow", self.memory, self.lenders, bytes_per_s=1e3)
+        self.fast = ScriptedTransport("fast", self.memory, self.lenders, bytes_per_s=1e6)
+        transports = {"slow": self.slow, "fast": self.fast}
+        self.puller = Puller(self.memory, transports, self.pool, self.config, self.metrics)
+
+    def peer(self, name: str = "p0", boot: str = "b1", transports: tuple[str, ...] = ("slow", "fast")) -> WorkerInfo:
+        return info_of(name, boot, 8, [(t, b"x") for t in transports])
+
+    def lent(self, name: str, *blocks: int) -> list[LentBlock]:
+        return [LentBlock(i, b, 1, digest(self.lenders[name].block(b)), 16) for i, b in enumerate(blocks)]
+
+    def start(self, name: str, *blocks: int) -> tuple[asyncio.Task[None], list[int]]:
+        """A request that pulls these blocks of a lender and holds their destination."""
+        destination = self.pool.allocate(len(blocks))
+        assert destination is not None
+        pull = self.puller.pull(self.peer(name), "lease", self.lent(name, *blocks), destination)
+        return asyncio.create_task(pull), destination
+
+
+def simulate(scenario: Callable[[World], Awaitable[None]], **settings: Any) -> None:
+    async def main(loop: SimLoop) -> None:
+        world = World(**settings)
+        timer = asyncio.create_task(world.puller.run())
+        await scenario(world)
+        timer.cancel()
+        await asyncio.wait([timer])
+        await world.puller.close()
+        assert world.pool.ledger().quarantined == 0
+        assert not world.puller.in_flight_blocks()
+        assert world.slow.closed
+        assert world.fast.closed
+        world.pool.check()
+
+    for seed in range(5):
+        run(seed, main)
+
+
+async def end_of(task: asyncio.Task[None]) -> BaseException | None:
+    await asyncio.wait([task])
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def test_the_fastest_transport_is_chosen_not_the_preferred_one() -> None:
+    async def scenario(w: World) -> None:
+        assert await w.puller.connect(w.peer()) == "fast"
+        (link,) = w.puller.links()
+        assert [(f.transport, round(f.bytes_per_s)) for f in link.figures] == [("fast", 1_000_000), ("slow", 1_000)]
+        assert w.puller.bandwidths() == (("p0", "fast", link.bytes_per_s),)
+        w.fast.bytes_per_s = 10.0  # throttled: the next boot's handshake sees it
+        assert await w.puller.connect(w.peer(boot="b2")) == "slow"
+
+    simulate(scenario, peer_timeout_s=600)
+
+
+def test_about_equal_transports_follow_the_lenders_preference() -> None:
+    async def scenario(w: World) -> None:
+        w.slow.bytes_per_s = 0.95 * w.fast.bytes_per_s
+        assert await w.puller.connect(w.peer(transports=("fast", "slow"))) == "fast"
+        assert await w.puller.connect(w.peer("p1", transports=("slow", "fast"))) == "slow"
+
+    simulate(scenario)
+
+
+def test_a_transport_that_fails_is_left_out_counted_and_shown() -> None:
+    async def scenario(w: World) -> None:
+        w.fast.connect_error = PeerLost("port closed")
+        assert await w.puller.connect(w.peer()) == "slow"
+        assert w.metrics.value("baton_fallbacks_total", kind="transport") == 1
+        assert [f.error for f in w.puller.links()[0].figures] == ["", "port closed"]
+
+    simulate(scenario)
+
+
+def test_strict_makes_the_same_failure_an_error() -> None:
+    async def scenario(w: World) -> None:
+        w.fast.connect_error = PeerLost("port closed")
+        with pytest.raises(PeerLost, match="strict"):
+            await w.puller.connect(w.peer())
+
+    simulate(scenario, strict=True)
+
+
+def test_a_transport_that_cannot_join_the_two_is_no_failure() -> None:
+    async def scenario(w: World) -> None:
+        w.fast.connect_error = Incompatible("another machine")
+        assert await w.puller.connect(w.peer()) == "slow"
+        assert w.metrics.value("baton_fallbacks_total") == 0
+        with pytest.raises(Incompatible, match="no transport joins"):
+            await w.puller.connect(w.peer("p1", transports=("fast", "pigeon")))
+
+    simulate(scenario, strict=True)
+
+
+def test_a_probe_with_wrong_bytes_disqualifies_the_transport() -> None:
+    async def scenario(w: World) -> None:
+        w.fast.lenders = {"p0": KVMemory(9, SIZE, shared=False)}  # block 8 is not its probe block
+        assert await w.puller.connect(w.peer()) == "slow"
+
+    simulate(scenario)
+
+
+def test_requests_share_one_handshake_and_an_impatient_one_does_not_end_it() -> None:
+    async def scenario(w: World) -> None:
+        first, second = (asyncio.create_task(w.puller.connect(w.peer())) for _ in range(2))
+        await asyncio.sleep(0.005)
+        first.cancel()
+        assert await second == "fast"
+        assert await w.puller.connect(w.peer()) == "fast"
+        assert w.fast.connects == [("p0", "b1")]
+
+    simulate(scenario)
+
+
+def test_one_silent_peer_does_not_delay_the_handshake_with_another() -> None:
+    async def scenario(w: World) -> None:
+        w.slow.bytes_per_s = w.fast.bytes_per_s = 1e-3
+        silent = asyncio.create_task(w.puller.connect(w.peer("p0")))
+        await asyncio.sleep(0.5)
+        w.slow.bytes_per_s = w.fast.bytes_per_s = 1e6
+        async with asyncio.timeout(0.5):
+            await w.puller.connect(w.peer("p1"))
+        assert not silent.done()
+
+    simulate(scenario)
+
+
+def test_a_pull_is_verified_before_it_returns() -> None:
+    async def scenario(w: World) -> None:
+        task, destination = w.start("p0", 3, 1)
+        await asyncio.sleep(1)
+        assert w.puller.in_flight_blocks() == set(destination)
+        w.fast.land(w.fast.moving[0][1])
+        assert await end_of(task) is None
+        assert [bytes(w.memory.block(b))[:4] for b in destination] == [b"p0/3", b"p0/1"]
+        assert not w.puller.in_flight_blocks()
+
+    simulate(scenario)
+
+
+def test_wrong_bytes_are_an_integrity_error_however_few() -> None:
+    async def scenario(w: World) -> None:
+        task, _ = w.start("p0", 0, 1, 2)
+        await asyncio.sleep(1)
+        w.lenders["p0"].block(2)[SIZE - 1] ^= 1
+        w.fast.land(w.fast.moving[0][1])
+        assert isinstance(await end_of(task), IntegrityError)
+        assert w.metrics.value("baton_verified_bytes_total") == 0
+        assert w.metrics.value("baton_integrity_failures_total") == 1
+
+    simulate(scenario)
+
+
+def test_a_late_pull_is_quarantined_before_its_request_hears_of_it_and_returns_when_it_ends() -> None:
+    async def scenario(w: World) -> None:
+        task, destination = w.start("p0", 0, 1)
+        assert isinstance(await end_of(task), DeadlineExceeded)
+        assert w.pool.ledger().quarantined == 2
+        w.pool.release(destination)
+        assert w.pool.ledger().quarantined == 2, "the request let go, the pull did not"
+        w.fast.land(w.fast.moving[0][1])  # the late bytes
+        await asyncio.sleep(2 * w.config.quarantine_poll_s)
+        assert w.pool.ledger().free == 10
+        assert w.fast.fences == []
+
+    simulate(scenario, quarantine_cap=1.0)
+
+
+def test_a_pull_that_never_ends_gets_its_peer_fenced_by_the_timer_alone() -> None:
+    async def scenario(w: World) -> None:
+        await w.puller.connect(w.peer("p1"))
+        task, destination = w.start("p0", 0, 1)
+        assert isinstance(await end_of(task), DeadlineExceeded)
+        w.pool.release(destination)
+        await asyncio.sleep(w.config.quarantine_max_s + 1)  # no request comes again
+        assert w.fast.fences == ["p0"]
+        assert w.pool.ledger().free == 10
+        assert [k.peer_id for k in w.puller.links()] == ["p1"], "the next pull must measure p0 again"
+
+    simulate(scenario, quarantine_cap=1.0)
+
+
+def test_above_the_cap_the_peer_is_fenced_at_once() -> None:
+    async def scenario(w: World) -> None:
+        task, destination = w.start("p0", 0, 1)
+        assert isinstance(await end_of(task), DeadlineExceeded)
+        w.pool.release(destination)
+        await asyncio.sleep(w.fast.fence_s + 0.01)
+        assert w.fast.fences == ["p0"]
+        assert w.pool.ledger().free == 10
+
+    simulate(scenario, quarantine_cap=0.1, quarantine_poll_s=100, quarantine_max_s=1000)
+
+
+def test_below_the_cap_nobody_is_fenced_early() -> None:
+    async def scenario(w: World) -> None:
+        task, destination = w.start("p0", 0, 1)
+        assert isinstance(await end_of(task), DeadlineExceeded)
+        w.pool.release(destination)
+        await asyncio.sleep(5)
+        assert w.fast.fences == []
+
+    simulate(scenario, quarantine_cap=0.2)
+
+
+def test_a_fence_ends_the_other_pulls_of_that_peer_and_leaves_other_peers_alone() -> None:
+    async def scenario(w: World) -> None:
+        await w.puller.connect(w.peer("p1"))
+        late, late_blocks = w.start("p0", 0, 1)
+        await asyncio.sleep(w.config.pull_timeout_s - 0.05)
+        young, _ = w.start("p0", 2)
+        other, _ = w.start("p1", 2)
+        await asyncio.wait([late])
+        w.pool.release(late_blocks)
+        assert isinstance(await end_of(young), PeerLost)
+        assert not other.done()
+        w.fast.land(next(p for owner, p in w.fast.moving if owner == "p1"))
+        assert await end_of(other) is None
+
+    simulate(scenario, quarantine_cap=0.1)
+
+
+def test_a_cancelled_pull_is_quarantined_too() -> None:
+    async def scenario(w: World) -> None:
+        task, destination = w.start("p0", 5)
+        await asyncio.sleep(1)
+        task.cancel()
+        await asyncio.wait([task])
+        w.pool.release(destination)
+        assert w.puller.quarantined_blocks() == set(destination)
+        assert w.metrics.value("baton_pulls_total", transport="fast", end="cancelled") == 1
+
+    simulate(scenario)
+
+
+@pytest.mark.parametrize(("error", "end", "measured"), [
+    (PeerLost("connection reset"), "failed", 2), (PullRefused("lease ended"), "refused", 1),
+])
+def test_a_failed_pull_frees_its_blocks_at_once_and_a_lost_connection_is_measured_again(
+    error: BatonError, end: str, measured: int
+) -> None:
+    async def scenario(w: World) -> None:
+        task, destination = w.start("p0", 5)
+        await asyncio.sleep(1)
+        w.fast.fail(w.fast.moving[0][1], error)
+        assert await end_of(task) is error
+        w.pool.release(destination)
+        assert w.pool.ledger().free == 10
+        assert w.metrics.value("baton_pulls_total", transport="fast", end=end) == 1
+        await w.puller.connect(w.peer())
+        assert len(w.fast.connects) == measured
+
+    simulate(scenario)
+
+
+def test_closing_in_the_middle_of_a_handshake_and_of_pulls_leaves_nothing() -> None:
+    async def scenario(w: World) -> None:
+        task, _ = w.start("p0", 0, 1)
+        await asyncio.sleep(1)
+        greeting = asyncio.create_task(w.puller.connect(w.peer("p1")))
+        await asyncio.sleep(0.005)
+        await w.puller.close()
+        assert isinstance(await end_of(task), PeerLost)
+        assert isinstance(await end_of(greeting), PeerLost)  # type: ignore[arg-type]
+
+    simulate(scenario)
