@@ -79,7 +79,7 @@ class Front:
 
 
 def create_app(front: Front) -> Starlette:
-    return Starlette(
+    app = Starlette(
         routes=[
             Route(Endpoint.CHAT.value, _Generations(front, Endpoint.CHAT), methods=["POST"]),
             Route(Endpoint.COMPLETIONS.value, _Generations(front, Endpoint.COMPLETIONS), methods=["POST"]),
@@ -91,6 +91,8 @@ def create_app(front: Front) -> Starlette:
         ],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
     )
+    app.router.redirect_slashes = False  # a redirect would repeat the client's Host header
+    return app
 
 
 # ---- generations -------------------------------------------------------------------------------------------------
@@ -107,6 +109,8 @@ class _Generations:
         request_id = new_request_id("chatcmpl" if self._endpoint is Endpoint.CHAT else "cmpl")
         exchange = _Exchange(send, request_id)
         try:
+            if self._front.stopping.is_set():
+                raise _stopping()
             call = await self._read(Request(scope, receive))
             await _unless(self._answer(call, exchange), _gone(receive), _stopped(self._front.stopping))
         except ClientDisconnect:
@@ -222,7 +226,11 @@ async def _gone(receive: Receive) -> NoReturn:
 
 async def _stopped(stopping: asyncio.Event) -> NoReturn:
     await stopping.wait()
-    raise PeerLost("the router is stopping. Send the request again, to another one.")
+    raise _stopping()
+
+
+def _stopping() -> PeerLost:
+    return PeerLost("the router is stopping. Send the request again, to another one.")
 
 
 def check_media_type(request: Request) -> None:

@@ -28,8 +28,8 @@ from typing import Any
 import uvloop
 
 from baton.cluster.store import RedisRegistry, Registry
-from baton.core.config import Config
-from baton.core.errors import InternalError, SetupError
+from baton.core.config import Config, load
+from baton.core.errors import ConfigError, InternalError, SetupError
 from baton.core.metrics import Metrics
 from baton.core.worker import Role
 from baton.router.dispatch import Dispatcher
@@ -146,11 +146,21 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
-        config = Config.model_validate_json(arguments.config_json)
+        config = load(_document(arguments.config_json))
         uvloop.run(_process(config, arguments.model_dir, arguments.redis_url))
     except SetupError as e:
         print(e.message, file=sys.stderr)
         sys.exit(2)
+
+
+def _document(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except ValueError as e:
+        raise ConfigError(f"--config-json is not JSON: {e}") from None
+    if not isinstance(document, dict):
+        raise ConfigError("--config-json must be an object of sections.")
+    return document
 
 
 async def _process(config: Config, model_dir: Path, redis_url: str) -> None:
@@ -164,10 +174,12 @@ async def _process(config: Config, model_dir: Path, redis_url: str) -> None:
         print(json.dumps({"router_id": who.router_id, "http": who.http_endpoint, "grpc": who.grpc_endpoint,
                           "model": who.model}), flush=True)
         failure = await _first(router.failed(), signals.get())
-        if await _first(router.stop(), signals.get()) is not None:
+        stopped = await _first(router.stop(), signals.get())
+        if isinstance(stopped, int):
             log.warning("told to stop twice: not waiting for running requests")
-        if isinstance(failure, BaseException):
-            raise failure
+        for error in (failure, stopped):
+            if isinstance(error, BaseException):
+                raise error
     finally:
         await registry.close()
 

@@ -1,0 +1,147 @@
+"""What the front's tests stand on: a small real tokenizer with a chat template, a token source that echoes, and the
+HTTP and gRPC servers on free ports over them. Only the workers are missing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from baton.core.config import load
+from baton.core.errors import BatonError
+from baton.core.messages import TokenChunk
+from baton.core.metrics import Metrics
+from baton.core.request import FinishReason, Request
+from baton.router.generation import Generation
+from baton.router.http import Front, create_app
+from baton.router.listen import HttpServer
+from baton.router.text import TextCodec
+
+MODEL = "echo"
+MAX_MODEL_LEN = 256
+CONTROL = ("<|im_start|>", "<|im_end|>")
+EOS = 1
+TEMPLATE = r"""{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+PROSE = [
+    "The baton is the KV cache and nobody ever drops it.",
+    "Tokens are cheap, blocks are dear; text is for people.",
+    "héllo wörld, 你好, こんにちは, 🙂 and 👩‍👩‍👧",
+    "0123456789 def f(x): return {'a': [x]}\n\n\tdone",
+]
+
+
+@functools.cache
+def tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in CONTROL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(PROSE * 3, trainer)
+    return tokenizer.to_str()
+
+
+def make_model(directory: Path, template: str | None = TEMPLATE) -> Path:
+    """A converted model's three text files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(tokenizer_json())
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    vocab_size = Tokenizer.from_str(tokenizer_json()).get_vocab_size()
+    (directory / "config.json").write_text(
+        json.dumps(
+            {
+                "name": MODEL,
+                "fingerprint": "0" * 32,
+                "vocab_size": vocab_size,
+                "max_model_len": MAX_MODEL_LEN,
+                "eos_token_ids": [EOS],
+                "bos_token_id": None,
+            }
+        )
+    )
+    return directory
+
+
+def make_codec(directory: Path, template: str | None = TEMPLATE) -> TextCodec:
+    return TextCodec(make_model(directory, template), lambda: datetime(2026, 11, 21, 12, 0))
+
+
+@dataclass
+class EchoDispatcher:
+    """A token source whose output is its script, else the request's prompt, then the end token."""
+
+    script: tuple[int, ...] | None = None
+    chunk_tokens: int = 1
+    fail_after: int | None = None
+    """Raise `error` once this many tokens are out."""
+    error: BatonError | None = None
+    hang_after: int | None = None
+    """Stay silent for ever once this many tokens are out."""
+    requests: list[Request] = field(default_factory=list)
+    cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def max_model_len(self) -> int:
+        return MAX_MODEL_LEN
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        self.requests.append(request)
+        left = self.cancelled.setdefault(request.request_id, asyncio.Event())
+        output = list(self.script if self.script is not None else request.prompt)
+        finish = FinishReason.LENGTH if len(output) >= request.sampling.max_tokens else FinishReason.STOP
+        output = [*output, EOS][: request.sampling.max_tokens]
+        cached = len(request.prompt) // 2
+        try:
+            for start in range(0, len(output), self.chunk_tokens):
+                if self.fail_after is not None and start >= self.fail_after:
+                    assert self.error is not None
+                    raise self.error
+                if self.hang_after is not None and start >= self.hang_after:
+                    await asyncio.Event().wait()
+                ids = tuple(output[start : start + self.chunk_tokens])
+                last = start + len(ids) == len(output)
+                yield TokenChunk(request.request_id, 1, start, ids, finish if last else None, cached_tokens=cached)
+                await asyncio.sleep(0)
+        except (GeneratorExit, asyncio.CancelledError):
+            left.set()
+            raise
+
+
+@dataclass
+class FrontWorld:
+    url: str
+    generation: Generation
+    source: EchoDispatcher
+    metrics: Metrics
+    stopping: asyncio.Event
+    not_ready: list[str]
+
+
+@contextlib.asynccontextmanager
+async def open_front(
+    directory: Path, source: EchoDispatcher | None = None, *overrides: str, template: str | None = TEMPLATE
+) -> AsyncIterator[FrontWorld]:
+    source, metrics, stopping = source or EchoDispatcher(), Metrics(), asyncio.Event()
+    config = load({}, overrides).router
+    generation = Generation(make_codec(directory, template), source, config, metrics, MODEL)
+    not_ready: list[str] = []
+    front = Front(generation, config, lambda: not_ready[0] if not_ready else None, lambda: 1_790_000_000.0, stopping)
+    server = await HttpServer.start(create_app(front), "127.0.0.1", 0, 2)
+    try:
+        yield FrontWorld(f"http://127.0.0.1:{server.port}", generation, source, metrics, stopping, not_ready)
+    finally:
+        await server.stop()
