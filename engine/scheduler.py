@@ -190,7 +190,6 @@ class Scheduler:
         """
         assert len(self._flights) < MAX_STEPS_IN_FLIGHT, f"{len(self._flights)} steps are in flight"
         plan = _Plan(self.limits.max_step_tokens)
-        num_preemptions = self.num_preemptions
         by_age = sorted(self._running.values(), key=_arrival)
         decodes = [s for s in by_age if s.num_uncomputed_tokens == 1]
         prefills = [s for s in by_age if s.num_uncomputed_tokens > 1]
@@ -198,9 +197,8 @@ class Scheduler:
             if seq.request_id in self._running:  # else preempted for one before it
                 self._plan_chunk(plan, seq)
         for seq in list(self._waiting):
-            preempted = self.num_preemptions > num_preemptions
             full = len(self._running) >= self.limits.max_sequences
-            if plan.blocked is not None or preempted or full or not plan.budget_tokens:
+            if plan.blocked is not None or full or not plan.budget_tokens:
                 break
             self._admit(plan, seq)
         if not plan.chunks:

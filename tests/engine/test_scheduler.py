@@ -198,6 +198,31 @@ def test_a_preempted_sequence_gives_back_every_block_and_finds_what_nobody_took(
     assert new.num_cached_tokens == 0, "its own work is no cache hit"
 
 
+def test_only_as_many_are_preempted_as_needed_and_they_wait_before_later_arrivals() -> None:
+    bench = Bench.of(8)
+    bench.add(sequence("old", [0, 0], 3), sequence("mid", [0, 1, 1], 3), sequence("new", [1, 1, 1], 3))
+    bench.step()
+    foreign = bench.pool.allocate(bench.pool.num_available)
+    assert foreign is not None
+    bench.add(sequence("later", [1, 0]))
+    assert bench.step() == {"old": (2, 3), "mid": (3, 4)}
+    assert [bench.held(name).num_preemptions for name in ("old", "mid", "new")] == [0, 0, 1]
+    bench.scheduler.remove("old")
+    bench.pool.release(foreign)
+    bench.scheduler.limits = limits(max_sequences=2)
+    assert bench.step() == {"mid": (4, 5), "new": (2, 4)}
+
+
+def test_a_small_prompt_does_not_pass_a_big_one_that_waits_for_blocks() -> None:
+    bench = Bench.of(6)
+    bench.add(sequence("old", [0, 1, 1, 0], 3))
+    bench.step()
+    bench.add(sequence("big", [1] * 9), sequence("small", [0]))
+    assert set(bench.step()) == {"old"}
+    bench.scheduler.remove("old")
+    assert set(bench.step()) == {"big"}
+
+
 def test_a_sequence_in_flight_is_not_preempted() -> None:
     bench = Bench.of(5, limits(max_chunk_tokens=2))
     bench.add(sequence("old", [0, 0], 3), sequence("new", [1] * 6))
