@@ -32,7 +32,7 @@ def chat(
 ) -> None:
     """Talk to a running stack."""
     router = read_config(config, override).router
-    base = url or f"http://{router.host}:{router.http_port}"
+    base = (url or f"http://{router.host}:{router.http_port}").rstrip("/").removesuffix("/v1")
     with httpx.Client(base_url=base, timeout=httpx.Timeout(router.request_timeout_s, connect=5)) as client:
         model = served_model(client)
         say(f"{model} at {base}. /new starts over, /quit leaves, Ctrl-C stops an answer.")
@@ -47,13 +47,17 @@ def served_model(client: httpx.Client) -> str:
     """The first model the server lists. Raises SetupError where nobody answers."""
     try:
         answer = client.get("/v1/models")
-        return str(answer.raise_for_status().json()["data"][0]["id"])
     except httpx.TransportError as e:
         raise SetupError(
             f"nobody answers at {client.base_url} ({e}); start a stack with `baton serve`, or name one with --url."
         ) from e
-    except (httpx.HTTPStatusError, ValueError, LookupError, TypeError) as e:
-        raise SetupError(f"{client.base_url} is not an OpenAI-compatible server: {e}.") from e
+    try:
+        return str(answer.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as e:
+        raise SetupError(
+            f"{client.base_url} is no OpenAI-compatible server: its /v1/models answered {answer.status_code}, without a "
+            "model; name one with --url."
+        ) from e
 
 
 def converse(client: httpx.Client, options: dict[str, object], opening: list[Message]) -> None:

@@ -92,8 +92,6 @@ async def run(config: Config, question: Question | None, once: bool) -> int:
     if config.cluster.redis_url:
         await check_redis(config.cluster.redis_url)
     model_dir = await stack.prepare_model(config)
-    if model_dir is None:
-        return 2
     async with contextlib.AsyncExitStack() as started:
         redis_url = config.cluster.redis_url or await stack.start_registry(started)
         pool = await stack.start_workers(config, redis_url, started)

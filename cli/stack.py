@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
+
 from baton.cli.progress import step
 from baton.cli.status import fleet_status
 from baton.cluster.embedded import start_embedded_redis
@@ -48,9 +50,9 @@ class RouterChild:
         return last_line(self.log)
 
 
-async def prepare_model(config: Config) -> Path | None:
-    """The converted model's directory; None if it cannot be had and the child has said why. In a child, because
-    fetching and converting can be stopped there, and leave its memory."""
+async def prepare_model(config: Config) -> Path:
+    """The converted model's directory. In a child, because fetching and converting can be stopped there, and their
+    memory goes with it. Raises typer.Exit if it cannot be had: the child has said why."""
     model = [f"model.{name}={json.dumps(value)}" for name, value in config.model.model_dump(mode="json").items()]
     with step(f"Model {config.model.name}"):
         child = await asyncio.create_subprocess_exec(
@@ -70,7 +72,7 @@ async def prepare_model(config: Config) -> Path | None:
             await end_group(child, signal.SIGINT, STOP_TIMEOUT_S)  # the whole group: pip may be running in it
             raise
         if child.returncode:
-            return None
+            raise typer.Exit(child.returncode)
     return Path(out.decode().strip().splitlines()[-1])
 
 
