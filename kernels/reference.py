@@ -17,7 +17,7 @@ becomes extra query rows of one matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,10 @@ from torch import Tensor
 QUERY_TILE = 64
 """Query rows per attention tile: scores stay in cache and the part above the diagonal is not computed. 512 rows over
 2,048 keys took 24 ms in tiles of 32 to 128 and 50 ms in tiles of 256 or more (9 heads x 64, one thread, measured)."""
+
+MAX_GATHERED_TOKENS = 16_384
+"""Context tokens copied out of the pool at once, per layer: 25 MB at 3 KV heads x 64. Bounds what many sequences with
+one long shared prefix can ask for; a single sequence may exceed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +104,16 @@ def plan_batch(spans: Sequence[Span], num_layers: int, num_kv_heads: int, block_
         position,
         torch.stack([slots, slots + block_size], dim=1).flatten(),
         torch.tensor(fresh, dtype=torch.int64),
-        tuple(_plan_group(members, num_layers, num_kv_heads, block_size) for members in groups.values()),
+        tuple(
+            _plan_group(members, num_layers, num_kv_heads, block_size)
+            for alike in groups.values() for members in _bounded(alike)),
     )
+
+
+def _bounded(members: list[tuple[int, Span]]) -> Iterator[list[tuple[int, Span]]]:
+    size = max(1, MAX_GATHERED_TOKENS // max(span.end for _, span in members))
+    for first in range(0, len(members), size):
+        yield members[first : first + size]
 
 
 def _runs(blocks: Tensor, num_layers: int, num_kv_heads: int) -> Tensor:

@@ -67,12 +67,14 @@ def convert(source: Path, cache_dir: Path, progress: Progress = lambda _: None) 
         progress(f"converting {source.name}")
         for stale in (building, directory):
             shutil.rmtree(stale, ignore_errors=True)
-        building.mkdir()
         try:
+            building.mkdir()
             _build(source, building)
+            building.rename(directory)
         except OSError as e:
             raise SetupError(f"cannot write the converted model to {building}: {e}. Set model.cache_dir.") from e
-        building.rename(directory)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     files = _opened(directory)
     assert files is not None, directory
     return files
@@ -132,14 +134,13 @@ def _build(source: Path, directory: Path) -> None:
 
 
 def read_checkpoint(source: Path) -> Checkpoint:
-    # Imported here: each reader's library is needed for its own kind of source only.
-    if source.is_dir():
+    # Imported here: finding a converted model needs none of the readers' libraries, and the light install has none.
+    try:
+        from baton.models.gguf_file import read_gguf
         from baton.models.hf_directory import read_hf
-
-        return read_hf(source)
-    from baton.models.gguf_file import read_gguf
-
-    return read_gguf(source)
+    except ImportError as e:
+        raise SetupError(f"converting a model needs {e.name}. Install it: pip install 'baton-serve[engine]'.") from e
+    return read_hf(source) if source.is_dir() else read_gguf(source)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -40,7 +40,10 @@ def read_gguf(path: Path) -> Checkpoint:
         field = tokenizer.get(f"tokenizer.{name}")
         return default if field is None else field.contents()
 
-    spec = _spec(path, fields, tied="output.weight" not in tensors, token_field=token_field)
+    try:
+        spec = _spec(path, fields, tied="output.weight" not in tensors, token_field=token_field)
+    except (TypeError, ValueError) as e:
+        raise SetupError(f"{path} is damaged: {e}. Fetch the model again.") from e
 
     def read(part: str) -> Array:
         name = their_name(part, _OUTER, "blk", _INNER)

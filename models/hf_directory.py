@@ -76,9 +76,11 @@ def _spec(directory: Path, config: Mapping[str, Any]) -> ModelSpec:
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             eos_token_ids=_eos(directory, config),
         )
+        spec.check(str(directory / "config.json"))
     except KeyError as e:
         raise SetupError(f"{directory / 'config.json'} is damaged: it does not say {e}. Fetch the model again.") from e
-    spec.check(str(directory / "config.json"))
+    except (TypeError, ValueError) as e:
+        raise SetupError(f"{directory / 'config.json'} is damaged: {e}. Fetch the model again.") from e
     return spec
 
 
@@ -92,7 +94,10 @@ def _tensors(directory: Path) -> tuple[dict[str, Path], tuple[Path, ...]]:
     """Tensor name -> the file that holds it, and the files in order of their names."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        where = {name: directory / Path(file).name for name, file in _document(index)["weight_map"].items()}
+        try:
+            where = {name: directory / Path(file).name for name, file in _document(index)["weight_map"].items()}
+        except (KeyError, TypeError, AttributeError) as e:
+            raise SetupError(f"{index} is damaged: weight_map does not map names to files. Fetch it again.") from e
     else:
         single = directory / "model.safetensors"
         with ExitStack() as stack:

@@ -7,20 +7,22 @@ worker of a host: they share its pages, and loading copies nothing.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from safetensors import safe_open
+from typing import TYPE_CHECKING, TypeAlias
 
 from baton.core.errors import SetupError
 from baton.models.spec import ModelSpec
 
-Array = NDArray[np.float32]
+if TYPE_CHECKING:  # so that what only looks for a model loads neither
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[np.float32]"
 
 _ALIGNMENT = 64  # one cache line: where the first tensor starts
 
@@ -73,14 +75,14 @@ def write_weights(path: Path, spec: ModelSpec, read: Callable[[str], Array]) -> 
                 if part.shape != shape:
                     raise SetupError(f"the model is damaged: {name} has shape {part.shape}, its configuration says "
                                      f"{shape}. Fetch the model again.")
-                out.write(np.ascontiguousarray(part, dtype="<f4").data)
+                out.write(part.astype("<f4", order="C", copy=False).data)
 
 
 def _header(weights: dict[str, Weight]) -> bytes:
     """Length and JSON header of the safetensors format; spaces at its end align the first tensor."""
     entries, offset = {}, 0
     for name, weight in weights.items():
-        end = offset + 4 * int(np.prod(weight.shape))
+        end = offset + 4 * math.prod(weight.shape)
         entries[name] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -91,10 +93,12 @@ def _header(weights: dict[str, Weight]) -> bytes:
 def weights_bytes(spec: ModelSpec) -> int:
     """Size of the whole file: what tells a complete one from one cut short."""
     weights = weights_of(spec)
-    return len(_header(weights)) + sum(4 * int(np.prod(w.shape)) for w in weights.values())
+    return len(_header(weights)) + sum(4 * math.prod(w.shape) for w in weights.values())
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Map the file: fp32 tensors whose memory is the file's page cache. They must not be written to."""
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -46,7 +46,6 @@ def hf_model(model_files: ModelFiles) -> Any:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted two-layer Llama with random weights, 4 heads on 2 KV heads, vocabulary 64."""
     from baton.models.convert import convert
-
     from tests.models.reference import TinyLlama, write_tiny_llama
 
     home = tmp_path_factory.mktemp("tiny")

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from baton.core.request import SamplingParams
-from baton.engine.sampler import SampledRow, candidates, sample, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from baton.core.request import SamplingParams
+from baton.engine.sampler import SampledRow, candidates, sample, uniform
 
 GREEDY = SamplingParams(temperature=0.0)
 

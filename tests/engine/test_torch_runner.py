@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+
 from baton.core.request import SamplingParams
 from baton.core.step import Step
 from baton.engine.torch_runner import TorchRunner
 from baton.models.convert import convert, open_converted
-
 from tests.models.reference import (
     TinyLlama,
     chunk,
@@ -65,16 +67,18 @@ def test_a_prompt_in_chunks_gives_what_it_gives_in_one(tiny_model_dir: Path, chu
 def test_decodes_and_prefills_of_all_lengths_in_one_step_do_not_see_each_other(tiny_model_dir: Path) -> None:
     """Rows that decode over short and long contexts, two chunks of equal length, one that is not sampled."""
     contexts, news = [0, 1, 15, 16, 17, 90, 40, 0], [1, 1, 1, 1, 1, 1, 33, 33]
-    prompts = [[(t * (i + 3) + i) % 64 for t in range(c + n)] for i, (c, n) in enumerate(zip(contexts, news, strict=True))]
-    tables = shuffled_tables([len(p) for p in prompts], 40)
+    lengths = [context + new for context, new in zip(contexts, news, strict=True)]
+    prompts = [[(t * (i + 3) + i) % 64 for t in range(length)] for i, length in enumerate(lengths)]
+    tables = shuffled_tables(lengths, 40)
     with open_runner(tiny_model_dir, 40) as runner:
         alone = torch.stack([every_logit(runner, p, t)[-1] for p, t in zip(prompts, tables, strict=True)])
     with open_runner(tiny_model_dir, 40) as runner:
         for prompt, context, blocks in zip(prompts, contexts, tables, strict=True):
             if context:
                 runner.logits((chunk(prompt[:context], 0, blocks, samples=False),))
-        together = runner.logits(tuple(
-            chunk(p[c:], c, t, samples=i != 6) for i, (p, c, t) in enumerate(zip(prompts, contexts, tables, strict=True))))
+        chunks = [chunk(p[c:], c, t) for p, c, t in zip(prompts, contexts, tables, strict=True)]
+        chunks[6] = dataclasses.replace(chunks[6], samples=False)
+        together = runner.logits(tuple(chunks))
     assert together is not None
     torch.testing.assert_close(together, alone[[0, 1, 2, 3, 4, 5, 7]], atol=1e-5, rtol=1e-5)
 
@@ -108,10 +112,10 @@ def test_the_bytes_of_a_tail_block_depend_on_its_tokens_alone(tiny_model_dir: Pa
 
 
 def test_tokens_come_only_for_chunks_that_sample_and_in_order(tiny_model_dir: Path) -> None:
-    tables = shuffled_tables([10, 11, 12], 8)
+    cases = [*zip((10, 11, 12), shuffled_tables([10, 11, 12], 8), strict=True)]
     with open_runner(tiny_model_dir, 8) as runner:
-        expected = [int(every_logit(runner, TOKENS[:n], t)[-1].argmax()) for n, t in zip((10, 11, 12), tables, strict=True)]
-        step = Step(1, tuple(chunk(TOKENS[:n], 0, t, samples=n != 11) for n, t in zip((10, 11, 12), tables, strict=True)))
+        expected = [int(every_logit(runner, TOKENS[:n], t)[-1].argmax()) for n, t in cases]
+        step = Step(1, tuple(chunk(TOKENS[:n], 0, t, samples=n != 11) for n, t in cases))
         result = asyncio.run(runner.execute(step))
     assert result.token_ids == (expected[0], None, expected[2])
 
@@ -142,19 +146,20 @@ def test_layers_done_counts_the_layers_whose_kv_is_in_the_pool(tiny_model_dir: P
 
 def test_close_waits_for_the_step_and_lets_go_of_the_memory(tiny_model_dir: Path) -> None:
     layout = open_converted(tiny_model_dir).spec.layout(16)
-    memory = bytearray(8 * layout.block_bytes)
-    view = memoryview(memory)
+    view = memoryview(bytearray(8 * layout.block_bytes))
     runner = TorchRunner(tiny_model_dir, view, 8, layout, threads=1)
+    held = weakref.ref(view)  # torch keeps the object but no export of it: nothing would stop its owner unmapping it
+    del view
 
     async def run() -> None:
         step = asyncio.create_task(runner.execute(Step(0, (chunk(TOKENS[:100], 0, tuple(range(7))),))))
         await asyncio.sleep(0)
+        assert held() is not None
         await runner.close()
         assert (await step).token_ids[0] is not None
 
     asyncio.run(run())
-    view.release()  # BufferError if torch still held it
-    memory.clear()
+    assert held() is None
 
 
 def test_generation_through_shuffled_tables_equals_transformers(tmp_path: Path) -> None:

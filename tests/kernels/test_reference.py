@@ -6,6 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from baton.kernels import reference
 from baton.kernels.reference import (
     QUERY_TILE,
     Span,
@@ -18,9 +23,6 @@ from baton.kernels.reference import (
     swiglu,
     write_kv,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 LAYERS, KV_HEADS, GROUP, DIM = 2, 2, 3, 4
 
@@ -53,6 +55,13 @@ def test_attention_over_shuffled_tables_is_attention_by_definition(
 @pytest.mark.parametrize("rows", [QUERY_TILE - 1, QUERY_TILE, QUERY_TILE + 1, 3 * QUERY_TILE])
 def test_attention_in_tiles_is_attention_by_definition(rows: int) -> None:
     check_attention([(0, rows), (17, rows), (5, 1)], 16, rows)
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 45])
+def test_a_large_batch_is_attended_to_in_bounded_parts(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(reference, "MAX_GATHERED_TOKENS", at_once)
+    assert len(plan_batch([Span(19, 1, [0, 1])] * 5, 1, 1, 16).groups) == {1: 5, 20: 5, 45: 3}[at_once]
+    check_attention([(18, 1), (19, 1), (2, 1), (20, 1), (17, 1), (3, 4)], 16, at_once)
 
 
 def check_attention(sizes: list[tuple[int, int]], block_size: int, seed: int) -> None:

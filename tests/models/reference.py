@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
 from baton.core.request import SamplingParams
 from baton.core.step import ScheduledChunk, Step
 from baton.engine.torch_runner import TorchRunner
 from baton.models.convert import open_converted
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch import Tensor
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16

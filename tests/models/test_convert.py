@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from baton.core.errors import SetupError
-from baton.models.convert import ModelFiles, convert, locked, open_converted
-from baton.models.weights import load_weights
 from gguf import quants
 from tokenizers import Tokenizer
 
+from baton.core.errors import SetupError
+from baton.models.convert import ModelFiles, convert, locked, open_converted
+from baton.models.weights import load_weights
 from tests.models.gguf_writer import Quant, write_gguf
 from tests.models.reference import TinyLlama, every_logit, open_runner, transformers_logits, write_tiny_llama
 
@@ -62,8 +62,9 @@ def test_a_gguf_file_and_a_directory_of_the_same_model_have_the_same_weights(
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.equal(mine[name], theirs[name]), name
-    q, k, v = model.model.layers[1].self_attn.q_proj, *(getattr(model.model.layers[1].self_attn, n) for n in ("k_proj", "v_proj"))
-    assert torch.equal(mine["layers.1.qkv"], torch.cat([q.weight, k.weight, v.weight]))
+    attention = model.model.layers[1].self_attn
+    q, k, v = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
+    assert torch.equal(mine["layers.1.qkv"], torch.cat([q, k, v]))
 
 
 def test_quantised_gguf_tensors_run_as_their_expanded_values(llama: tuple[Path, Any], tmp_path: Path) -> None:
@@ -178,10 +179,12 @@ def _convert_and_tell(source: Path, cache: Path, barrier: Any, answers: Any) -> 
     answers.put((convert(source, cache, told.append), told))
 
 
+@pytest.mark.slow
 def test_processes_that_convert_at_once_share_one_conversion(llama: tuple[Path, Any], tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_convert_and_tell, args=(llama[0], tmp_path, barrier, answers)) for _ in range(3)]
+    work = (llama[0], tmp_path, barrier, answers)
+    processes = [context.Process(target=_convert_and_tell, args=work) for _ in range(3)]
     for process in processes:
         process.start()
     found: list[tuple[ModelFiles, list[str]]] = [answers.get(timeout=120) for _ in processes]
@@ -207,7 +210,7 @@ def test_a_gguf_file_cut_short_says_so_wherever_it_ends(llama: tuple[Path, Any],
     (tmp_path / "cut.gguf").write_bytes(raw[: int(len(raw) * share)])
     with pytest.raises(SetupError, match=r"cut\.gguf is cut short or damaged .*Fetch the model again"):
         convert(tmp_path / "cut.gguf", tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix not in (".lock", ".building")]
+    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock"], "nothing half done is left"
 
 
 @pytest.mark.parametrize(
@@ -247,6 +250,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "no safetensors file holds model.layers.2"),
         ({"intermediate_size": 95}, "layers.0.gate has shape"),
         ({"eos_token_id": 64}, "end tokens"),
+        ({"num_hidden_layers": "two"}, "config.json is damaged"),
     ],
     ids=str,
 )
@@ -280,6 +284,9 @@ def test_an_index_of_shards_cannot_point_outside_the_directory(llama: tuple[Path
     index = {"weight_map": {"model.embed_tokens.weight": "../../secret.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SetupError, match=f"{source}/secret.safetensors is missing"):
+        convert(source, tmp_path / "cache")
+    (source / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(SetupError, match="index.json is damaged: weight_map"):
         convert(source, tmp_path / "cache")
 
 
