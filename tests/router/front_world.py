@@ -83,7 +83,8 @@ def make_codec(directory: Path, template: str | None = TEMPLATE) -> TextCodec:
 
 @dataclass
 class EchoDispatcher:
-    """A token source whose output is its script, else the request's prompt, then the end token."""
+    """A token source whose output is its script, else the request's prompt, then the end token;
+    stop tokens end it as they would on a worker."""
 
     script: tuple[int, ...] | None = None
     chunk_tokens: int = 1
@@ -104,6 +105,9 @@ class EchoDispatcher:
         output = list(self.script if self.script is not None else request.prompt)
         finish = FinishReason.LENGTH if len(output) >= request.sampling.max_tokens else FinishReason.STOP
         output = [*output, EOS][: request.sampling.max_tokens]
+        ends = [at for at, token_id in enumerate(output) if token_id in request.sampling.stop_token_ids]
+        if ends:
+            output, finish = output[: ends[0] + 1], FinishReason.STOP
         cached = len(request.prompt) // 2
         try:
             for start in range(0, len(output), self.chunk_tokens):

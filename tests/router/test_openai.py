@@ -103,7 +103,7 @@ BAD: list[tuple[tuple[str, bytes], str]] = [  # request, what the message must s
     (said({"role": "user", "content": "x", "name": 3}), "string"),
     (said({"role": "assistant", "content": "x", "tool_calls": [{}]}), "not supported yet"),
     (raw(b'{"model":"echo","messages":[{"role":"user","content":"\\udc00"}]}'), "surrogate"),
-    (said({"role": "user", "content": LONG}), "context"),
+    (said({"role": "user", "content": LONG}), "characters"),
     (said(*HI * 400), "context"),
     # prompts
     (text(prompt=""), "empty"),
@@ -120,7 +120,7 @@ BAD: list[tuple[tuple[str, bytes], str]] = [  # request, what the message must s
     (text(prompt=[True]), "integer"),
     (text(prompt=[1, "a"]), "not supported yet"),
     (text(prompt=[None]), "integer"),
-    (text(prompt=LONG), "context"),
+    (text(prompt=LONG), "characters"),
     (text(prompt=[5] * MAX_MODEL_LEN), "context"),
     # sampling
     (chat(max_tokens=0), "at least 1"),
