@@ -147,6 +147,10 @@ def load(document: Mapping[str, Any] | None = None, overrides: Iterable[str] = (
     """
     merged = Config().model_dump(mode="json")
     for section, values in (document or {}).items():
+        if section not in merged:
+            close = difflib.get_close_matches(str(section), merged, 1, 0.5)
+            hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(merged)}."
+            raise ConfigError(f"there is no section {section!r}. {hint}", str(section))
         if not isinstance(values, Mapping):
             raise ConfigError(f"{section} must hold settings, not {values!r}.{_nearest(section)}", str(section))
         for name, value in values.items():
