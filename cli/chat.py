@@ -55,8 +55,8 @@ def served_model(client: httpx.Client) -> str:
         return str(answer.json()["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as e:
         raise SetupError(
-            f"{client.base_url} is no OpenAI-compatible server: its /v1/models answered {answer.status_code}, without a "
-            "model; name one with --url."
+            f"{client.base_url} is no OpenAI-compatible server: its /v1/models answered {answer.status_code}, without "
+            "a model; name one with --url."
         ) from e
 
 
