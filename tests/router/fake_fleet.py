@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -35,7 +35,7 @@ from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.policy import CostPolicy, Policy
-from baton.sim.loop import SimLoop
+from baton.sim.loop import SimLoop, run
 
 EOS = 999
 BLOCK = 2
@@ -264,5 +264,40 @@ class ScriptedFleet:
         return tokens
 
 
-def check_no_problems(loop: SimLoop) -> None:
-    assert not loop.problems, loop.problems
+def simulate(main: Callable[[], Coroutine[None, None, None]], seeds: Sequence[int] = (1,)) -> None:
+    """Run a test on schedules of these seeds. What nobody caught or closed is a failure too."""
+    for seed in seeds:
+
+        async def world(loop: SimLoop) -> None:
+            await main()
+            assert not loop.problems, loop.problems
+
+        run(seed, world)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def once(first: Script, then: Script = speak) -> Script:
+    """The first submit gets one treatment, later ones another."""
+    scripts = iter([first])
+    return lambda submit: next(scripts, then)(submit)
+
+
+def break_after(num_tokens: int, say_finish: bool = True) -> Script:
+    """The worker's stream breaks when it has said so many tokens of its own."""
+
+    def script(submit: Submit) -> Iterator[Act]:
+        said = 0
+        for act in speak(submit):
+            if isinstance(act, TokenChunk):
+                if said == num_tokens:
+                    break
+                said += 1
+                yield act if say_finish else replace(act, finish=None)
+            else:
+                yield act
+        yield PeerLost("killed")
+
+    return script

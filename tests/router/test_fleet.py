@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 
 import pytest
 
@@ -13,20 +12,15 @@ from baton.core.worker import Role, Route, WorkerLoad
 from baton.router.fleet import FORGET_S
 from baton.router.link import InFlight, Subscription, UpQueue
 from baton.sim.loop import SimLoop, run
-from tests.router.fake_fleet import ScriptedFleet, ScriptedWorker, capability, check_no_problems, mute, request
+from tests.router.fake_fleet import (
+    ScriptedFleet,
+    ScriptedWorker,
+    capability,
+    mute,
+    request,
+    simulate,
+)
 from tests.router.test_index import h
-
-
-def simulate(main: Callable[[], Coroutine[None, None, None]], seeds: int = 5) -> None:
-    """The schedule is a seed's; what must hold must hold on each."""
-    for seed in range(seeds):
-
-        async def world(loop: SimLoop) -> None:
-            await main()
-            check_no_problems(loop)
-
-        run(seed, world)
-
 
 # ---- states ----------------------------------------------------------------------------------------------------------
 
@@ -40,7 +34,7 @@ def test_a_worker_is_ready_once_its_prefix_map_is_here() -> None:
             assert worker.routers == ["router-0"]
             assert fleet.fleet.index.match([h(1), h(2), h(3)]) == {"d0": 2}
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_silence_makes_a_worker_suspect_then_dead_and_a_word_revives_it() -> None:
@@ -67,7 +61,7 @@ def test_silence_makes_a_worker_suspect_then_dead_and_a_word_revives_it() -> Non
             assert fleet.fleet.index.num_blocks == 1
             assert worker.num_streams == 1
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_a_worker_that_never_answers_stays_connecting() -> None:
@@ -77,7 +71,7 @@ def test_a_worker_that_never_answers_stays_connecting() -> None:
             assert [fleet.state(w) for w in ("d0", "d1")] == ["connecting", "connecting"]
             assert fleet.metrics.value("baton_worker_lost_total") == 0
 
-    simulate(main, seeds=2)
+    simulate(main, range(2))
 
 
 def test_dialling_backs_off_to_two_seconds() -> None:
@@ -92,7 +86,7 @@ def test_dialling_backs_off_to_two_seconds() -> None:
             await asyncio.sleep(2.1)
             assert fleet.state("d0") == "ready"
 
-    simulate(main, seeds=2)
+    simulate(main, range(2))
 
 
 # ---- requests on a stream --------------------------------------------------------------------------------------------
@@ -127,7 +121,7 @@ def test_a_lost_worker_fails_its_requests_after_what_it_still_said(loss: str) ->
             fleet.workers["d1"].say(TokenChunk("r", 1, 0, (8,)))
             assert (await other.next()).token_ids == (8,)
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_what_an_older_attempt_or_nobody_s_request_says_is_dropped_and_counted() -> None:
@@ -140,7 +134,7 @@ def test_what_an_older_attempt_or_nobody_s_request_says_is_dropped_and_counted()
             assert fleet.metrics.value("baton_stale_chunks_total", reason="epoch") == 1
             assert fleet.metrics.value("baton_stale_chunks_total", reason="unknown") == 1
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_a_slow_client_is_cancelled_and_stalls_nobody() -> None:
@@ -157,7 +151,7 @@ def test_a_slow_client_is_cancelled_and_stalls_nobody() -> None:
             with pytest.raises(Cancelled, match="unread"):
                 await slow.next()
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_a_submit_without_a_stream_is_refused_at_once() -> None:
@@ -175,7 +169,7 @@ def test_a_submit_without_a_stream_is_refused_at_once() -> None:
                 fleet.fleet.subscribe("d9", "r", 1)
             fleet.fleet.send("d0", Cancel("r", 1))
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def drain(queue: UpQueue) -> list[object]:
@@ -216,7 +210,7 @@ def test_a_closed_stream_s_queue_ends() -> None:
         queue.close()
         assert await reader == [Hello("router-0")]
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 async def _collect(queue: UpQueue) -> list[object]:
@@ -240,7 +234,7 @@ def test_kv_events_reach_the_index_and_a_gap_brings_a_new_snapshot() -> None:
             assert fleet.metrics.value("baton_index_resyncs_total") == 1
             assert worker.num_streams == 1
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_events_between_hello_and_snapshot_are_neither_lost_nor_doubled() -> None:
@@ -251,7 +245,7 @@ def test_events_between_hello_and_snapshot_are_neither_lost_nor_doubled() -> Non
             await asyncio.sleep(0.01)
             assert fleet.fleet.index.match([h(1), h(2)]) == {"d0": 2}
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 # ---- discovery -------------------------------------------------------------------------------------------------------
@@ -270,7 +264,7 @@ def test_a_registry_in_trouble_removes_nobody(trouble: str) -> None:
             await asyncio.sleep(1)
             assert fleet.state("d1") == "ready"
 
-    simulate(main, seeds=1)
+    simulate(main)
 
 
 def test_a_new_boot_replaces_the_old_one_and_the_old_one_never_comes_back() -> None:
@@ -289,7 +283,7 @@ def test_a_new_boot_replaces_the_old_one_and_the_old_one_never_comes_back() -> N
             await asyncio.sleep(2)
             assert [w.info.boot_id for w in fleet.fleet.workers()] == ["boot-2"]
 
-    simulate(main)
+    simulate(main, range(5))
 
 
 def test_another_boot_at_the_same_address_is_not_taken_for_the_known_one() -> None:
@@ -305,7 +299,7 @@ def test_another_boot_at_the_same_address_is_not_taken_for_the_known_one() -> No
             await asyncio.sleep(1)
             assert fleet.state("d0") == "ready"
 
-    simulate(main, seeds=2)
+    simulate(main, range(2))
 
 
 def test_a_worker_that_hashes_differently_is_looked_up_in_its_own_way() -> None:
@@ -316,7 +310,7 @@ def test_a_worker_that_hashes_differently_is_looked_up_in_its_own_way() -> None:
             await asyncio.sleep(1)
             assert len(fleet.fleet.scopes()) == 2
 
-    simulate(main, seeds=1)
+    simulate(main)
 
 
 def test_a_worker_that_is_gone_and_no_longer_listed_is_forgotten_in_the_end() -> None:
@@ -336,7 +330,7 @@ def test_a_worker_that_is_gone_and_no_longer_listed_is_forgotten_in_the_end() ->
             assert fleet.state("d0") == "unknown"
             assert fleet.fleet.index.num_blocks == 0
 
-    simulate(main, seeds=1)
+    simulate(main)
 
 
 def test_pairs_that_do_not_fit_are_named_with_the_field_that_differs() -> None:
@@ -350,7 +344,7 @@ def test_pairs_that_do_not_fit_are_named_with_the_field_that_differs() -> None:
             assert fleet.fleet.fits(views["p0"].info, views["d0"].info)
             assert not fleet.fleet.fits(views["p1"].info, views["d0"].info)
 
-    simulate(main, seeds=1)
+    simulate(main)
 
 
 # ---- work in flight --------------------------------------------------------------------------------------------------
@@ -384,7 +378,7 @@ def test_candidates_are_the_ready_ones_with_their_load_and_what_was_sent_since()
             (found,) = fleet.fleet.candidates(Role.DECODE, {})
             assert (found.queued_prefill_tokens, found.num_sequences) == (10, 3), "a heartbeat came: it tells it all"
 
-    simulate(main, seeds=1)
+    simulate(main)
 
 
 def test_gauges_show_workers_by_state_and_the_index() -> None:
@@ -395,7 +389,7 @@ def test_gauges_show_workers_by_state_and_the_index() -> None:
             assert fleet.metrics.value("baton_workers", role="decode", state="connecting") == 1
             assert fleet.metrics.value("baton_index_blocks") == 1
 
-    simulate(main, seeds=1)
+    simulate(main)
 
 
 def test_an_end_of_the_fleet_fails_what_is_waiting() -> None:
@@ -406,4 +400,4 @@ def test_an_end_of_the_fleet_fails_what_is_waiting() -> None:
         with pytest.raises(BatonError, match="router goes away"):
             await chunks.next()
 
-    simulate(main)
+    simulate(main, range(5))
