@@ -178,12 +178,16 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _nearest(dotted: str) -> str:
+    """A hint: the section's own setting first, then one that reads alike as a whole, then that name elsewhere."""
+    section, _, name = dotted.rpartition(".")
     names = [n for n, _, _ in settings()]
-    close = difflib.get_close_matches(dotted, names, 1, 0.5) or difflib.get_close_matches(
-        dotted.rpartition(".")[2], [n.partition(".")[2] for n in names], 1, 0.6
-    )
-    full = [n for n in names if close and (n == close[0] or n.endswith("." + close[0]))]
-    return f" Did you mean {full[0]!r}?" if full else " `baton config show` lists them all."
+    own = {n.partition(".")[2]: n for n in names if n.startswith(f"{section}.")}
+    anywhere = {n.partition(".")[2]: n for n in reversed(names)}
+    whole = dict(zip(names, names, strict=True))
+    for text, known, cutoff in ((name, own, 0.6), (dotted, whole, 0.8), (name, anywhere, 0.6)):
+        if close := difflib.get_close_matches(text, known, 1, cutoff):
+            return f" Did you mean {known[close[0]]!r}?"
+    return " `baton config show` lists them all."
 
 
 def _parse(text: str) -> Any:

@@ -47,6 +47,7 @@ def test_an_override_is_json_or_else_plain_text(override: str, section: str, nam
         ({"ruter": {}}, [], "no section 'ruter'. Did you mean 'router'"),
         ({"xyzzy": None}, [], "no section 'xyzzy'. There are model, engine, prefill"),
         ({}, ["ruter.http_port=1"], "no setting 'ruter.http_port'.*Did you mean 'router.http_port'"),
+        ({}, ["decod.max_step_tokens=1"], "Did you mean 'decode.max_step_tokens'"),
         ({"engine": 16}, [], "engine must hold settings, not 16"),
         ({"engine": None}, [], "engine must hold settings, not None"),
         ({3: {"a": 1}}, [], "no section 3"),
