@@ -68,6 +68,10 @@ class _Run:
     avoided: set[str] = field(default_factory=set)
     """Workers that refused or failed this request."""
     hashes: dict[tuple[HashScope, int], list[BlockHash]] = field(default_factory=dict)
+    num_failures: int = 0
+    """Attempts that were taken on and then lost."""
+    refused_since: float | None = None
+    """Every worker asked since then had no place for it."""
     suspect: str = ""
     """Whom to avoid if this attempt fails."""
     settled: bool = True
@@ -337,20 +341,41 @@ class Dispatcher:
 
     def _after_failure(self, run: _Run, error: BatonError) -> FinishReason | None:
         """None: go on with the next attempt. A finish: the tokens were complete, only the last word was lost. Raises
-        the error once attempts are spent."""
+        the error once attempts or patience are spent."""
         finish = run.ended()
         if finish is not None:
             return finish
-        limit = self._config.router.max_attempts
-        if run.epoch >= limit:
-            raise type(error)(
-                f"request {run.request.request_id} failed {limit} times (router.max_attempts); the last: "
-                f"{error.message}"
-            ) from error
+        if isinstance(error, Overloaded):
+            self._note_refusal(run, error)
+        else:
+            self._note_loss(run, error)
         log.info("request %s is sent again after attempt %d: %s", run.request.request_id, run.epoch, error.message)
         self._metrics.inc("baton_dispatch_retries_total", reason=error.code)
         run.avoided.add(run.suspect)
         return None
+
+    def _note_refusal(self, run: _Run, error: Overloaded) -> None:
+        """A refusal costs no attempt: nothing was lost, and a place may be free in a moment. Raises it when the
+        request has waited PLACE_WAIT_S for one."""
+        now = asyncio.get_running_loop().time()
+        if run.refused_since is None:
+            run.refused_since = now
+        if now - run.refused_since >= PLACE_WAIT_S:
+            raise Overloaded(
+                f"request {run.request.request_id} was refused for {PLACE_WAIT_S:g} s by every worker asked; the last: "
+                f"{error.message}"
+            ) from error
+
+    def _note_loss(self, run: _Run, error: BatonError) -> None:
+        """Raises the error once attempts are spent."""
+        run.refused_since = None
+        run.num_failures += 1
+        limit = self._config.router.max_attempts
+        if run.num_failures >= limit:
+            raise type(error)(
+                f"request {run.request.request_id} failed {limit} times (router.max_attempts); the last: "
+                f"{error.message}"
+            ) from error
 
     # ---- the end ----
 
