@@ -210,7 +210,7 @@ def test_a_gguf_file_cut_short_says_so_wherever_it_ends(llama: tuple[Path, Any],
     (tmp_path / "cut.gguf").write_bytes(raw[: int(len(raw) * share)])
     with pytest.raises(SetupError, match=r"cut\.gguf is cut short or damaged .*Fetch the model again"):
         convert(tmp_path / "cut.gguf", tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock"], "nothing half done is left"
+    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock"], "half done"
 
 
 @pytest.mark.parametrize(
