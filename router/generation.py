@@ -176,15 +176,20 @@ class Generation:
         """The output as it comes. Raises what the request failed with; closing it cancels the request."""
         record = _Record(job, self.metrics, asyncio.get_running_loop().time)
         output = _Output(self.codec, job)
+        last: Delta | None = None
         try:
             async with aclosing(self._tokens.generate(job.request)) as chunks:
                 async for chunk in chunks:
                     delta = output.take(chunk)
                     record.saw(delta)
-                    yield delta
-                    if delta.finish is not None:
-                        return
-            raise InternalError(f"request {job.request.request_id} ended without a finish reason.")
+                    if delta.finish is None:
+                        yield delta
+                        continue
+                    last = delta
+                    if chunk.finish is None:
+                        break  # at a stop string; else the source ends by itself now
+            if last is None:
+                raise InternalError(f"request {job.request.request_id} ended without a finish reason.")
         except BatonError as e:
             record.outcome = e.code
             raise
@@ -193,6 +198,7 @@ class Generation:
             raise
         finally:
             record.close()
+        yield last  # everything is counted and released before the client hears the end
 
     @contextmanager
     def refusals_counted(self) -> Iterator[None]:

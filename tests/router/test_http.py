@@ -55,6 +55,7 @@ def test_the_openai_client_chats(tmp_path: Path) -> None:
             assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
             assert usage.prompt_tokens_details.cached_tokens == len(request.prompt) // 2
             assert request.sampling.max_tokens == world.generation.max_model_len() - len(request.prompt)
+            assert not world.source.cancelled[request.request_id].is_set(), "it ended by itself"
 
     asyncio.run(scenario())
 
