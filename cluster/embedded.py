@@ -88,7 +88,7 @@ async def start_embedded_redis() -> EmbeddedRedis:
     Call it on the thread whose end should end the server too (a loop's own thread).
     """
     binary = find_server()
-    directory = Path(tempfile.mkdtemp(prefix="baton-redis-", dir=_short_tmp()))
+    directory = Path(tempfile.mkdtemp(prefix=f"baton-redis-{os.getpid()}-", dir=_short_tmp()))
     command = [
         binary, "--port", "0", "--unixsocket", str(directory / "redis.sock"), "--unixsocketperm", "700", "--save", "",
         "--appendonly", "no", "--daemonize", "no", "--dir", str(directory), "--maxmemory", "64mb",

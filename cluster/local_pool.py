@@ -36,7 +36,7 @@ class LocalPool:
     def __init__(self, log_dir: Path | None = None) -> None:
         """`log_dir` gets <worker_id>.log files and keeps them; default: a private directory that goes with the pool."""
         self._own_log_dir = log_dir is None
-        self._log_dir = log_dir or Path(tempfile.mkdtemp(prefix="baton-log-"))
+        self._log_dir = log_dir or Path(tempfile.mkdtemp(prefix=f"baton-log-{os.getpid()}-"))
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._children: dict[str, _Child] = {}
 

@@ -13,6 +13,7 @@ running; only starts and restarts are gone.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -65,8 +66,10 @@ class _Member:
 class RayPool:
     """Open with `open_ray_pool`."""
 
-    def __init__(self, thread: _RayThread, temp_dir: str | None) -> None:
+    def __init__(self, thread: _RayThread, store: str, temp_dir: str | None) -> None:
         self._thread = thread
+        self._store = store
+        """host:port of the GCS."""
         self._temp_dir = temp_dir
         """Of the cluster we started; None: we joined somebody's."""
         self._members: dict[str, _Member] = {}
@@ -80,7 +83,7 @@ class RayPool:
         try:
             async with asyncio.timeout(timeout_s):
                 taken = sum(m.spec.role is spec.role for m in self._members.values())
-                member.actor = await self._thread.run(lambda: _create(spec, taken), timeout_s)
+                member.actor = await self._controlled(lambda: _create(spec, taken), undo=_kill)
                 await self._come_up(member)
         except (TimeoutError, PeerLost) as e:
             await self._end(member, 0.0)
@@ -108,9 +111,12 @@ class RayPool:
         await asyncio.gather(*(self._end(m, CLOSE_GRACE_S) for m in list(self._members.values())))
         family = family_of(self._temp_dir) if self._temp_dir else set()
         try:
-            await self._thread.run(ray.shutdown, _CONTROL_TIMEOUT_S)
+            await self._controlled(ray.shutdown)
         except PeerLost as e:
-            log.warning("%s Ending its processes.", e.message)
+            log.warning("Ray cannot be shut down properly (%s); ending its processes", e.message)
+            # Ray would try again at our exit, and wait there for a control store that is gone.
+            atexit.unregister(ray.shutdown)
+            await _swept(family, 0.0)
         self._thread.end()
         if self._temp_dir:
             await _swept(family)
@@ -126,6 +132,18 @@ class RayPool:
             if state.up:
                 return
             await asyncio.sleep(_POLL_S)
+
+    async def _controlled(self, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
+        """A call that needs Ray's control store. Raises PeerLost, at once if nobody listens there: Ray itself would
+        wait for it, and the thread with it."""
+        host, _, port = self._store.rpartition(":")
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                writer.close()
+        except (OSError, TimeoutError):
+            raise PeerLost(f"Ray's control store at {self._store} does not answer.") from None
+        return await self._thread.run(call, _CONTROL_TIMEOUT_S, undo)
 
     async def _look(self, member: _Member) -> PoolMember:
         spec, state = member.spec, MemberState.STARTING
@@ -154,9 +172,10 @@ class RayPool:
             if grace_s > 0:
                 await _asked(actor.stop, grace_s + _ANSWER_TIMEOUT_S, grace_s)
         try:
-            await self._thread.run(lambda: ray.kill(actor, no_restart=True), _CONTROL_TIMEOUT_S)
+            await self._controlled(lambda: _kill(actor))
         except PeerLost as e:
             log.warning("Ray did not end worker %s (%s); ending its process", member.spec.worker_id, e.message)
+            await _swept(pids, 0.0)
         await _swept(pids)
 
 
@@ -166,10 +185,10 @@ async def open_ray_pool(address: str | None) -> RayPool:
     A joined cluster must have custom resources named `prefill` and `decode`, one unit per worker.
     """
     apply_child_env(1)
-    temp_dir = None if address else tempfile.mkdtemp(prefix="baton-ray-", dir="/tmp")
+    temp_dir = None if address else tempfile.mkdtemp(prefix=f"baton-ray-{os.getpid()}-", dir="/tmp")
     thread = _RayThread()
     try:
-        await thread.run(lambda: _connect(address, temp_dir), _INIT_TIMEOUT_S)
+        store = await thread.run(lambda: _connect(address, temp_dir), _INIT_TIMEOUT_S)
     except BaseException as e:
         thread.end()
         if temp_dir:
@@ -179,7 +198,7 @@ async def open_ray_pool(address: str | None) -> RayPool:
             where = f"The Ray cluster at {address} cannot be joined" if address else "Ray cannot be started"
             raise SetupError(f"{where}: {e.message} `--set cluster.pool=local` needs no Ray.") from None
         raise
-    return RayPool(thread, temp_dir)
+    return RayPool(thread, store, temp_dir)
 
 
 class _RayThread:
@@ -191,18 +210,18 @@ class _RayThread:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="ray", daemon=True).start()
 
-    async def run(self, call: Callable[[], T], timeout_s: float) -> T:
-        """Raises PeerLost when Ray fails or does not answer in time."""
+    async def run(self, call: Callable[[], T], timeout_s: float, undo: Callable[[T], None] | None = None) -> T:
+        """Raises PeerLost when Ray fails or does not answer in time; if it then does answer, `undo` gets the result."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def report(result: T | None, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is not None:
+            if error is not None and not future.done():
                 future.set_exception(error)
-            else:
+            elif not future.done():
                 future.set_result(result)  # type: ignore[arg-type]
+            elif error is None and undo is not None:
+                self._calls.put(lambda: undo(result))  # type: ignore[arg-type]
 
         def job() -> None:
             result, error = None, None
@@ -230,15 +249,18 @@ class _RayThread:
             job()
 
 
-def _connect(address: str | None, temp_dir: str | None) -> None:
-    common = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.WARNING}
+def _connect(address: str | None, temp_dir: str | None) -> str:
+    """Returns host:port of the control store."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # It warns that signals are not its own; they are ours.
+    common = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **common)
-        return
-    ray.init(
-        num_cpus=1, resources={role.value: SLOTS_PER_ROLE for role in Role}, include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=temp_dir,
-        _system_config={"gcs_rpc_server_reconnect_timeout_s": _GCS_RECONNECT_S}, **common)
+    else:
+        ray.init(
+            num_cpus=1, resources={role.value: SLOTS_PER_ROLE for role in Role}, include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=temp_dir,
+            _system_config={"gcs_rpc_server_reconnect_timeout_s": _GCS_RECONNECT_S}, **common)
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _create(spec: WorkerSpec, taken: int) -> Any:
@@ -258,6 +280,10 @@ def _create(spec: WorkerSpec, taken: int) -> Any:
     return ray.remote(WorkerActor).options(**options).remote(dataclasses.asdict(spec))
 
 
+def _kill(actor: Any) -> None:
+    ray.kill(actor, no_restart=True)
+
+
 async def _asked(method: Any, timeout_s: float | None, *args: Any) -> Any:
     """Call an actor's method, directly at its process: this needs no GCS. Raises PeerLost."""
     try:
@@ -269,10 +295,10 @@ async def _asked(method: Any, timeout_s: float | None, *args: Any) -> Any:
         raise PeerLost(f"the actor is not reachable: {e}") from e
 
 
-async def _swept(pids: set[int]) -> None:
-    """Wait until these processes of this machine are gone; kill them at the deadline."""
+async def _swept(pids: set[int], patience_s: float = _CONTROL_TIMEOUT_S) -> None:
+    """Wait until these processes of this machine are gone; kill them when patience ends."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+        async with asyncio.timeout(patience_s):
             while not all(map(gone, pids)):  # noqa: ASYNC110 (nothing tells us of a process that is not our child)
                 await asyncio.sleep(_POLL_S)
     for pid in pids:

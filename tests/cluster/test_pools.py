@@ -92,7 +92,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
 def leftovers() -> set[object]:
     """Our processes, and files where pools keep theirs."""
     alive = {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE}
-    return alive | set(Path("/tmp").glob("baton-*")) | set(Path("/dev/shm").iterdir())
+    return alive | set(Path("/tmp").glob(f"baton-*-{os.getpid()}-*")) | set(Path("/dev/shm").glob("*plasma*"))
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -154,16 +154,56 @@ def test_a_worker_that_will_not_end_is_ended(run: Callable[..., None]) -> None:
     run(body)
 
 
-@pytest.mark.parametrize(("entry", "said"), [
-    ("refuse", "p-0 has nothing to serve: find it a model"), ("crash", "ZeroDivisionError: worker bug"),
-    ("nowhere", "'pool_entries:nowhere' cannot be imported"), ("dawdle", "did not register within 3 s"),
-])
-def test_a_worker_that_does_not_come_up_says_why(run: Callable[..., None], entry: str, said: str) -> None:
+def test_a_worker_that_does_not_come_up_says_why(run: Callable[..., None]) -> None:
+    cases = {
+        "refuse": "p-0 has nothing to serve: find it a model", "crash": "ZeroDivisionError: worker bug",
+        "nowhere": "'pool_entries:nowhere' cannot be imported", "dawdle": "did not register within 2 s",
+    }
+
     async def body(world: World) -> None:
-        with pytest.raises(SetupError) as caught:
-            await world.pool.start(world.spec(entry=entry, timeout_s=3 if entry == "dawdle" else 60))
-        assert said in caught.value.message
-        assert await world.pool.members() == ()
+        for entry, said in cases.items():
+            with pytest.raises(SetupError) as caught:
+                await world.pool.start(world.spec(entry=entry, timeout_s=2 if entry == "dawdle" else 60))
+            assert said in caught.value.message
+            assert await world.pool.members() == ()
         await world.pool.start(world.spec())
 
     run(body)
+
+
+@pytest.mark.slow
+def test_workers_and_pool_live_on_without_rays_control_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    async def body() -> None:
+        server = await start_embedded_redis()
+        registry = RedisRegistry(server.url)
+        async with asyncio.timeout(2 * DEADLINE_S), on_ray() as pool:
+            world = World(pool, registry, server.url)
+            await pool.start(world.spec())
+            member, entry = await world.member(), await world.entry_of()
+            (store,) = [p for p in psutil.Process().children() if "gcs_server" in p.name()]
+            store.kill()
+            store.wait(10)
+            assert await world.member() == member
+            with pytest.raises(SetupError, match="control store"):
+                await pool.start(world.spec("p-1"))
+            assert await pool.members() == (member,)
+            assert await world.entry_of() == entry
+            await pool.stop("p-0", 10)
+            assert member.pid is not None
+            assert not psutil.pid_exists(member.pid) or psutil.Process(member.pid).status() == psutil.STATUS_ZOMBIE
+        await registry.close()
+        await server.close()
+
+    before = leftovers()
+    asyncio.run(body())
+    assert leftovers() <= before
+
+
+@pytest.mark.slow
+def test_without_ray_at_the_address_the_message_names_it() -> None:
+    from baton.cluster.ray_pool import open_ray_pool
+
+    with pytest.raises(SetupError, match=r"127\.0\.0\.1:1 .*cluster\.pool=local"):
+        asyncio.run(open_ray_pool("127.0.0.1:1"))
