@@ -2,7 +2,8 @@
 
 Owns the measurement. For every transport that both offer, in the peer's order of preference: connect, pull its probe
 block once (is it the right memory, and is everything set up?), then pull it repeatedly up to `handoff.probe_bytes`
-against the clock. The fastest wins, if it is clearly faster than what the peer prefers. Does not know leases, pools or requests.
+against the clock. The fastest wins, if it is clearly faster than what the peer prefers. Does not know leases, pools or
+requests.
 """
 
 from __future__ import annotations

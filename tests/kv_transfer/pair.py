@@ -55,6 +55,14 @@ class Lender:
         self.process.stdin.flush()
         return self._answer()
 
+    def answers(self) -> bool:
+        """It has had its turn on the processor; False: and died of it."""
+        try:
+            self.ask("served")
+        except (AssertionError, BrokenPipeError):
+            return False
+        return True
+
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -67,6 +75,21 @@ class Lender:
         answer = self.ask("lend", count=count)
         blocks = [LentBlock(**{**b, "digest": bytes.fromhex(b["digest"])}) for b in answer["blocks"]]
         return answer["lease_id"], blocks
+
+    def kill_a_reader(self, transport: str, count: int, block_bytes: int) -> str:
+        """Start a reader that pulls `count` blocks for ever, and kill it in its second round. Returns the lease id."""
+        lent = self.ask("lend", count=count)
+        adverts = [(name, advert.decode()) for name, advert in self.info.capability.transports]
+        options = {**lent, "transport": transport, "adverts": adverts, "num_blocks": count, "block_bytes": block_bytes}
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.kv_transfer.reader_main", json.dumps(options)],
+            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        ) as process:
+            assert process.stdout is not None
+            assert any(line == "PULLED\n" for line in process.stdout), "the reader ended by itself"
+            process.kill()
+        lease_id: str = lent["lease_id"]
+        return lease_id
 
     def kill(self) -> None:
         self.process.kill()
@@ -104,7 +127,9 @@ class Lender:
 class Reader:
     """A reader's real parts; `take` plays the request that owns destination blocks."""
 
-    def __init__(self, memory: KVMemory, pool: BlockPool, transports: dict[str, Transport], config: HandoffConfig) -> None:
+    def __init__(
+        self, memory: KVMemory, pool: BlockPool, transports: dict[str, Transport], config: HandoffConfig
+    ) -> None:
         self.memory = memory
         self.pool = pool
         self.transports = transports

@@ -199,6 +199,20 @@ def test_a_lender_killed_with_bytes_on_their_way_fails_the_pull_and_its_next_boo
         asyncio.run(main(first))
 
 
+def test_readers_that_are_killed_in_the_middle_of_a_pull_do_the_lender_no_harm(transport: str) -> None:
+    with lender((transport,), num_blocks=MANY, block_bytes=BIG) as there:
+        for _ in range(3):
+            lease_id = there.kill_a_reader(transport, MANY, BIG)
+            assert there.ask("release", lease_id=lease_id)["good"]
+        asyncio.run(_one_pull(transport, there))
+
+
+async def _one_pull(transport: str, there: Lender) -> None:
+    async with reader((transport,), num_blocks=4, block_bytes=BIG) as r:
+        lease, blocks = there.lend(4)
+        await r.puller.pull(there.info, lease, blocks, r.take(4))
+
+
 def test_an_ended_lease_is_declined_by_name() -> None:
     async def main(transport: str) -> None:
         async with reader((transport,)) as r:
@@ -238,10 +252,14 @@ def test_a_frozen_lender_writes_no_byte_into_a_block_that_has_a_new_owner(
             for block in reused:
                 r.memory.block(block)[:] = bytes([0xA5]) * BIG
             there.thaw()
-            there.ask("served")
-            r.pool.release(reused[:1])
-            # A new connection, and a pull on it, so that the lender has had every chance to send what was under way.
-            await r.puller.pull(there.info, lease, blocks[:1], r.take(1))
+            if transport == "tcp":
+                # A new connection, and a pull on it, so that the lender has had every chance to send what was pending.
+                r.pool.release(reused[:1])
+                await r.puller.pull(there.info, lease, blocks[:1], r.take(1))
+            else:
+                # UCX's emulated READ aborts a process that finds its reader fenced when it wakes up (measured with
+                # NIXL 1.5.1: "stubs.c:107 Assertion `0' failed"): it has done all it will, alive or not.
+                there.answers()
             assert all(bytes(r.memory.block(b)) == bytes([0xA5]) * BIG for b in reused[1:]), "late bytes landed"
 
     with lender((transport,), num_blocks=MANY, block_bytes=BIG) as first:
