@@ -147,7 +147,7 @@ def load(document: Mapping[str, Any] | None = None, overrides: Iterable[str] = (
     """
     merged = Config().model_dump(mode="json")
     for section, values in (document or {}).items():
-        if section not in merged:
+        if section not in merged and not (isinstance(values, Mapping) and values):
             close = difflib.get_close_matches(str(section), merged, 1, 0.5)
             hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(merged)}."
             raise ConfigError(f"there is no section {section!r}. {hint}", str(section))
