@@ -15,6 +15,7 @@ against resizing and against writing by anybody who gets the descriptor later.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -69,10 +70,15 @@ class KVMemory:
         return self._view[start : start + self.block_bytes]
 
     def close(self) -> None:
-        """Give the descriptor back. The mapping itself goes with the last view of it."""
+        """Give descriptor and mapping back, after the transports. A mapping that is still viewed goes with its last
+        view."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+        self._view.release()
+        if isinstance(self._backing, mmap.mmap):
+            with contextlib.suppress(BufferError):
+                self._backing.close()  # it holds a descriptor of its own
 
 
 def probe_pattern(num_bytes: int) -> bytes:

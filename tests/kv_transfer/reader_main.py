@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from baton.core.handoff import LentBlock
-
 from tests.kv_transfer.pair import info_of, reader
 
 
