@@ -19,6 +19,11 @@ from baton.core.errors import SetupError
 KEEP_ALIVE_S = 30
 MAX_HEADER_BYTES = 32 << 10
 BACKLOG = 1024
+STALL_MS = 30_000
+"""A client that takes nothing of what was sent for this long is cut off by the kernel: asyncio would keep the buffered
+rest, and the connection, for as long as the client stays. One that vanished without a word is cut off by then too:
+after 5 s of silence the kernel asks for it every 5 s."""
+PROBE_S = 5
 
 
 class _Server(uvicorn.Server):
@@ -87,4 +92,14 @@ def bind(host: str, port: int) -> socket.socket:
         raise SetupError(f"cannot listen on {host}:{port}: {(e.strerror or str(e)).lower()}. Choose another with "
                          "--set router.host=ADDRESS and router.http_port=PORT.", "router.http_port") from None
     listener.setblocking(False)
+    _watch_clients(listener)
     return listener
+
+
+def _watch_clients(listener: socket.socket) -> None:
+    """Accepted connections inherit these (Linux; elsewhere the options that exist)."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", PROBE_S), ("TCP_KEEPINTVL", PROBE_S), ("TCP_USER_TIMEOUT", STALL_MS)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
