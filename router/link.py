@@ -253,7 +253,7 @@ class Link:
         """Keep a stream open, for ever; cancelling ends it."""
         backoff_s = BACKOFF_FIRST_S
         while True:
-            why = "the router goes away"
+            why = "the router goes away or follows another boot"
             try:
                 await self._session()
                 why = "the worker closed it"
@@ -264,7 +264,9 @@ class Link:
                 why = str(e)
             finally:
                 was_ready = self._state is WorkerState.READY
-                self._break(f"the stream to {self.info.worker_id} broke: {why}")
+                self._break(f"the stream to {self.info.worker_id} ended: {why}")
+            if was_ready:
+                log.warning("the stream to %s ended: %s", self.info.worker_id, why)
             backoff_s = BACKOFF_FIRST_S if was_ready else min(2 * backoff_s, BACKOFF_MAX_S)
             await asyncio.sleep(backoff_s)
 
@@ -339,7 +341,6 @@ class Link:
         """The stream is gone, and with it every request on it."""
         self._up = None
         if self._state is WorkerState.READY:
-            log.warning("%s", why)
             self._state = WorkerState.CONNECTING
         self.in_flight = InFlight()
         for subscription in self._subscriptions.values():

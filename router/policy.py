@@ -14,13 +14,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from baton.core.config import RouterConfig
 from baton.core.worker import Route, WorkerInfo, WorkerLoad
 
 ASSUMED_STEP_S = 0.02
 """A decode step priced until some worker has measured one."""
+
+
+Terms = tuple[tuple[str, float], ...]
+"""(name, seconds) of each part of a price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +74,15 @@ class Policy(Protocol):
     def price(self, facts: Facts, candidates: Candidates) -> Route | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
+class _Option(NamedTuple):
+    cost_s: float
     decode: Candidate
     prefill: Candidate | None
-    terms: tuple[tuple[str, float], ...]
 
     @property
     def name(self) -> str:
         decode = self.decode.info.worker_id
         return f"{self.prefill.info.worker_id} -> {decode}" if self.prefill else f"{decode} alone"
-
-    @property
-    def cost_s(self) -> float:
-        return sum(seconds for _, seconds in self.terms)
 
 
 class CostPolicy:
@@ -98,97 +97,104 @@ class CostPolicy:
         decode = [d for d in candidates.decode if d.has_room(facts.num_tokens)] or list(candidates.decode)
         if not decode:
             return None
-        everyone = (*decode, *candidates.prefill)
-        rate = _typical((c.load.prefill_tokens_per_s for c in everyone), self._config.assumed_prefill_tokens_per_s)
-        step_s = _typical((d.load.decode_step_s for d in decode), ASSUMED_STEP_S)
-        ahead = [
-            (p, p.queued_prefill_tokens / _rate(p, rate), p.uncached(facts.num_tokens) / _rate(p, rate))
-            for p in candidates.prefill
-        ]
-        options = [o for d in decode for o in self._options(facts, d, ahead, candidates.fits, (rate, step_s))]
-        return self._cheapest(facts, options)
-
-    def _options(
-        self,
-        facts: Facts,
-        decode: Candidate,
-        ahead: Sequence[tuple[Candidate, float, float]],
-        fits: Callable[[WorkerInfo, WorkerInfo], bool],
-        typical: tuple[float, float],
-    ) -> list[_Option]:
-        """Every way to serve the request with this decode worker."""
-        rate, step_s = typical
-        layout = decode.info.capability.layout
-        interference_s = decode.num_sequences * (decode.load.decode_step_s or step_s)
-        pairs = []
-        if not self._is_short(facts, decode):
-            moved_bytes = max(0, layout.num_blocks_for(facts.num_tokens) - decode.held_blocks) * layout.block_bytes
-            for p, queue_s, prefill_s in ahead:
-                if fits(p.info, decode.info):
-                    measured = decode.bandwidth.get(p.info.worker_id)
-                    transfer_s = moved_bytes / (measured or self._config.assumed_bandwidth_bytes_per_s)
-                    pairs.append(
-                        _Option(
-                            decode,
-                            p,
-                            (
-                                ("queue", queue_s),
-                                ("prefill", prefill_s),
-                                ("transfer", transfer_s),
-                                ("decode", interference_s),
-                            ),
-                        )
-                    )
-        if pairs and self._config.local_prefill_max_tokens == 0:
-            return pairs  # 0 says: not on decode workers if it can be helped
-        rate = _rate(decode, rate)
-        prefill_s = decode.uncached(facts.num_tokens) / rate
-        # Prefill here stalls every running sequence for as long. At least one is assumed: decode workers are kept
-        # free for decoding, otherwise an idle fleet would never hand anything off.
-        stall_s = prefill_s * max(1, decode.num_sequences)
-        local = _Option(
-            decode,
-            None,
-            (
-                ("queue", decode.queued_prefill_tokens / rate),
-                ("prefill", prefill_s),
-                ("stall", stall_s),
-                ("decode", interference_s),
-            ),
-        )
-        return [*pairs, local]
-
-    def _is_short(self, facts: Facts, decode: Candidate) -> bool:
-        uncached = facts.num_tokens - decode.held_blocks * decode.info.capability.layout.block_size
-        return uncached <= self._config.local_prefill_max_tokens
-
-    def _cheapest(self, facts: Facts, options: list[_Option]) -> Route:
-        costs = [o.cost_s for o in options]
-        least = min(costs)
-        best = [o for o, cost in zip(options, costs, strict=True) if cost <= least * (1 + 1e-9)]
+        prices = _Prices.of(facts, self._config, decode, candidates.prefill)
+        options = _options(prices, decode, candidates)
+        best_s = min(o.cost_s for o in options)
+        best = [o for o in options if o.cost_s <= best_s * (1 + 1e-9)]
         chosen = best[0] if len(best) == 1 else self._rng.choice(best)
-        others = [(cost, o) for o, cost in zip(options, costs, strict=True) if o is not chosen]
+        terms = prices.terms(chosen.decode, chosen.prefill)
+        next_best = min((o for o in options if o is not chosen), key=lambda o: o.cost_s, default=None)
         return Route(
             chosen.decode.info.worker_id,
             chosen.prefill.info if chosen.prefill else None,
-            chosen.cost_s,
-            chosen.terms,
-            self._reason(facts, chosen, min(others, key=lambda c: c[0], default=None)),
+            sum(seconds for _, seconds in terms),
+            terms,
+            _reason(prices, chosen, terms, next_best),
         )
 
-    def _reason(self, facts: Facts, chosen: _Option, next_best: tuple[float, _Option] | None) -> str:
-        terms = ", ".join(f"{name} {seconds:.3f}" for name, seconds in chosen.terms)
-        words = f"{chosen.name}: {chosen.cost_s:.3f} s ({terms}) for {facts.num_tokens} tokens"
-        held = chosen.decode.held_blocks
-        if held:
-            words += f", {held} blocks held by {chosen.decode.info.worker_id}"
-        if chosen.prefill and chosen.prefill.held_blocks:
-            words += f", {chosen.prefill.held_blocks} by {chosen.prefill.info.worker_id}"
-        if chosen.prefill is None and self._is_short(facts, chosen.decode):
-            words += f"; uncached suffix within local_prefill_max_tokens {self._config.local_prefill_max_tokens}"
-        if next_best is None:
-            return f"{words}; no other choice"
-        return f"{words}; next best {next_best[1].name} {next_best[0]:.3f} s"
+
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """What one request costs where."""
+
+    facts: Facts
+    config: RouterConfig
+    rate: float
+    """Prefill tokens/s of a worker that has measured none."""
+    step_s: float
+    """Decode step of a worker that has measured none."""
+
+    @classmethod
+    def of(
+        cls, facts: Facts, config: RouterConfig, decode: Sequence[Candidate], prefill: Sequence[Candidate]
+    ) -> _Prices:
+        rates = (c.load.prefill_tokens_per_s for c in (*decode, *prefill))
+        steps = (d.load.decode_step_s for d in decode)
+        return cls(facts, config, _typical(rates, config.assumed_prefill_tokens_per_s), _typical(steps, ASSUMED_STEP_S))
+
+    def terms(self, decode: Candidate, prefill: Candidate | None) -> Terms:
+        computing = prefill or decode
+        queue = ("queue", computing.queued_prefill_tokens / (computing.load.prefill_tokens_per_s or self.rate))
+        compute = ("prefill", self.compute_s(computing))
+        interference = ("decode", self.interference_s(decode))
+        if prefill is not None:
+            return (
+                queue,
+                compute,
+                ("transfer", self.moved_bytes(decode) / self.bandwidth(decode, prefill)),
+                interference,
+            )
+        # Prefill here stalls every running sequence for as long. At least one is assumed: decode workers are kept
+        # free for decoding, otherwise an idle fleet would never hand anything off.
+        return queue, compute, ("stall", compute[1] * max(1, decode.num_sequences)), interference
+
+    def compute_s(self, worker: Candidate) -> float:
+        return worker.uncached(self.facts.num_tokens) / (worker.load.prefill_tokens_per_s or self.rate)
+
+    def interference_s(self, decode: Candidate) -> float:
+        """A step's time for each sequence there: what joining it costs them and us."""
+        return decode.num_sequences * (decode.load.decode_step_s or self.step_s)
+
+    def moved_bytes(self, decode: Candidate) -> int:
+        layout = decode.info.capability.layout
+        return max(0, layout.num_blocks_for(self.facts.num_tokens) - decode.held_blocks) * layout.block_bytes
+
+    def bandwidth(self, decode: Candidate, prefill: Candidate) -> float:
+        return decode.bandwidth.get(prefill.info.worker_id) or self.config.assumed_bandwidth_bytes_per_s
+
+    def is_short(self, decode: Candidate) -> bool:
+        uncached = self.facts.num_tokens - decode.held_blocks * decode.info.capability.layout.block_size
+        return uncached <= self.config.local_prefill_max_tokens
+
+
+def _options(prices: _Prices, decode: Sequence[Candidate], candidates: Candidates) -> list[_Option]:
+    """Every way to serve the request. The loop over pairs is the router's hottest: sums only, terms come later."""
+    ahead = [(p, sum(s for _, s in prices.terms(p, None)[:2])) for p in candidates.prefill]  # its queue, its prefill
+    options = []
+    for d in decode:
+        pairs = []
+        if not prices.is_short(d):
+            moved_bytes, interference_s = prices.moved_bytes(d), prices.interference_s(d)
+            pairs = [
+                _Option(before_s + moved_bytes / prices.bandwidth(d, p) + interference_s, d, p)
+                for p, before_s in ahead
+                if candidates.fits(p.info, d.info)
+            ]
+        options += pairs
+        if not pairs or prices.config.local_prefill_max_tokens > 0:  # 0: not on decode workers if it can be helped
+            options.append(_Option(sum(s for _, s in prices.terms(d, None)), d, None))
+    return options
+
+
+def _reason(prices: _Prices, chosen: _Option, terms: Terms, next_best: _Option | None) -> str:
+    priced = ", ".join(f"{name} {seconds:.3f}" for name, seconds in terms)
+    words = f"{chosen.name}: {chosen.cost_s:.3f} s ({priced}) for {prices.facts.num_tokens} tokens"
+    for worker in (chosen.prefill, chosen.decode):
+        if worker is not None and worker.held_blocks:
+            words += f", {worker.held_blocks} blocks held by {worker.info.worker_id}"
+    if chosen.prefill is None and prices.is_short(chosen.decode):
+        words += f"; uncached suffix within local_prefill_max_tokens {prices.config.local_prefill_max_tokens}"
+    return f"{words}; next best {next_best.name} {next_best.cost_s:.3f} s" if next_best else f"{words}; no other choice"
 
 
 class RoundRobin:
@@ -215,7 +221,3 @@ def _typical(measured: Iterable[float], assumed: float) -> float:
     """Mean of what was measured: a worker that has not run yet is probably like its peers."""
     known = [m for m in measured if m > 0]
     return sum(known) / len(known) if known else assumed
-
-
-def _rate(candidate: Candidate, typical: float) -> float:
-    return candidate.load.prefill_tokens_per_s or typical
