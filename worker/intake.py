@@ -68,6 +68,8 @@ class Intake:
         self._parts = parts
         self._started_s = parts.clock()
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        """The request's deadline."""
         self._ended = False
         self._credit: Credit | None = None
         self.in_scheduler = False
@@ -87,7 +89,12 @@ class Intake:
         """Raises Overloaded when there is no credit or no place in the queue; nothing is held then."""
         if self.submit.route.prefill is None:
             self._to_scheduler()
-            return
+        else:
+            self._call(self.submit.route.prefill)
+        late = DeadlineExceeded("the request's deadline passed before it was finished")
+        self._timer = asyncio.get_running_loop().call_later(self.submit.request.deadline_s, self.end, late)
+
+    def _call(self, lender: WorkerInfo) -> None:
         parts, seq = self._parts, self.seq
         hashes = parts.steps.scheduler.hashes(seq, (seq.num_tokens - 1) // parts.pool.block_size)
         held = parts.pool.match(hashes)
@@ -105,7 +112,7 @@ class Intake:
         seq.block_table.blocks.extend(held)
         self._num_held = len(held)
         self._verified.update(range(len(held)))
-        self._task = asyncio.get_running_loop().create_task(self._hand_over(self.submit.route.prefill))
+        self._task = asyncio.get_running_loop().create_task(self._hand_over(lender))
         self._task.add_done_callback(self._on_task_done)
 
     def end(self, error: BatonError | None = None, finish: FinishReason | None = None) -> None:
@@ -114,6 +121,8 @@ class Intake:
         if self._ended:
             return
         self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
         parts = self._parts
         if self.seq.finish is not None:
             error, finish = None, self.seq.finish  # all its tokens are out, only their KV was still moving

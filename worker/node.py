@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 
 from baton.core.config import Config
-from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, Overloaded
+from baton.core.errors import BatonError, Cancelled, InvalidRequest, Overloaded
 from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.messages import (
     Cancel,
@@ -186,13 +186,7 @@ class WorkerNode:
         try:
             if key in self._intakes:
                 raise InvalidRequest(f"request {request.request_id} attempt {submit.epoch} is already here")
-            room = self.info.capability.max_model_len - len(request.prompt)
-            if room < 1:
-                raise InvalidRequest(
-                    f"the prompt has {len(request.prompt)} tokens; this worker holds "
-                    f"{self.info.capability.max_model_len} for prompt and output together. Shorten it."
-                )
-            seq = self._sequence(request, submit.epoch, min(request.sampling.max_tokens, room))
+            seq = self._sequence(request, submit.epoch, request.sampling.max_tokens)
             intake = Intake(self._intake_parts, submit, seq, outbox)
             intake.begin()
         except BatonError as e:
@@ -214,18 +208,20 @@ class WorkerNode:
             outbox.flush()
             return
         self._intakes[key] = intake
-        asyncio.get_running_loop().call_later(request.deadline_s, self._expire, key, intake)
-
-    def _expire(self, key: str, intake: Intake) -> None:
-        if self._intakes.get(key) is intake:
-            intake.end(DeadlineExceeded("the request's deadline passed before it was finished"))
 
     def _sequence(self, request: Request, epoch: int, max_output_tokens: int) -> SequenceState:
         """The engine's id names the attempt, so that two attempts of one request can be on a worker at once; the
-        sampler's key stays the request's."""
+        sampler's key stays the request's. Raises InvalidRequest when no token of output fits."""
+        limit = self.info.capability.max_model_len
+        output = min(max_output_tokens, limit - len(request.prompt))
+        if output <= len(request.delivered):
+            raise InvalidRequest(
+                f"{len(request.prompt)} prompt tokens, {len(request.delivered)} tokens delivered and {output} allowed: "
+                f"nothing is left to generate. This worker holds {limit} tokens of prompt and output together."
+            )
         sampling = dataclasses.replace(request.sampling, seed=request.seed)
         attempt = dataclasses.replace(request, request_id=_attempt(request.request_id, epoch), sampling=sampling)
-        return new_sequence(attempt, epoch, self.parts.pool.block_size, max_output_tokens)
+        return new_sequence(attempt, epoch, self.parts.pool.block_size, output)
 
     def _forget(self, intake: Intake) -> None:
         self._intakes.pop(_attempt(intake.submit.request.request_id, intake.submit.epoch), None)
