@@ -155,10 +155,16 @@ class Puller:
         end = "cancelled"
         try:
             async with asyncio.timeout(self._config.pull_timeout_s):
+                order = PullOrder(lease_id, tuple(b.block_id for b in blocks), tuple(destination))
                 link = await self._link(peer)
                 name = link.transport
-                order = PullOrder(lease_id, tuple(b.block_id for b in blocks), tuple(destination))
                 transfer = self._start(peer.worker_id, name, order)
+                if self._never_began(transfer.pull):
+                    self._let_go(transfer)
+                    self._fall_back(link, transfer.pull)
+                    link = await self._link(peer)
+                    name = link.transport
+                    transfer = self._start(peer.worker_id, name, order)
                 await transfer.pull.wait()
             end = self._outcome(transfer, blocks, link)
         except TimeoutError:
@@ -185,6 +191,20 @@ class Puller:
         self._transfers[id(transfer)] = transfer
         return transfer
 
+    @staticmethod
+    def _never_began(pull: Pull) -> bool:
+        """The connection was gone before we asked: nothing moved, so another way may be tried at once."""
+        return pull.state is PullState.FAILED and not isinstance(pull.error, PullRefused)
+
+    def _fall_back(self, link: Link, pull: Pull) -> None:
+        """Forget the link, so that the next handshake finds what still works. Strict: raise instead."""
+        if self._links.get(link.peer_id) is link:
+            del self._links[link.peer_id]
+        self._metrics.inc("baton_fallbacks_total", kind="transport")
+        log.warning("transport %s to %s is gone (%s): measuring anew", link.transport, link.peer_id, pull.error)
+        if self._config.strict:
+            raise pull.error or PeerLost(f"transport {link.transport} to {link.peer_id} is gone")
+
     def _outcome(self, transfer: _Transfer, blocks: Sequence[LentBlock], link: Link) -> str:
         """Of a terminal pull: 'verified', or raises its error. No await between DONE and the comparison."""
         pull = transfer.pull
@@ -209,9 +229,9 @@ class Puller:
         return "verified"
 
     def _let_go(self, transfer: _Transfer) -> None:
-        """The waiter leaves. What is not terminal is quarantined here, before anybody else can run."""
+        """The waiter leaves. What is not terminal is quarantined here, before anybody else can run. Idempotent."""
         if transfer.pull.state is not PullState.MOVING:
-            del self._transfers[id(transfer)]
+            self._transfers.pop(id(transfer), None)
             return
         transfer.quarantined_at = asyncio.get_running_loop().time()
         for block in transfer.pull.order.destination:

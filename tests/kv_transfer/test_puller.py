@@ -289,6 +289,25 @@ def test_a_failed_pull_frees_its_blocks_at_once_and_a_lost_connection_is_measure
     simulate(scenario)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_connection_that_was_gone_before_the_pull_began_is_replaced_by_what_still_works(strict: bool) -> None:
+    async def scenario(w: World) -> None:
+        await w.puller.connect(w.peer())
+        await w.fast.fence("p0")  # the idle connection broke
+        w.fast.connect_error = Incompatible("no way any more")
+        task, _ = w.start("p0", 5)
+        await asyncio.sleep(2)
+        assert w.metrics.value("baton_fallbacks_total", kind="transport") == 1
+        if strict:
+            assert isinstance(await end_of(task), PeerLost)
+            return
+        w.slow.land(w.slow.moving[0][1])
+        assert await end_of(task) is None
+        assert w.metrics.value("baton_pulls_total", transport="slow", end="verified") == 1
+
+    simulate(scenario, strict=strict)
+
+
 def test_closing_in_the_middle_of_a_handshake_and_of_pulls_leaves_nothing() -> None:
     async def scenario(w: World) -> None:
         task, _ = w.start("p0", 0, 1)
