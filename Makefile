@@ -23,7 +23,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_ROOT_USER_ACTION := ignore
 # On a terminal pip shows its progress; in a log it is silent unless something is wrong.
-PIP_INSTALL = $(BIN)/python -m pip install $(if $(MAKE_TERMOUT),,--quiet)
+# Compiling every module of every package takes as long as all the rest; Python compiles the few it imports.
+PIP_INSTALL = $(BIN)/python -m pip install --no-compile $(if $(MAKE_TERMOUT),,--quiet)
 # One OpenMP team of one thread per process: on a busy machine a second thread makes small products 50x slower.
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 

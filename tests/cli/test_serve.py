@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,8 +69,7 @@ class Serving:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.communicate()
-        with contextlib.suppress(OSError):
-            self.tmp.rmdir()
+        shutil.rmtree(self.tmp, ignore_errors=True)  # a killed supervisor cannot tidy up
 
 
 @pytest.fixture
