@@ -119,6 +119,10 @@ class _Run:
         room = capability.max_model_len - len(self.request.prompt)
         return FinishReason.LENGTH if len(self.delivered) >= min(sampling.max_tokens, room) else None
 
+    def how_it_ended(self) -> str:
+        """Without an error: as its worker said, else by its reader, who had enough (a stop string) or went away."""
+        return Cancelled.code if self.finish is None else str(self.finish)
+
     def last_chunk(self, finish: FinishReason) -> TokenChunk:
         self.finish = finish
         return TokenChunk(
@@ -160,7 +164,7 @@ class Dispatcher:
         router.max_attempts are spent. Closing the iterator cancels the request on its worker.
         """
         run = self._admit(request)
-        outcome = Cancelled.code
+        outcome: str | None = None
         try:
             while run.finish is None:
                 route = await self._place(run)
@@ -178,13 +182,12 @@ class Dispatcher:
                     finish = self._after_failure(run, e)
                     if finish is not None:
                         yield run.last_chunk(finish)
-            outcome = str(run.finish)
         except BatonError as e:
             outcome = e.code
             raise
         finally:
             del self._live[request.request_id]
-            self._record(run, outcome)
+            self._record(run, outcome or run.how_it_ended())
 
     # ---- admission ----
 
@@ -255,7 +258,8 @@ class Dispatcher:
         """Leading blocks of the prompt on each worker. Hashed once per request and way of hashing (one, in a fleet of
         one model); workers that hash differently cannot hold each other's hashes."""
         held: dict[str, int] = {}
-        for scope, block_size in self._fleet.scopes():
+        for fleet_scope, block_size in self._fleet.scopes():
+            scope = dataclasses.replace(fleet_scope, tenant_salt=run.request.tenant)
             if (scope, block_size) not in run.hashes:
                 run.hashes[scope, block_size] = block_hashes(scope, run.request.prompt, block_size)
             held |= self._fleet.index.match(run.hashes[scope, block_size])
@@ -282,11 +286,10 @@ class Dispatcher:
         chunks = self._fleet.subscribe(route.decode, *key)
         # The worker ends the request at its deadline; we do, a heartbeat later, if it did not.
         timer = loop.call_at(run.deadline + self._config.router.heartbeat_s, chunks.fail, self._too_late(run))
-        start, outcome = loop.time(), Cancelled.code
+        start, outcome = loop.time(), None
         try:
             self._submit(run, route)
             yield chunks
-            outcome = str(run.finish)
         except BatonError as e:
             outcome = e.code
             raise
@@ -296,6 +299,7 @@ class Dispatcher:
             self._settle(run, route)
             if not chunks.ended:
                 self._fleet.send(route.decode, Cancel(*key))
+            outcome = outcome or run.how_it_ended()
             run.attempts.append(Attempt(run.epoch, route, start - run.arrived, loop.time() - run.arrived, outcome))
 
     def _submit(self, run: _Run, route: Route) -> None:
