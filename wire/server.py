@@ -174,10 +174,9 @@ def _guarded(behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any
             raise
         except BatonError as e:
             await abort(context, e)
+        except grpc.aio.BaseError:
+            log.debug("%s: the caller had gone", method, exc_info=True)
         except Exception:
-            if context.cancelled() or context.done():
-                log.debug("%s: the caller had gone when its call failed", method, exc_info=True)
-                return None
             log.exception("%s failed", method)
             await abort(context, InternalError("internal error; the server's log says more."))
         return None

@@ -165,8 +165,8 @@ def test_every_error_crosses_as_itself(code: str) -> None:
             await asyncio.Event().wait()
 
         worker.error = error
-        calls = (client.status(5), client.lease("l", False, 5), anext(client.prefill(CALL)), _drained(client.stream(up())))
-        for call in calls:
+        unary = (client.status(5), client.lease("l", False, 5))
+        for call in (*unary, anext(client.prefill(CALL)), _drained(client.stream(up()))):
             with pytest.raises(BatonError) as caught:
                 await call
             assert type(caught.value) is type(error)
@@ -232,6 +232,30 @@ def test_leaving_an_iterator_closes_the_services_generator(how: str) -> None:
             await worker.all_closed.wait()
 
     served(body)
+
+
+def test_what_a_service_says_to_a_caller_who_left_is_no_alarm() -> None:
+    class Sore(EchoWorker):
+        async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+            try:
+                async for event in super().prefill(call):
+                    yield event
+            except asyncio.CancelledError:
+                raise PeerLost("too late") from None
+
+    async def inside() -> None:
+        worker = Sore()
+        server = await start_worker_server(worker, "127.0.0.1", 0)
+        client = GrpcWorker(f"127.0.0.1:{server.port}")
+        async with asyncio.timeout(30):
+            async with aclosing(client.prefill(CALL)) as events:
+                await anext(events)
+                await anext(events)
+            await worker.all_closed.wait()
+            await client.close()
+            await server.stop(5)
+
+    asyncio.run(inside())
 
 
 def test_an_error_of_the_routers_own_feed_leaves_at_the_router() -> None:
