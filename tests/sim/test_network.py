@@ -1,0 +1,271 @@
+"""The simulated network keeps the promises of core/services.py, and breaks them only as a network does."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from baton.core.errors import DeadlineExceeded, Overloaded, PeerLost
+from baton.core.handoff import Alive, PrefillCall, PrefillEvent, ReleaseAnswer
+from baton.core.layout import Capability
+from baton.core.messages import Cancel, Hello, StepMessage, UpMessage, WorkerStatus
+from baton.core.request import Request
+from baton.core.services import WorkerService
+from baton.core.worker import Role, WorkerInfo, WorkerLoad
+from baton.sim.loop import SimLoop, SimProcess, run
+from baton.sim.network import WINDOW_FRAMES, Conditions, SimNetwork
+from baton.sim.runner import layout
+from baton.sim.trace import Trace
+
+INFO = WorkerInfo("w", "w.1", Role.PREFILL, "w", Capability("m", "f", layout(2), 8, 8))
+CALL = PrefillCall(Request("r", (1,)), 1, "d", 0, 1.0)
+
+
+class Counting:
+    """A worker that counts: up messages, prefill events, and how its calls ended."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.num_sent = 0
+
+    async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
+        try:
+            async for message in up:
+                self.log.append(type(message).__name__)
+                yield StepMessage("w.1", WorkerLoad(steps=len(self.log)))
+            self.log.append("half closed")
+        finally:
+            self.log.append("stream over")
+
+    async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+        if call.epoch == 2:
+            raise Overloaded("full")
+        try:
+            for n in itertools.count():
+                self.num_sent = n
+                yield Alive(n)
+                await asyncio.sleep(0.01)
+        finally:
+            self.log.append("prefill over")
+
+    async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
+        if lease_id == "slow":
+            await asyncio.sleep(5.0)
+        return ReleaseAnswer(release, lease_id)
+
+    async def status(self, timeout_s: float) -> WorkerStatus:
+        raise AssertionError("not asked here")
+
+
+class Scene:
+    def __init__(self, loop: SimLoop, conditions: Conditions) -> None:
+        self.loop = loop
+        self.network = SimNetwork(loop, Trace(loop.time), conditions)
+        self.service = Counting()
+        self.process = SimProcess(loop, "w")
+        self.network.listen("w", self.service, self.process)
+        self.worker: WorkerService = self.network.dial("r")(INFO)
+
+
+def play(act: Callable[[Scene], Coroutine[Any, Any, None]], seed: int = 1, loss: float = 0.1) -> None:
+    async def main(loop: SimLoop) -> None:
+        await act(Scene(loop, Conditions(loss=loss)))
+        assert not loop.problems
+
+    run(seed, main)
+
+
+async def numbers(events: AsyncIterator[PrefillEvent], count: int) -> list[int]:
+    seen = []
+    async for event in events:
+        assert isinstance(event, Alive)
+        seen.append(event.steps)
+        if len(seen) == count:
+            break
+    return seen
+
+
+async def close(iterator: Any) -> None:
+    await iterator.aclose()
+
+
+async def ends(condition: Callable[[], object], within_s: float) -> None:
+    for _ in range(int(within_s / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not within {within_s} s")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_frames_arrive_in_order_however_many_are_lost_on_the_way(seed: int) -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        assert await numbers(events, 200) == list(range(200))
+        await close(events)
+
+    play(act, seed, loss=0.3)
+
+
+def test_a_sender_whose_reader_does_not_read_waits() -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        await numbers(events, 1)
+        await asyncio.sleep(30.0)
+        assert scene.service.num_sent <= 2 * WINDOW_FRAMES
+        await close(events)
+
+    play(act)
+
+
+def test_closing_an_iterator_ends_the_call_on_the_other_side_when_the_news_arrives() -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        await numbers(events, 3)
+        await close(events)
+        assert scene.service.log == []
+        await ends(lambda: scene.service.log == ["prefill over"], 2.0)
+        assert scene.network.open_calls("w") == 0
+
+    play(act)
+
+
+def test_cancelling_the_reader_ends_the_call_on_the_other_side() -> None:
+    async def act(scene: Scene) -> None:
+        async def read() -> None:
+            events = scene.worker.prefill(CALL)
+            try:
+                await numbers(events, -1)
+            finally:
+                await close(events)
+
+        reader = asyncio.ensure_future(read())
+        await asyncio.sleep(1.0)
+        reader.cancel()
+        await ends(lambda: scene.service.log == ["prefill over"], 2.0)
+
+    play(act)
+
+
+def test_an_error_comes_back_as_what_it_is() -> None:
+    async def act(scene: Scene) -> None:
+        with pytest.raises(Overloaded, match="full"):
+            await numbers(scene.worker.prefill(PrefillCall(CALL.request, 2, "d", 0, 1.0)), 1)
+
+    play(act)
+
+
+def test_a_stream_carries_both_ways_and_half_closes() -> None:
+    async def act(scene: Scene) -> None:
+        async def up() -> AsyncIterator[UpMessage]:
+            yield Hello("r")
+            yield Cancel("q", 1)
+
+        steps = [m.load.steps async for m in scene.worker.stream(up())]
+        assert steps == [1, 2]
+        assert scene.service.log == ["Hello", "Cancel", "half closed", "stream over"]
+
+    play(act)
+
+
+def test_a_unary_call_into_silence_ends_at_its_deadline() -> None:
+    async def act(scene: Scene) -> None:
+        assert await scene.worker.lease("good", True, 2.0) == ReleaseAnswer(True, "good")
+        with pytest.raises(DeadlineExceeded):
+            await scene.worker.lease("slow", True, 1.0)
+        scene.network.cut("w", "r")
+        began = scene.loop.time()
+        with pytest.raises(DeadlineExceeded):
+            await scene.worker.lease("good", True, 1.0)
+        assert scene.loop.time() == began + 1.0
+
+    play(act)
+
+
+def test_a_cut_link_holds_frames_one_way_and_a_healed_one_delivers_them_in_order() -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        first = await numbers(events, 5)
+        scene.network.cut("w", "r")
+        later = asyncio.ensure_future(numbers(events, 20))
+        await asyncio.sleep(5.0)
+        assert not later.done()
+        assert scene.network.num_travelling("w", "r") > 0
+        scene.network.heal("w", "r")
+        assert first + await later == list(range(25))
+        await close(events)
+
+    async def main(loop: SimLoop) -> None:
+        await act(Scene(loop, Conditions()))
+
+    run(1, main)
+
+
+def test_keep_alive_ends_calls_over_a_link_that_stays_cut_at_both_ends() -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        await numbers(events, 5)
+        scene.network.cut("r", "w")
+        with pytest.raises(PeerLost, match="keep-alive"):
+            await numbers(events, -1)
+        await ends(lambda: scene.service.log == ["prefill over"], 2.0)
+
+    play(act)
+
+
+def test_a_reset_loses_the_call_and_a_new_one_works() -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        await numbers(events, 5)
+        assert scene.network.reset("r", "w") == 1
+        with pytest.raises(PeerLost):
+            await numbers(events, -1)
+        again = scene.worker.prefill(CALL)
+        assert await numbers(again, 2) == [0, 1]
+        await close(again)
+
+    play(act)
+
+
+@pytest.mark.parametrize(("silent", "within_s"), [(False, 1.0), (True, 12.0)])
+def test_a_killed_worker_is_noticed_at_once_and_a_vanished_one_by_keep_alive(silent: bool, within_s: float) -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        await numbers(events, 5)
+        scene.process.kill()
+        scene.network.crash("w", silent)
+        began = scene.loop.time()
+        with pytest.raises(PeerLost):
+            await numbers(events, -1)
+        took = scene.loop.time() - began
+        assert took < within_s
+        assert took > 5.0 or not silent
+        assert scene.service.log == [], "a killed process runs no finally"
+        with pytest.raises((PeerLost, DeadlineExceeded)):
+            await scene.worker.lease("good", True, 1.0)
+        scene.network.listen("w", scene.service, SimProcess(scene.loop, "w"))
+        assert (await scene.worker.lease("good", True, 5.0)).good
+
+    play(act)
+
+
+def test_what_a_dead_client_had_open_ends_on_the_server() -> None:
+    async def act(scene: Scene) -> None:
+        client = SimProcess(scene.loop, "r")
+
+        async def read() -> None:
+            await numbers(scene.worker.prefill(CALL), -1)
+
+        client.spawn(read())
+        await asyncio.sleep(1.0)
+        client.kill()
+        scene.network.crash("r", silent=False)
+        await ends(lambda: scene.service.log == ["prefill over"], 2.0)
+
+    play(act)
+
+
