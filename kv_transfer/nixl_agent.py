@@ -10,10 +10,6 @@ Life:
    runs at 2.2 GB/s against 1.1 GB/s with the spinning threads (2 cores, 59 MB in 720 KiB blocks).
 3. destroy(): every handle is dropped, then the agent. Only that is a fence: releasing a handle, removing the peer and
    deregistering the memory were all measured to let tens of megabytes land afterwards.
-
-Known of UCX (NIXL 1.5.1): where it has neither RDMA nor process_vm_readv it emulates a READ over TCP, and then a lender
-that was frozen in the middle of one and was fenced meanwhile aborts when it wakes up. A reader that is killed, or
-fences a lender that runs, does no harm (15 and 8 times in the middle of a pull).
 """
 
 from __future__ import annotations

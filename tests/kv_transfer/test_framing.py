@@ -142,7 +142,7 @@ async def _false_lender(answer: bytes) -> tuple[asyncio.Server, bytes]:
 
 
 @pytest.mark.parametrize("answer", [
-    struct.pack("<IHH", 99, 0, 0), struct.pack("<IHH", 0, 7, 0), struct.pack("<IHH", 0, 1, 60_000),
+    struct.pack("<IHH", 99, 0, 0) + bytes(SIZE), struct.pack("<IHH", 0, 7, 0), struct.pack("<IHH", 0, 1, 60_000),
     struct.pack("<IHH", 0, 0, 0) + b"short", b"",
 ], ids=["wrong number", "unknown status", "endless text", "cut short", "nothing"])
 def test_a_lender_that_breaks_the_protocol_fails_the_pulls_and_leaves_the_reader_well(answer: bytes) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
-from baton.core.errors import DeadlineExceeded
-from tests.kv_transfer.pair import Lender, reader, until
+from baton.core.errors import Incompatible
+from tests.kv_transfer.pair import Lender, info_of, reader, until
 
 pytest.importorskip("nixl_cu13")
 
 BIG = 1 << 20
+MANY = 64
 
 
 def test_blocks_move_by_nixl_between_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,40 +32,60 @@ def test_blocks_move_by_nixl_between_two_processes(monkeypatch: pytest.MonkeyPat
         there.close()
 
 
-@pytest.mark.slow
-def test_fencing_one_frozen_peer_re_queues_the_pulls_of_its_agents_other_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both peers are frozen half-way on the only agent; one is fenced, the other thawed: its pull ends as if nothing
-    had been, on the new agent."""
+def test_a_lender_that_cannot_be_read_one_sidedly_is_left_to_other_transports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX would emulate the READ with the lender's help, and a fence would then abort the lender."""
     monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
-    monkeypatch.setenv("UCX_TLS", "tcp")
-    monkeypatch.setattr("baton.kv_transfer.nixl.MAX_AGENTS", 1)
-    peers = [Lender(("nixl",), num_blocks=64, block_bytes=BIG, worker_id=f"p{i}") for i in range(2)]
+    there, bystander = Lender(("nixl", "tcp")), Lender(("tcp",))
 
     async def main() -> None:
-        async with reader(("nixl",), num_blocks=128, block_bytes=BIG, pull_timeout_s=30) as r:
-            pulls, destinations = [], []
-            for peer in peers:
-                await r.puller.connect(peer.info)
-            for peer in peers:
-                lease, blocks = peer.lend(64)
-                destination = r.take(64)
-                pulls.append(asyncio.create_task(r.puller.pull(peer.info, lease, blocks, destination)))
-                await until(lambda d=destination: r.arrived(d) > 0)
-                peer.freeze()
-                destinations.append(destination)
-            await asyncio.sleep(0.3)  # what had left the lenders is in
-            assert all(0 < r.arrived(d) < 64 for d in destinations), "a freeze missed its transfer"
-            await r.transports["nixl"].fence("p0")
-            assert "fenced" in str((await asyncio.gather(pulls[0], return_exceptions=True))[0])
-            assert not pulls[1].done()
-            peers[1].thaw()
-            await pulls[1]
-            assert r.metrics.value("baton_verified_bytes_total") == 64 * BIG
+        async with reader(("nixl", "tcp"), strict=True) as r:
+            (name, advert), tcp = there.info.capability.transports
+            # What a pid of another namespace looks like from here: a process, but not that one.
+            fields = json.loads(advert) | {"pid": bystander.process.pid}
+            elsewhere = info_of("prefill-0", "boot1", 16, [(name, json.dumps(fields).encode()), tcp])
+            assert await r.puller.connect(elsewhere) == "tcp"
+            assert [f.transport for f in r.puller.links()[0].figures] == ["tcp"]
+            with pytest.raises(Incompatible, match="one-sidedly"):
+                await r.transports["nixl"].connect(elsewhere)
 
     try:
         asyncio.run(main())
-    except DeadlineExceeded:
-        pytest.fail("the other peer's pull was lost with the agent")
     finally:
-        for peer in peers:
-            peer.close()
+        there.close()
+        bystander.close()
+
+
+@pytest.mark.slow
+def test_while_a_peer_is_fenced_the_pulls_of_its_agents_other_peers_wait_for_the_new_agent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setattr("baton.kv_transfer.nixl.MAX_AGENTS", 1)
+    frozen, other = (Lender(("nixl",), num_blocks=MANY, block_bytes=BIG, worker_id=f"p{i}") for i in range(2))
+
+    async def main() -> None:
+        async with reader(("nixl",), num_blocks=2 * MANY, block_bytes=BIG, pull_timeout_s=60) as r:
+            await r.puller.connect(frozen.info)
+            await r.puller.connect(other.info)
+            lease, blocks = frozen.lend(MANY)
+            destination = r.take(MANY)
+            cut = asyncio.create_task(r.puller.pull(frozen.info, lease, blocks, destination))
+            await until(lambda: r.arrived(destination) > 0)
+            frozen.freeze()
+            lease, blocks = other.lend(MANY)
+            fencing = asyncio.create_task(r.transports["nixl"].fence("p0"))
+            assert "fenced" in str((await asyncio.gather(cut, return_exceptions=True))[0])
+            assert not fencing.done(), "the new agent is being made"
+            kept = asyncio.create_task(r.puller.pull(other.info, lease, blocks, r.take(MANY)))
+            await until(lambda: len(r.puller.in_flight_blocks()) == MANY)
+            assert not fencing.done()
+            await fencing
+            await kept
+            assert r.metrics.value("baton_verified_bytes_total") == MANY * BIG
+
+    try:
+        asyncio.run(main())
+    finally:
+        frozen.close()
+        other.close()

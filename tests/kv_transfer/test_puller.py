@@ -136,6 +136,16 @@ def test_a_probe_with_wrong_bytes_disqualifies_the_transport() -> None:
     simulate(scenario)
 
 
+def test_a_probe_that_does_not_end_is_fenced_before_its_landing_block_is_used_again() -> None:
+    async def scenario(w: World) -> None:
+        w.slow.bytes_per_s = 1e-3
+        assert await w.puller.connect(w.peer()) == "fast"
+        assert w.slow.fences == ["p0"]
+        assert w.slow.moving == []
+
+    simulate(scenario)
+
+
 def test_requests_share_one_handshake_and_an_impatient_one_does_not_end_it() -> None:
     async def scenario(w: World) -> None:
         first, second = (asyncio.create_task(w.puller.connect(w.peer())) for _ in range(2))
