@@ -96,7 +96,7 @@ async def start_embedded_redis() -> EmbeddedRedis:
     log = tempfile.TemporaryFile()  # noqa: SIM115 (the server keeps it; outside the directory, which goes first)
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), str(directory), *command,
+            sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), str(directory), "run", *command,
             stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     except BaseException:
         log.close()

@@ -21,6 +21,7 @@ import os
 import queue
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from baton.cluster import watchdog
 from baton.cluster.actor import WorkerActor
 from baton.cluster.pool import MemberState, PoolMember, WorkerSpec
 from baton.cluster.processes import family_of, gone, machine_id
@@ -68,11 +70,11 @@ class _Member:
 class RayPool:
     """Open with `open_ray_pool`."""
 
-    def __init__(self, thread: _RayThread, store: str, temp_dir: str | None) -> None:
+    def __init__(self, thread: _RayThread, store: str, janitor: _Janitor | None) -> None:
         self._thread = thread
         self._store = store
         """host:port of the GCS."""
-        self._temp_dir = temp_dir
+        self._janitor = janitor
         """Of the cluster we started; None: we joined somebody's."""
         self._members: dict[str, _Member] = {}
         self._closed = False
@@ -111,7 +113,7 @@ class RayPool:
             return
         self._closed = True
         await asyncio.gather(*(self._end(m, CLOSE_GRACE_S) for m in list(self._members.values())))
-        family = family_of(self._temp_dir) if self._temp_dir else set()
+        family = self._janitor.family() if self._janitor is not None else set()
         try:
             await self._thread.run(ray.shutdown, _SHUTDOWN_TIMEOUT_S)
         except PeerLost as e:
@@ -119,9 +121,9 @@ class RayPool:
             atexit.unregister(ray.shutdown)  # It would be tried again at our exit, without a deadline.
             await _swept(family, 0.0)
         self._thread.end()
-        if self._temp_dir:
-            await _swept(family)
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+        await _swept(family)
+        if self._janitor is not None:
+            await self._janitor.end()
 
     async def _come_up(self, member: _Member) -> None:
         while True:
@@ -187,19 +189,49 @@ async def open_ray_pool(address: str | None) -> RayPool:
     """
     apply_child_env(1)
     temp_dir = None if address else tempfile.mkdtemp(prefix=f"baton-ray-{os.getpid()}-", dir="/tmp")
+    janitor = _Janitor(temp_dir) if temp_dir else None
     thread = _RayThread()
     try:
         store = await thread.run(lambda: _connect(address, temp_dir), _INIT_TIMEOUT_S)
+        if janitor is not None:
+            await janitor.begin()
     except BaseException as e:
         thread.end()
-        if temp_dir:
-            await _swept(family_of(temp_dir))
-            shutil.rmtree(temp_dir, ignore_errors=True)
+        if janitor is not None:
+            await janitor.begin()
+            await janitor.end()
         if isinstance(e, PeerLost):
             where = f"The Ray cluster at {address} cannot be joined" if address else "Ray cannot be started"
             raise SetupError(f"{where}: {e.message} `--set cluster.pool=local` needs no Ray.") from None
         raise
-    return RayPool(thread, store, temp_dir)
+    return RayPool(thread, store, janitor)
+
+
+class _Janitor:
+    """A process that sweeps up after the Ray we started, also if we are killed: Ray's agents would stay."""
+
+    def __init__(self, temp_dir: str) -> None:
+        self._temp_dir = temp_dir
+        self._process: asyncio.subprocess.Process | None = None
+
+    def family(self) -> set[int]:
+        """Ray's processes. Only its first ones name the directory; the rest are their children."""
+        return family_of(self._temp_dir) - {self._process.pid if self._process else 0}
+
+    async def begin(self) -> None:
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), self._temp_dir, "kill",
+                *map(str, self.family()), stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
+
+    async def end(self) -> None:
+        """Kill what is left of Ray, and remove its directory."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _CONTROL_TIMEOUT_S)
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
 class _RayThread:

@@ -221,6 +221,38 @@ def test_workers_and_pool_live_on_without_rays_control_store_and_leave_in_order(
     assert not list(Path("/tmp").glob(f"baton-*-{owner.pid}-*"))
 
 
+OWNER = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from test_pools import World, local, on_ray, start_embedded_redis
+async def main():
+    server = await start_embedded_redis()
+    async with {"local": local, "ray": on_ray}[sys.argv[2]]() as pool:
+        await pool.start(World(pool, None, server.url).spec())
+        print("up", flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_pool_whose_owner_is_killed_leaves_no_process(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", here)
+    with subprocess.Popen([sys.executable, "-c", OWNER, here, kind], stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == "up\n"
+            # The kernel kills our child, not its children: workers have none that matter.
+            processes = [p for p in family(owner.pid) if p.pid != owner.pid and p.name() != "sleep"]
+            assert len(processes) >= 3
+        finally:
+            os.kill(owner.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S)
+    assert not alive
+    assert not list(Path("/tmp").glob(f"baton-r*-{owner.pid}-*"))
+
+
 @pytest.mark.slow
 def test_without_ray_at_the_address_the_message_names_it() -> None:
     from baton.cluster.ray_pool import open_ray_pool
