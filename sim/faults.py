@@ -97,6 +97,26 @@ class Freeze(_Landing):
         victim.process.thaw()
 
 
+class FreezeRouter(_Landing):
+    """SIGSTOP of the router (and its clients): the workers' heartbeats pile up, and its timers are all late at once."""
+
+    def __init__(self, frozen_s: float) -> None:
+        super().__init__("freeze-router")
+        self._frozen_s = frozen_s
+
+    async def inflict(self, world: World) -> None:
+        busy = await _moment(world, lambda: _busy(world, Role.DECODE))
+        if busy is None:
+            return
+        world.router.freeze()
+        world.oracle.grace_s += self._frozen_s
+        await asyncio.sleep(self._frozen_s)
+        held = sum(world.network.num_unread(m.worker_id, world.router.name) for m in world.of(Role.DECODE))
+        world.router.thaw()
+        if held:
+            self.evidence = f"{held} messages piled up while {busy.worker_id} had work"
+
+
 class Slow(_Landing):
     """A worker computes many times slower for a while (a neighbour, heat, swap)."""
 
@@ -212,6 +232,7 @@ def _draw(rng: random.Random) -> Fault:
         lambda: Crash(role, False, down_s),
         lambda: Crash(role, True, down_s),
         lambda: Freeze(role, rng.uniform(0.1, 6.0)),
+        lambda: FreezeRouter(rng.uniform(0.1, 6.0)),
         lambda: Slow(role, rng.uniform(5, 40), rng.uniform(0.5, 3.0)),
         lambda: Reset(workers),
         lambda: Partition(workers, rng.random() < 0.5, rng.uniform(0.2, 6.0)),

@@ -79,6 +79,10 @@ class _Pipe:
     def num_travelling(self) -> int:
         return len(self._travelling)
 
+    @property
+    def num_arrived(self) -> int:
+        return len(self._arrived)
+
     async def send(self, frame: object) -> None:
         """Returns when there was room for the frame; raises what the call ended with."""
         while self._is_full() and self._broken is None:
@@ -251,6 +255,11 @@ class SimNetwork:
         """Frames on the way from src to dst, held ones included."""
         pipes = [p for c in self._calls for p in (c.up, c.down)]
         return sum(p.num_travelling for p in pipes if (p.src, p.dst) == (src, dst))
+
+    def num_unread(self, src: str, dst: str) -> int:
+        """Frames from src that have reached dst and that nobody there has read."""
+        pipes = [p for c in self._calls for p in (c.up, c.down)]
+        return sum(p.num_arrived for p in pipes if (p.src, p.dst) == (src, dst))
 
     # ---- for pipes and clients -----------------------------------------------------------------------------------
 

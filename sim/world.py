@@ -67,16 +67,17 @@ def draw_plan(seed: int) -> Plan:
     }
     chunk = rng.choice((block_size, 2 * block_size, 16))
     config = load({}, [
-        "handoff.lease_ttl_s=3", "handoff.pull_timeout_s=1", "handoff.alive_interval_s=0.2", "handoff.peer_timeout_s=1",
-        "handoff.release_timeout_s=0.5", "handoff.quarantine_max_s=4", "handoff.probe_bytes=256",
-        f"handoff.quarantine_cap={rng.choice((0.1, 0.5, 1.0))}",
+        f"handoff.lease_ttl_s={rng.choice((0.2, 1, 3))}", "handoff.pull_timeout_s=1", "handoff.alive_interval_s=0.2",
+        "handoff.peer_timeout_s=1", "handoff.release_timeout_s=0.5", "handoff.quarantine_max_s=4",
+        "handoff.probe_bytes=256", f"handoff.quarantine_cap={rng.choice((0.1, 0.5, 1.0))}",
         f"router.local_prefill_max_tokens={rng.choice((0, 0, 2, 8))}", "router.max_attempts=8",
         f"prefill.max_chunk_tokens={chunk}", "prefill.max_step_tokens=24", "prefill.max_sequences=6",
         f"decode.max_chunk_tokens={chunk}", "decode.max_step_tokens=16", "decode.max_sequences=8",
     ])
     conditions = Conditions(delay_s=rng.choice((0.0002, 0.002, 0.01)), loss=rng.choice((0.0, 0.01, 0.04)))
     speed = WireSpeed(bytes_per_s=rng.choice((2e4, 1e5, 5e5)), late_s=rng.uniform(1.0, 8.0))
-    terms = Terms(block_size, max_model_len, num_blocks, config, Costs(), conditions, speed)
+    costs = Costs(per_token_s=rng.choice((0.0008, 0.005)))
+    terms = Terms(block_size, max_model_len, num_blocks, config, costs, conditions, speed)
     shape = Shape(max_model_len=max_model_len, mean_gap_s=rng.choice((0.005, 0.02, 0.08)))
     return Plan(terms, shape, draw_faults(rng))
 
