@@ -231,7 +231,12 @@ def transformers_figures(source: Path, threads: int, arguments: argparse.Namespa
     ]
     done = subprocess.run(
         command,
-        env={**child_env(threads), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+        env={
+            **child_env(threads),
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TQDM_DISABLE": "1",
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -272,6 +277,14 @@ def _spread(name: str, values: list[float]) -> str:
     return f"{statistics.median(values) * scale:.0f}{unit} ({min(values) * scale:.0f}-{max(values) * scale:.0f})"
 
 
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="baton.bench.serve_vs_transformers", description=(__doc__ or "").partition("\n")[0]
@@ -300,7 +313,7 @@ def main() -> None:
     for threads in (2, 1):
         columns[f"transformers, {threads} thr."] = transformers_figures(resolve(config.model), threads, arguments)
     print(
-        f"{arguments.model}, fp32, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{arguments.model}, fp32, {processor()}, {os.cpu_count()} cores, "
         f"medians of {arguments.repeats} (lowest-highest)\n"
     )
     print("\n".join(table(columns)))
