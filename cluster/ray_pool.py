@@ -139,13 +139,8 @@ class RayPool:
     async def _controlled(self, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
         """A call that needs Ray's control store. Raises PeerLost, at once if nobody listens there: Ray itself would
         wait for it, and the thread with it."""
-        host, _, port = self._store.rpartition(":")
-        try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-                writer.close()
-        except (OSError, TimeoutError):
-            raise PeerLost(f"Ray's control store at {self._store} does not answer.") from None
+        if not await _listens(self._store):
+            raise PeerLost(f"Ray's control store at {self._store} does not answer.")
         return await self._thread.run(call, _CONTROL_TIMEOUT_S, undo)
 
     async def _look(self, member: _Member) -> PoolMember:
@@ -188,6 +183,10 @@ async def open_ray_pool(address: str | None) -> RayPool:
     A joined cluster must have custom resources named `prefill` and `decode`, one unit per worker.
     """
     apply_child_env(1)
+    if address and address[-1].isdigit() and "://" not in address and not await _listens(address):
+        # Ray would try for minutes.
+        raise SetupError(f"nothing listens at {address}, where cluster.ray_address says a Ray cluster is. "
+                         "`--set cluster.pool=local` needs no Ray.")
     temp_dir = None if address else tempfile.mkdtemp(prefix=f"baton-ray-{os.getpid()}-", dir="/tmp")
     janitor = _Janitor(temp_dir) if temp_dir else None
     thread = _RayThread()
@@ -201,7 +200,9 @@ async def open_ray_pool(address: str | None) -> RayPool:
             await janitor.begin()
             await janitor.end()
         if isinstance(e, PeerLost):
-            where = f"The Ray cluster at {address} cannot be joined" if address else "Ray cannot be started"
+            where = "Ray cannot be started"
+            if address:
+                where = f"the Ray cluster at {address} cannot be joined (RAY_AUTH_MODE=token, if it wants Ray's token)"
             raise SetupError(f"{where}: {e.message} `--set cluster.pool=local` needs no Ray.") from None
         raise
     return RayPool(thread, store, janitor)
@@ -294,6 +295,17 @@ def _connect(address: str | None, temp_dir: str | None) -> str:
             object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=temp_dir,
             _system_config={"gcs_rpc_server_reconnect_timeout_s": _GCS_RECONNECT_S}, **common)
     return str(ray.get_runtime_context().gcs_address)
+
+
+async def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            writer.close()
+    except (OSError, TimeoutError, ValueError):
+        return False
+    return True
 
 
 def _create(spec: WorkerSpec, taken: int) -> Any:

@@ -257,5 +257,5 @@ def test_a_pool_whose_owner_is_killed_leaves_no_process(kind: str, monkeypatch: 
 def test_without_ray_at_the_address_the_message_names_it() -> None:
     from baton.cluster.ray_pool import open_ray_pool
 
-    with pytest.raises(SetupError, match=r"127\.0\.0\.1:1 .*cluster\.pool=local"):
+    with pytest.raises(SetupError, match=r"127\.0\.0\.1:1,.*cluster\.pool=local"):
         asyncio.run(open_ray_pool("127.0.0.1:1"))
