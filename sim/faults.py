@@ -105,7 +105,7 @@ class FreezeRouter(_Landing):
         self._frozen_s = frozen_s
 
     async def inflict(self, world: World) -> None:
-        busy = await _moment(world, lambda: _busy(world, Role.DECODE))
+        busy = await _moment(world, lambda: _busy(world, Role.DECODE) if world.router.running else [])
         if busy is None:
             return
         world.router.freeze()

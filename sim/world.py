@@ -151,6 +151,7 @@ class World:
             if all(f.landed for f in self.plan.faults):
                 return
             num_jobs = MORE_JOBS
+            await asyncio.sleep(1.0)  # a fault may be in the middle of its strike
 
     async def _inflict(self, fault: Fault) -> None:
         await asyncio.sleep(self.rng.uniform(0.0, 1.0))
