@@ -43,7 +43,7 @@ class SamplingParams:
     def check(self) -> None:
         """Raise InvalidRequest naming the first field out of range. NaN fails every comparison below."""
         rules = [
-            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("max_tokens", 1 <= self.max_tokens < 2**31, "must be at least 1 and below 2^31"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "must be between 0 and 100"),
             ("top_k", 0 <= self.top_k < 2**31, "must be 0 (off) or a positive count"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
