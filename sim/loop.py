@@ -280,7 +280,7 @@ class SimLoop(asyncio.SelectorEventLoop):
                 self._graveyard.clear()
                 self._stalled.clear()
                 self._ready.clear()
-                gc.collect(2 if gc.isenabled() else 0)
+                gc.collect(2 if gc.isenabled() else 1)  # the run itself has promoted some of them
         finally:
             sys.unraisablehook = hook
 

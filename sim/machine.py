@@ -9,13 +9,13 @@ Life: started (a new boot id, empty memory) -> listens, registers -> killed, or 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.core.block_hash import HashScope
 from baton.core.config import Config
+from baton.core.errors import PeerLost
 from baton.core.layout import Capability
 from baton.core.metrics import Metrics
 from baton.core.step import Runner, Step, StepResult
@@ -34,6 +34,7 @@ from baton.sim.runner import Costs, SimRunner, layout
 from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, Lender, SimTransport, WireSpeed
 from baton.worker.node import NodeParts, WorkerNode
+from baton.worker.registration import serve_registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,22 @@ class SimRegistry:
         self._check()
         self._infos[info.worker_id] = info
 
+    async def deregister(self, worker_id: str, boot_id: str) -> None:
+        self._check()
+        if worker_id in self._infos and self._infos[worker_id].boot_id == boot_id:
+            del self._infos[worker_id]
+
     async def list(self) -> tuple[WorkerInfo, ...]:
         self._check()
         return tuple(self._infos.values())
 
+    async def close(self) -> None:
+        """Nothing to close."""
+
     def _check(self) -> None:
         if self.outage:
             self.num_refused += 1
-            raise ConnectionError("the registry is gone")
+            raise PeerLost("the registry is gone")
 
 
 class _TracedRunner:
@@ -191,19 +200,11 @@ class Machine:
         site.fabric.attach(Lender(info, memory, leases.may_read, process))
         site.network.listen(self.worker_id, node, process)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(node.run())
-                tasks.create_task(self._stay_registered(info))
+            await serve_registered(node, site.registry, config)
         finally:
             site.network.crash(self.worker_id, silent=False)
             await puller.close()
             await transport.close()
-
-    async def _stay_registered(self, info: WorkerInfo) -> None:
-        while True:
-            with contextlib.suppress(ConnectionError):
-                await self._site.registry.register(info)
-            await asyncio.sleep(4 * self._terms.config.cluster.registry_poll_s)
 
 
 def _leaf(error: BaseException) -> BaseException:

@@ -14,18 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import uuid
 from collections.abc import Callable
 
 from baton.cluster.store import Registry
 from baton.core.block_hash import HashScope
 from baton.core.config import Config
-from baton.core.errors import BatonError, SetupError
-from baton.core.layout import Capability, KVLayout, difference
+from baton.core.errors import SetupError
+from baton.core.layout import Capability, KVLayout
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
-from baton.core.worker import Role, WorkerInfo
+from baton.core.worker import WorkerInfo
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import Scheduler
 from baton.engine.torch_runner import TorchRunner
@@ -38,8 +37,7 @@ from baton.wire.client import GrpcDial
 from baton.wire.server import start_worker_server
 from baton.worker.node import NodeParts, WorkerNode
 from baton.worker.policy import RolePolicy
-
-log = logging.getLogger(__name__)
+from baton.worker.registration import serve_registered
 
 STOP_GRACE_S = 2.0
 PolicyFor = Callable[[Config, tuple[int, ...]], RolePolicy]
@@ -56,7 +54,7 @@ async def serve_worker(config: Config, worker_id: str, registry: Registry, polic
         server = await start_worker_server(node, config.cluster.worker_host, 0)
         stack.push_async_callback(server.stop, STOP_GRACE_S)
         node.info = dataclasses.replace(node.info, address=f"{config.cluster.worker_host}:{server.port}")
-        await _serve(node, config, registry)
+        await serve_registered(node, registry, config)
 
 
 async def open_node(
@@ -101,45 +99,3 @@ def _capability(
         eos_token_ids=files.spec.eos_token_ids,
         transports=adverts,
     )
-
-
-async def _serve(node: WorkerNode, config: Config, registry: Registry) -> None:
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(node.run())
-            tasks.create_task(_stay_registered(node.info, registry, config))
-            if node.info.role is Role.DECODE:
-                tasks.create_task(_meet_peers(node, registry, config))
-    finally:
-        with contextlib.suppress(BatonError):
-            await registry.deregister(node.info.worker_id, node.info.boot_id)
-
-
-async def _stay_registered(info: WorkerInfo, registry: Registry, config: Config) -> None:
-    """Again and again: the registry may have been restarted empty. Its loss hurts nobody who knows us."""
-    told_lost = False
-    while True:
-        try:
-            await registry.register(info)
-            told_lost = False
-        except BatonError as e:
-            if not told_lost:
-                log.warning("the registry does not answer (%s); serving on, and trying again", e.message)
-            told_lost = True
-        await asyncio.sleep(4 * config.cluster.registry_poll_s)
-
-
-async def _meet_peers(node: WorkerNode, registry: Registry, config: Config) -> None:
-    """Handshake with each fitting prefill worker once per incarnation, before a request needs the pair."""
-    met: set[str] = set()
-    while True:
-        with contextlib.suppress(BatonError):
-            for peer in await registry.list():
-                fits = peer.role is Role.PREFILL and difference(node.info.capability, peer.capability) is None
-                if fits and peer.boot_id not in met:
-                    met.add(peer.boot_id)
-                    try:
-                        await node.meet(peer)
-                    except BatonError as e:
-                        log.warning("no way to pull from %s yet: %s", peer.worker_id, e.message)
-        await asyncio.sleep(config.cluster.registry_poll_s)
