@@ -70,6 +70,7 @@ class HandoffConfig(_Tree):
     )
     alive_interval_s: Seconds = Field(0.5, description="A lender without news says so this often.")
     peer_timeout_s: Seconds = Field(3.0, description="No sign of life for this long: the peer is lost.")
+    stall_timeout_s: Seconds = Field(30.0, description="A lender that lives but completes no engine step for this long is given up; longer than the longest chunk.")
     release_timeout_s: Seconds = Field(1.0, description="Deadline of a lease's release and renewal calls.")
     quarantine_poll_s: Seconds = Field(0.25, description="How often quarantined pulls are looked at.")
     quarantine_max_s: Seconds = Field(10.0, description="A pull quarantined for longer gets its peer fenced.")

@@ -239,7 +239,6 @@ class Puller:
         self._metrics.inc("baton_quarantined_blocks_total", len(transfer.pull.order.destination))
         log.warning("%d blocks of a pull from %s over %s are quarantined: it did not end in time",
                     len(transfer.pull.order.destination), transfer.peer_id, transfer.transport)
-        self._fence_over_cap()
 
     # ---- quarantine ----------------------------------------------------------------------------------------------
 

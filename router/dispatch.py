@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ class Dispatcher:
         self._config = config
         self._metrics = metrics
         self._live: dict[str, _Run] = {}
+        self._epochs = itertools.count(1)
+        """Never the same twice: a request id may come again while chunks of its last use are on their way."""
 
     @property
     def num_inflight(self) -> int:
@@ -224,14 +227,14 @@ class Dispatcher:
             self._check_length(run)
             route = self._price(run)
             if route is not None:
-                run.epoch += 1
+                run.epoch = next(self._epochs)
                 info = self._fleet.info(route.decode)
                 assert info is not None, f"the policy chose {route.decode}, which was not offered"
                 run.capability = info.capability
                 return route
             left = give_up - loop.time()
             if run.avoided:
-                await asyncio.sleep(min(left, PAUSE_FIRST_S * 2 ** (run.epoch - 1), PAUSE_MAX_S))
+                await asyncio.sleep(min(left, PAUSE_FIRST_S * 2 ** min(len(run.attempts), 10), PAUSE_MAX_S))
                 run.avoided.clear()
             elif left <= 0 or not await self._fleet.changed(left):
                 if loop.time() >= run.deadline:

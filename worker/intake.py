@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
-from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InternalError, Overloaded, PeerLost
-from baton.core.handoff import Accepted, Alive, FirstToken, HandoffState, Lease, PrefillCall, PrefillEvent, Published
+from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InternalError, Overloaded
+from baton.core.handoff import FirstToken, HandoffState
 from baton.core.messages import Submit, TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import FinishReason
 from baton.core.sequence import SequenceState
-from baton.core.services import Dial, WorkerService
+from baton.core.services import Dial
 from baton.core.step import Progress
 from baton.core.worker import Span, WorkerInfo
 from baton.engine.block_pool import BlockPool, Credit
 from baton.kv_transfer.puller import Puller
+from baton.worker.handoff import Handoff
 from baton.worker.outbox import Outbox
 from baton.worker.steps import StepLoop
 
@@ -49,6 +50,7 @@ class IntakeParts:
     metrics: Metrics
     clock: Callable[[], float]
     peer_timeout_s: float
+    stall_timeout_s: float
     lease_ttl_s: float
     release_timeout_s: float
     strict: bool
@@ -75,6 +77,7 @@ class Intake:
         self.in_scheduler = False
         """The scheduler holds the blocks from here on."""
         self._delivered = len(submit.request.delivered)
+        self._said_last = False
         self._verified: set[int] = set()
         """Indices in the block table whose KV is ours: held before, or pulled and verified."""
         self._num_held = 0
@@ -162,7 +165,7 @@ class Intake:
     async def _hand_over(self, lender: WorkerInfo) -> None:
         failure: BatonError | None = None
         try:
-            await _Handoff(self, self._parts, lender).run()
+            await Handoff(self, self._parts, lender).run()
         except BatonError as e:
             failure = e
         if self._ended:
@@ -232,6 +235,10 @@ class Intake:
     def verified(self, indices: set[int]) -> None:
         self._verified |= indices
 
+    def is_verified(self, num_blocks: int) -> bool:
+        """Every one of the first blocks is ours."""
+        return self._verified.issuperset(range(num_blocks))
+
     def forget_received(self) -> None:
         """The lease was not good: only what we held before is ours."""
         self._verified = set(range(self._num_held))
@@ -257,6 +264,8 @@ class Intake:
         offset = called_s - self._started_s
         self._spans += [Span(s.name, s.start_s + offset, s.end_s + offset, s.detail) for s in state.spans]
         self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
+        if self.seq.finish is not None:
+            self._last_word(None, self.seq.finish)  # the answer is complete; only its KV still moves
 
     # ---- tokens --------------------------------------------------------------------------------------------------
 
@@ -287,6 +296,9 @@ class Intake:
         return min(cached, self.seq.num_prompt_tokens)
 
     def _last_word(self, error: BatonError | None, finish: FinishReason | None) -> None:
+        if self._said_last:
+            return
+        self._said_last = True
         if self._decode_started_s is not None:
             steps = self.seq.num_output_tokens - len(self.submit.request.delivered)
             self.span("decode", self._decode_started_s, f"{steps} tokens")
@@ -308,137 +320,3 @@ class Intake:
             )
         )
         self.outbox.flush()
-
-
-class _Handoff:
-    """The Prefill call of one Intake: reads its events, pulls what is published, renews the lease, releases it."""
-
-    def __init__(self, intake: Intake, parts: IntakeParts, lender: WorkerInfo) -> None:
-        self._intake = intake
-        self._parts = parts
-        self._lender = lender
-        self._service: WorkerService = parts.dial(lender)
-        self._lease: Lease | None = None
-        self._state: HandoffState | None = None
-        self._last_published = False
-        self._verified_bytes = 0
-
-    async def run(self) -> None:
-        """Until the sequence's KV is here, verified and released. Raises the BatonError that broke the hand-off; the
-        intake then knows what was verified."""
-        intake, submit = self._intake, self._intake.submit
-        parts = self._parts
-        call = PrefillCall(submit.request, submit.epoch, parts.worker_id, intake.num_held, parts.lease_ttl_s)
-        called_s = self._parts.clock()
-        try:
-            failure = await self._drive(self._service.prefill(call))
-        except asyncio.CancelledError:
-            self._parts.spawn(self._release_quietly())
-            raise
-        if failure is not None:
-            self._parts.spawn(self._release_quietly())  # a lost lender must not hold up the fallback
-            raise failure
-        assert self._state is not None
-        assert self._lease is not None
-        intake.foreign_spans(self._state, called_s)
-        await self._release(self._lease)
-        intake.seq.num_computed_tokens = self._state.num_computed_tokens
-
-    async def _drive(self, events: AsyncIterator[PrefillEvent]) -> BatonError | None:
-        """Read, pull and renew side by side; the first failure ends them all and is returned."""
-        failure: BatonError | None = None
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                renewal = tasks.create_task(self._renew())
-                async with asyncio.TaskGroup() as pulls:
-                    await self._read(events, pulls)
-                renewal.cancel()
-        except* BatonError as group:
-            failure = _first(group)
-        return failure
-
-    async def _read(self, events: AsyncIterator[PrefillEvent], tasks: asyncio.TaskGroup) -> None:
-        """All events until HandoffState, each within peer_timeout_s of the one before."""
-        try:
-            while self._state is None:
-                try:
-                    async with asyncio.timeout(self._parts.peer_timeout_s):
-                        event = await anext(events)
-                except TimeoutError:
-                    silent = f"{self._lender.worker_id} said nothing for {self._parts.peer_timeout_s} s"
-                    raise DeadlineExceeded(silent) from None
-                except StopAsyncIteration:
-                    raise PeerLost(f"{self._lender.worker_id} ended the prefill without its state") from None
-                self._on_event(event, tasks)
-        finally:
-            close = getattr(events, "aclose", None)
-            if close is not None:
-                await close()
-
-    def _on_event(self, event: PrefillEvent, tasks: asyncio.TaskGroup) -> None:
-        match event:
-            case Accepted(lease):
-                self._lease = lease
-            case Published():
-                if not self._intake.is_bound():
-                    self._intake.bind()
-                if event.last:
-                    self._last_published = True
-                    self._parts.metrics.inc("baton_verified_before_last_chunk_bytes_total", self._verified_bytes)
-                if event.blocks:
-                    tasks.create_task(self._pull(event))
-            case FirstToken():
-                self._intake.first_token(event)
-            case HandoffState():
-                event.check()
-                self._state = event
-            case Alive():
-                pass
-
-    async def _pull(self, event: Published) -> None:
-        table, started = self._intake.seq.block_table.blocks, self._parts.clock()
-        destination = [table[b.index] for b in event.blocks]
-        transport = await self._parts.puller.connect(self._lender)
-        await self._parts.puller.pull(self._lender, event.lease_id, event.blocks, destination)
-        self._intake.verified({b.index for b in event.blocks})
-        self._verified_bytes += self._parts.block_bytes * len(event.blocks)
-        self._intake.span("transfer", started, f"{len(event.blocks)} blocks over {transport}")
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(self._parts.lease_ttl_s / 3)
-            if self._lease is not None:
-                try:
-                    answer = await self._service.lease(self._lease.lease_id, False, self._parts.release_timeout_s)
-                except BatonError as e:
-                    log.info("renewing a lease at %s failed: %s", self._lender.worker_id, e.message)
-                    continue
-                if not answer.good:
-                    raise PeerLost(f"{self._lender.worker_id} ended the lease: {answer.reason}")
-
-    async def _release(self, lease: Lease) -> None:
-        """Learn whether the lease was good throughout. A lost lender leaves the digests to decide."""
-        try:
-            answer = await self._service.lease(lease.lease_id, True, self._parts.release_timeout_s)
-        except (PeerLost, DeadlineExceeded) as e:
-            self._parts.metrics.inc("baton_fallbacks_total", kind="release_unanswered")
-            log.warning("%s did not answer the release (%s); every digest was right", self._lender.worker_id, e.message)
-            return
-        if not answer.good:
-            self._intake.forget_received()
-            self._parts.metrics.inc("baton_integrity_failures_total", reason="lease")
-            raise PeerLost(f"the lease at {self._lender.worker_id} was not good throughout: {answer.reason}")
-
-    async def _release_quietly(self) -> None:
-        """After a failure the lender should not wait for its lease to expire."""
-        if self._lease is not None:
-            try:
-                await self._service.lease(self._lease.lease_id, True, self._parts.release_timeout_s)
-            except BatonError as e:
-                log.info("releasing a lease at %s failed: %s", self._lender.worker_id, e.message)
-
-
-def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:
-    """The failure that came first, out of nested task groups."""
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

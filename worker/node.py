@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class WorkerNode:
         self._config = config
         self.become(policy)
         self._steps = StepLoop(parts.scheduler, parts.runner, parts.metrics, self._after_step)
-        self._intakes: dict[str, Intake] = {}
+        self._numbers = itertools.count(1)
+        self._intakes: dict[tuple[Outbox, str, int], Intake] = {}
         self._outboxes: dict[Outbox, None] = {}
         self._background: set[asyncio.Task[None]] = set()
         handoff = config.handoff
@@ -92,6 +94,7 @@ class WorkerNode:
             metrics=parts.metrics,
             clock=loop.time,
             peer_timeout_s=handoff.peer_timeout_s,
+            stall_timeout_s=handoff.stall_timeout_s,
             lease_ttl_s=handoff.lease_ttl_s,
             release_timeout_s=handoff.release_timeout_s,
             strict=handoff.strict,
@@ -175,14 +178,18 @@ class WorkerNode:
                     case Submit():
                         self._submit(message, outbox)
                     case Cancel():
-                        intake = self._intakes.get(_attempt(message.request_id, message.epoch))
+                        intake = self._intakes.get((outbox, message.request_id, message.epoch))
                         if intake is not None:
                             intake.end(Cancelled(message.reason))
+        except BatonError as e:
+            log.info("a router's stream ended: %s", e.message)
+        except Exception:
+            log.exception("a router's message broke its stream")
         finally:
             outbox.close()
 
     def _submit(self, submit: Submit, outbox: Outbox) -> None:
-        request, key = submit.request, _attempt(submit.request.request_id, submit.epoch)
+        request, key = submit.request, (outbox, submit.request.request_id, submit.epoch)
         try:
             if key in self._intakes:
                 raise InvalidRequest(f"request {request.request_id} attempt {submit.epoch} is already here")
@@ -210,8 +217,8 @@ class WorkerNode:
         self._intakes[key] = intake
 
     def _sequence(self, request: Request, epoch: int, max_output_tokens: int) -> SequenceState:
-        """The engine's id names the attempt, so that two attempts of one request can be on a worker at once; the
-        sampler's key stays the request's. Raises InvalidRequest when no token of output fits."""
+        """The engine's id is this worker's own: attempts, routers and clients may bring the same request id at once.
+        The sampler's key stays the request's. Raises InvalidRequest when no token of output fits."""
         limit = self.info.capability.max_model_len
         output = min(max_output_tokens, limit - len(request.prompt))
         if output <= len(request.delivered):
@@ -220,11 +227,12 @@ class WorkerNode:
                 f"nothing is left to generate. This worker holds {limit} tokens of prompt and output together."
             )
         sampling = dataclasses.replace(request.sampling, seed=request.seed)
-        attempt = dataclasses.replace(request, request_id=_attempt(request.request_id, epoch), sampling=sampling)
+        engine_id = f"{request.request_id}@{epoch}#{next(self._numbers)}"
+        attempt = dataclasses.replace(request, request_id=engine_id, sampling=sampling)
         return new_sequence(attempt, epoch, self.parts.pool.block_size, output)
 
     def _forget(self, intake: Intake) -> None:
-        self._intakes.pop(_attempt(intake.submit.request.request_id, intake.submit.epoch), None)
+        self._intakes.pop((intake.outbox, intake.submit.request.request_id, intake.submit.epoch), None)
 
     # ---- news for the routers ------------------------------------------------------------------------------------
 
@@ -295,7 +303,3 @@ class WorkerNode:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _attempt(request_id: str, epoch: int) -> str:
-    return f"{request_id}@{epoch}"

@@ -1,17 +1,19 @@
 """What a worker has to say to one router: token chunks, KV events, load. One message per engine step, and a
 heartbeat when there is nothing.
 
-A router that reads slowly gets fewer, larger messages: what is pending is merged, and past `MAX_PENDING` chunks the
+A router that reads slowly gets fewer, larger messages: what is pending is merged, and past `MAX_PENDING` entries the
 stream is closed (the router has stopped draining; its requests are worth more elsewhere).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
-from baton.core.errors import Overloaded
 from baton.core.messages import KVEvents, KVSnapshot, StepMessage, TokenChunk
+
+log = logging.getLogger(__name__)
 
 MAX_PENDING = 65_536
 
@@ -37,12 +39,22 @@ class Outbox:
         self._ready.set()
 
     def put(self, chunk: TokenChunk) -> None:
-        """Queue news of a request; sent at the next `flush`."""
-        self._chunks.append(chunk)
+        """Queue news of a request; sent at the next `flush`. Dropped once closed."""
+        if not self.closed:
+            self._chunks.append(chunk)
+            self._limit()
 
     def put_events(self, events: tuple[KVEvents, ...]) -> None:
-        if self.greeted:
+        if self.greeted and not self.closed:
             self._events.extend(events)
+            self._limit()
+
+    def _limit(self) -> None:
+        if len(self._chunks) + len(self._events) > MAX_PENDING:
+            log.warning("a router reads nothing any more: its stream is closed, its requests end")
+            self._chunks.clear()
+            self._events.clear()
+            self.close()
 
     def flush(self) -> None:
         """Send what is pending as one message."""
@@ -54,13 +66,7 @@ class Outbox:
         self._ready.set()
 
     async def next(self, heartbeat_s: float) -> StepMessage | None:
-        """The next message: at a flush, or an empty one after `heartbeat_s`. None once closed and drained. Raises
-        Overloaded when the router has let too much pile up."""
-        if len(self._chunks) > MAX_PENDING:
-            raise Overloaded(
-                f"{len(self._chunks)} token messages wait for this router, the limit is {MAX_PENDING}: "
-                "it does not read."
-            )
+        """The next message: at a flush, or an empty one after `heartbeat_s`. None once closed and drained."""
         heartbeat = False
         try:
             async with asyncio.timeout(heartbeat_s):
