@@ -111,7 +111,7 @@ def test_handed_off_requests_count_on_the_decode_worker_until_their_first_token(
                 assert not task.done()
             assert [len(w.submits) for w in decodes] == [3] * 4
             for worker in decodes:
-                worker.say(*(TokenChunk(s.request.request_id, 1, 0, (1,)) for s in worker.submits))
+                worker.say(*(TokenChunk(s.request.request_id, s.epoch, 0, (1,)) for s in worker.submits))
             await asyncio.sleep(0.01)
             assert [c.num_sequences for c in fleet.fleet.candidates(Role.DECODE, {})] == [0] * 4
 
@@ -127,6 +127,24 @@ def test_a_failed_attempt_leaves_no_work_counted() -> None:
             for role in Role:
                 (worker,) = fleet.fleet.candidates(role, {})
                 assert (worker.num_sequences, worker.queued_prefill_tokens) == (0, 0)
+
+    simulate(main)
+
+
+def test_tenants_share_no_prefix_in_the_index() -> None:
+    """A worker that holds a prompt for one tenant holds nothing of it for another."""
+
+    async def main() -> None:
+        prompt = tuple(range(20))
+        mine, nobodys = (block_hashes(HashScope.of(capability(), salt), prompt, BLOCK) for salt in ("acme", ""))
+        holder = ScriptedWorker("d0", held=dict.fromkeys(mine))
+        plain = ScriptedWorker("d1", held=dict.fromkeys(nobodys))
+        async with ScriptedFleet(holder, plain, ScriptedWorker("d2")) as fleet:
+            for i in range(3):
+                await fleet.answer(request(f"a{i}", prompt, tenant="acme"))
+                await fleet.answer(request(f"n{i}", prompt))
+            assert [s.request.tenant for s in holder.submits] == ["acme"] * 3
+            assert [s.request.tenant for s in plain.submits] == [""] * 3
 
     simulate(main)
 
