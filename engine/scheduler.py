@@ -64,6 +64,19 @@ class _Plan:
     """Arrival of the oldest who found no block: nobody younger takes one, or he would wait for ever."""
 
 
+@dataclass(slots=True)
+class _Refusal:
+    """Why the first waiting sequence without blocks did not get any: tried again only when something of this has
+    changed, because looking its whole prefix up is slow."""
+
+    arrival: int
+    num_matched: int
+    """Leading blocks it found. One more in the prefix map may be a block that somebody holds anyway."""
+    spare_blocks: int
+    """Least spare blocks since. Cached blocks of its own prefix change nothing: taking one over is one less to find,
+    and one less available."""
+
+
 class Scheduler:
     """See the module. `limits` may be replaced between any two calls (a role switch does)."""
 
@@ -79,6 +92,7 @@ class Scheduler:
         self._leaving: dict[int, SequenceState] = {}
         """Removed while in flight, by arrival: their blocks are still written."""
         self._flights: deque[tuple[Step, list[SequenceState]]] = deque()
+        self._refusal: _Refusal | None = None
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -299,19 +313,32 @@ class Scheduler:
         running sequences lack for their known tokens, and one block of growth for each."""
         size = self._pool.block_size
         # One token at least is left to compute: its row gives the next token.
-        blocks = self._pool.match(self.hashes(seq, (seq.num_tokens - 1) // size))
-        self._pool.acquire(blocks)
+        hashes = self.hashes(seq, (seq.num_tokens - 1) // size)
         running = self._running.values()
         lacking = sum(max(0, self._blocks_for(s.num_tokens) - len(s.block_table.blocks)) for s in running)
-        needed = self._blocks_for(seq.num_tokens) - len(blocks) + lacking + len(running)
-        if needed > self._pool.num_available:
-            self._pool.release(blocks)
+        promised = lacking + len(running)
+        spare = self._pool.num_available - promised
+        if self._still_refused(seq, hashes, spare):
             return False
+        blocks = self._pool.match(hashes)
+        self._pool.acquire(blocks)
+        if self._blocks_for(seq.num_tokens) - len(blocks) > self._pool.num_available - promised:
+            self._pool.release(blocks)
+            self._refusal = _Refusal(seq.arrival, len(blocks), spare)
+            return False
+        self._refusal = None
         seq.block_table.blocks.extend(blocks)
         seq.num_computed_tokens = len(blocks) * size
         if not seq.num_preemptions:
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
         return True
+
+    def _still_refused(self, seq: SequenceState, hashes: list[BlockHash], spare: int) -> bool:
+        last = self._refusal
+        if last is None or last.arrival != seq.arrival or spare > last.spare_blocks:
+            return False
+        last.spare_blocks = spare
+        return not self._pool.match(hashes[last.num_matched : last.num_matched + 1])
 
     def _youngest_after(self, seq: SequenceState) -> SequenceState | None:
         """The youngest sequence that came after `seq`, is in no step, and has a block to give."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
+from baton.core.block_hash import BlockHash
 from baton.core.errors import Overloaded
 from baton.core.request import FinishReason, SamplingParams
 from baton.core.step import StepResult
-from tests.engine.builders import Bench, limits, sequence, undisturbed
+from baton.engine.block_pool import BlockPool
+from baton.engine.scheduler import Scheduler, SchedulerLimits
+from tests.engine.builders import BLOCK_SIZE, SCOPE, Bench, limits, sequence, undisturbed
 
 # ---- what goes into a step ----
 
@@ -386,3 +390,57 @@ def test_load_counts_what_is_left_of_prompts_and_what_decodes_have_to_read() -> 
     assert bench.scheduler.queued_prefill_tokens == 8
     assert bench.scheduler.context_tokens == 6
 
+
+
+# ---- a blocked head of the queue -------------------------------------------------------------------------------------
+
+
+class CountingPool(BlockPool):
+    """Counts the hashes that were looked up."""
+
+    num_looked_up = 0
+
+    def match(self, hashes: Sequence[BlockHash]) -> list[int]:
+        self.num_looked_up += len(hashes)
+        return super().match(hashes)
+
+
+def counting(num_blocks: int, budgets: SchedulerLimits | None = None) -> tuple[Bench, CountingPool]:
+    pool = CountingPool(num_blocks, BLOCK_SIZE)
+    return Bench(pool, Scheduler(pool, budgets or limits(), SCOPE)), pool
+
+
+def test_a_head_that_waits_for_blocks_is_not_looked_up_again_until_some_return() -> None:
+    bench, pool = counting(80)
+    bench.add(sequence("warm", range(100)))
+    bench.run()
+    bench.add(sequence("a", [200, 201], 30), sequence("b", [210, 211], 30))
+    bench.step()
+    hogged = pool.allocate(pool.num_available - 20)
+    assert hogged is not None
+    bench.add(sequence("head", (*range(100), 7), 5))
+    before = pool.num_looked_up
+    for _ in range(10):
+        assert "head" not in bench.step()
+    assert pool.num_looked_up - before < 50 + 10, "once its whole prefix, then one hash a step"
+    pool.release(hogged)
+    assert "head" in bench.step()
+
+
+def test_a_head_is_let_in_when_its_prefix_is_computed_by_somebody_else() -> None:
+    """Nothing returned, and yet it fits now: the blocks it lacked are shared."""
+    bench, _ = counting(8, limits(max_chunk_tokens=2))
+    bench.add(sequence("first", [1, 0, 1, 1, 0, 0, 1, 0]), sequence("head", [1, 0, 1, 1, 0, 0, 1, 0, 1]))
+    began = [sorted(bench.step()) for _ in range(3)]
+    assert began == [["first"], ["first"], ["first", "head"]]
+
+
+def test_a_refusal_is_the_sequences_own() -> None:
+    """The one that was refused goes away: the next is looked at afresh."""
+    bench, _ = counting(8)
+    bench.add(sequence("a", [0] * 6, 4))
+    bench.step()
+    bench.add(sequence("big", [1] * 14), sequence("small", [1, 0, 1]))
+    assert sorted(bench.step()) == ["a"]
+    bench.scheduler.remove("big")
+    assert sorted(bench.step()) == ["a", "small"]
