@@ -130,8 +130,13 @@ class _Child:
             self._process = None
             self._restarts += 1
             log.warning("worker %s %s; starting it again in %g s", self._spec.worker_id, _ended(process), backoff_s)
-            await asyncio.sleep(backoff_s)
-            await self._spawn()
+            while self._process is None:
+                await asyncio.sleep(backoff_s)
+                try:
+                    await self._spawn()
+                except OSError as e:  # no memory, no file handle: that passes
+                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+                    log.warning("worker %s cannot be started (%s); again in %g s", self._spec.worker_id, e, backoff_s)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         self._ready = ready = asyncio.Event()

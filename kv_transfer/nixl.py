@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from baton.core.errors import Incompatible, PeerLost
+from baton.core.errors import Incompatible, InternalError, PeerLost
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import MAX_ORDER_BLOCKS, pack_advert, unpack_advert
 from baton.kv_transfer.memory import KVMemory
@@ -51,6 +51,9 @@ class _Slot:
     number: int
     thread: AgentThread | None = None
     """None while a fence is re-creating it."""
+    undead: AgentThread | None = None
+    """The agent that a fence could not destroy. Its pulls stay MOVING, and its peers are out of reach, until a later
+    fence can."""
     generation: int = 0
     peers: dict[str, _Peer] = field(default_factory=dict)
     moving: dict[int, tuple[str, Pull]] = field(default_factory=dict)
@@ -155,12 +158,10 @@ class NixlTransport:
         async with slot.lock:
             if self._peers.get(peer_id) is not peer:
                 return  # somebody else fenced it while we waited
-            thread = slot.thread
-            if thread is None or await self._removed_quietly(thread, peer):
+            if slot.undead is None and (slot.thread is None or await self._removed_quietly(slot.thread, peer)):
                 self._forget(peer)
                 return
-            slot.thread = None
-            await thread.destroy()
+            await self._destroy(slot)
             self._forget(peer)
             self._fail(slot, peer_id, PeerLost(f"the NIXL connection to {peer_id} was fenced"))
             if slot.peers:
@@ -171,9 +172,10 @@ class NixlTransport:
             peer.broken = True
         for slot in self._slots:
             async with slot.lock:
-                thread, slot.thread = slot.thread, None
-                if thread is not None:
-                    await thread.destroy()
+                try:
+                    await self._destroy(slot)
+                except InternalError as e:
+                    log.error("%s", e.message)
                 for peer in list(slot.peers.values()):
                     self._forget(peer)
                     self._fail(slot, peer.peer_id, PeerLost("this worker is closing its transfers"))
@@ -184,7 +186,7 @@ class NixlTransport:
 
     def _slot_for_new_peer(self) -> _Slot:
         """The emptiest agent; a new one while there are few."""
-        emptiest = min(self._slots, key=lambda s: len(s.peers), default=None)
+        emptiest = min((s for s in self._slots if s.undead is None), key=lambda s: len(s.peers), default=None)
         if emptiest is None or (emptiest.peers and len(self._slots) < MAX_AGENTS):
             emptiest = _Slot(len(self._slots))
             self._slots.append(emptiest)
@@ -200,6 +202,18 @@ class NixlTransport:
             thread.stop()
             raise
         return thread
+
+    async def _destroy(self, slot: _Slot) -> None:
+        """Raises InternalError when it is still referenced; then nobody of the slot can be pulled from."""
+        slot.undead, slot.thread = slot.undead or slot.thread, None
+        if slot.undead is not None:
+            try:
+                await slot.undead.destroy()
+            except InternalError:
+                for peer in slot.peers.values():
+                    peer.broken = True
+                raise
+            slot.undead = None
 
     async def _removed_quietly(self, thread: AgentThread, peer: _Peer) -> bool:
         """Without destroying the agent: only right when none of the peer's pulls is under way."""

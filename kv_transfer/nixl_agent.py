@@ -113,8 +113,9 @@ class Agent:
         self._greeted = max(0, self._greeted - 1)
         return LENDER_POLL_S if busy or self._greeted else LENDER_IDLE_POLL_S
 
-    def destroy(self) -> bool:
-        """Drop every handle, then the agent. True: it is really gone, and no transfer of its can write any more."""
+    def destroy(self) -> Callable[[], object | None]:
+        """Drop every handle, then the agent. What is returned answers None once it is really gone, and no transfer of
+        its can write any more."""
         while self._active:
             with contextlib.suppress(Exception):  # an unfinished transfer may refuse; the agent's end takes it along
                 self._active.popitem()[1][1].release()
@@ -127,7 +128,7 @@ class Agent:
         self._local = self._registration = self._agent = None
         if alive() is not None:
             gc.collect()
-        return alive() is None
+        return alive
 
     def _prepare(self, name: str, address: int, total_blocks: int) -> Any:
         size = self._block_bytes
@@ -155,7 +156,8 @@ class AgentThread:
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[Callable[[Agent], None] | None] = queue.SimpleQueue()
         self._ready: asyncio.Future[None] = self._loop.create_future()
-        self._gone: asyncio.Future[bool] = self._loop.create_future()
+        self._left: asyncio.Future[Callable[[], object | None]] = self._loop.create_future()
+        """The thread is through; the answer tells what is left of the agent."""
         self._stopping = False
         # A daemon: a library call that never returns must not keep the process from ending.
         self._thread = threading.Thread(
@@ -194,9 +196,10 @@ class AgentThread:
 
     async def destroy(self) -> None:
         """On return no transfer of this agent can write any more, and all it had to report has been reported. Raises
-        InternalError if the agent could not be destroyed: then late bytes must still be expected. Idempotent."""
+        InternalError if the agent could not be destroyed: then late bytes must still be expected. May be repeated."""
         self.stop()
-        if not await asyncio.shield(self._gone):
+        left = await asyncio.shield(self._left)
+        if left() is not None:
             raise InternalError("a NIXL agent is still referenced and could not be destroyed: its pulls stay fenced in")
 
     def _main(
@@ -209,11 +212,11 @@ class AgentThread:
             agent = Agent(name, memory, report)
         except Exception as e:
             self._tell(self._ready, None, e)
-            self._tell(self._gone, True, None)
+            self._tell(self._left, lambda: None, None)
             return
         self._tell(self._ready, None, None)
         self._work(agent, turn)
-        self._tell(self._gone, agent.destroy(), None)
+        self._tell(self._left, agent.destroy(), None)
 
     def _work(self, agent: Agent, turn: Callable[[Agent], float | None]) -> None:
         while True:

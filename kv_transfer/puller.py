@@ -33,6 +33,10 @@ from baton.kv_transfer.transport import Pull, PullOrder, PullRefused, PullState,
 
 log = logging.getLogger("baton.kv_transfer")
 
+FENCE_PAUSE_FIRST_S = 1.0
+FENCE_PAUSE_MAX_S = 60.0
+"""Pause after a fence that failed, before it is tried again; doubles each time."""
+
 
 class QuarantinePins(Protocol):
     """The block pool, as far as quarantine goes: a pinned block is given to nobody, whoever lets go of it."""
@@ -93,6 +97,8 @@ class Puller:
         """By id(): every pull that is MOVING, quarantined ones included."""
         self._fencing: dict[tuple[str, str], asyncio.Task[None]] = {}
         """(transport, peer) -> the fence under way."""
+        self._unfenced: dict[tuple[str, str], tuple[float, float]] = {}
+        """(transport, peer) whose fence failed -> (not before, pause): when it is tried again."""
         self._closed = False
 
     # ---- connecting ----------------------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ class Puller:
     def _fence_over_cap(self) -> None:
         """Above the cap, the peer of the oldest pulls goes first, until what is left is below it."""
         cap = self._config.quarantine_cap * self._memory.num_blocks
-        waiting = [t for t in self._quarantined() if (t.transport, t.peer_id) not in self._fencing]
+        waiting = [t for t in self._quarantined() if not self._is_seen_to(t.transport, t.peer_id)]
         held = sum(len(t.pull.order.destination) for t in waiting)
         for transfer in waiting:
             if held <= cap:
@@ -272,24 +278,42 @@ class Puller:
             held -= len(transfer.pull.order.destination)
 
     def _start_fence(self, transport: str, peer_id: str) -> None:
-        if (transport, peer_id) in self._fencing:
+        if self._is_seen_to(transport, peer_id):
             return
         self._metrics.inc("baton_fences_total", transport=transport)
         task = asyncio.create_task(self._fence(transport, peer_id), name=f"fence {peer_id} on {transport}")
         self._fencing[transport, peer_id] = task
         task.add_done_callback(_retrieve)
 
+    def _is_seen_to(self, transport: str, peer_id: str) -> bool:
+        """A fence is under way, or the last one failed and it is too early for the next."""
+        not_before, _ = self._unfenced.get((transport, peer_id), (0.0, 0.0))
+        is_early = not self._closed and asyncio.get_running_loop().time() < not_before
+        return is_early or (transport, peer_id) in self._fencing
+
     async def _fence(self, transport: str, peer_id: str) -> None:
         """End every pull from the peer on this transport. A new handshake comes before the next one."""
-        log.warning("fencing %s on %s", peer_id, transport)
+        again = (transport, peer_id) in self._unfenced
+        log.log(logging.DEBUG if again else logging.WARNING, "fencing %s on %s", peer_id, transport)
         self._links.pop(peer_id, None)
         try:
             await self._transports[transport].fence(peer_id)
+        except Exception as e:  # whatever it is, bytes may still land: its blocks stay where they are
+            self._postpone_fence(transport, peer_id, e)
+        else:
+            self._unfenced.pop((transport, peer_id), None)
         finally:
             del self._fencing[transport, peer_id]
         for transfer in self._quarantined():
             if transfer.pull.state is not PullState.MOVING:
                 self._return(transfer)
+
+    def _postpone_fence(self, transport: str, peer_id: str, error: Exception) -> None:
+        _, pause_s = self._unfenced.get((transport, peer_id), (0.0, 0.0))
+        log.log(logging.DEBUG if pause_s else logging.ERROR,
+                "fencing %s on %s failed, its blocks stay in quarantine: %s", peer_id, transport, error)
+        pause_s = min(2 * pause_s, FENCE_PAUSE_MAX_S) or FENCE_PAUSE_FIRST_S
+        self._unfenced[transport, peer_id] = (asyncio.get_running_loop().time() + pause_s, pause_s)
 
     def _return(self, transfer: _Transfer) -> None:
         del self._transfers[id(transfer)]

@@ -173,6 +173,41 @@ def test_a_worker_that_does_not_come_up_says_why(run: Callable[..., None]) -> No
     run(body)
 
 
+def test_a_process_that_cannot_be_started_is_tried_again_until_it_can(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The first OSError ended its keeper: RESTARTING for ever."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    async def main() -> None:
+        server = await start_embedded_redis()
+        registry, pool = RedisRegistry(server.url), LocalPool(tmp_path)
+        world = World(pool, registry, server.url)
+        await pool.start(world.spec())
+        first, log = (await world.member()).pid, tmp_path / "p-0.log"
+        log.unlink()
+        log.mkdir()  # its log cannot be opened from now on
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+
+        async def failed_twice() -> bool:
+            return caplog.text.count("cannot be started") >= 2
+
+        async def back() -> bool:
+            now = await world.member()
+            return now.state is MemberState.RUNNING and now.pid != first
+
+        await world.until(failed_twice)
+        assert (await world.member()).state is MemberState.RESTARTING
+        log.rmdir()
+        await world.until(back)
+        assert (await world.member()).restarts == 1
+        await pool.close()
+        await registry.close()
+        await server.close()
+
+    asyncio.run(main())
+
+
 WITHOUT_STORE = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])

@@ -23,6 +23,7 @@ class ScriptedTransport:
     connect_error: BatonError | None = None
     connect_s: float = 0.01
     fence_s: float = 0.1
+    fence_error: BatonError | None = None
     advert: bytes = b"scripted"
     connects: list[tuple[str, str]] = field(default_factory=list)
     fences: list[str] = field(default_factory=list)
@@ -51,6 +52,8 @@ class ScriptedTransport:
         self.fences.append(peer_id)
         self._connected.discard(peer_id)
         await asyncio.sleep(self.fence_s)
+        if self.fence_error is not None:
+            raise self.fence_error
         for owner, pull in list(self.moving):
             if owner == peer_id:
                 self.fail(pull, PeerLost("fenced"))

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from baton.core.errors import Incompatible
+from baton.core.errors import Incompatible, InternalError, PeerLost
 from tests.kv_transfer.pair import Lender, info_of, reader, until
 
 pytest.importorskip("nixl_cu13")
@@ -83,6 +83,44 @@ def test_while_a_peer_is_fenced_the_pulls_of_its_agents_other_peers_wait_for_the
             await fencing
             await kept
             assert r.metrics.value("baton_verified_bytes_total") == MANY * BIG
+
+    try:
+        asyncio.run(main())
+    finally:
+        frozen.close()
+        other.close()
+
+
+@pytest.mark.slow
+def test_an_agent_that_cannot_be_destroyed_keeps_its_pulls_until_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setattr("baton.kv_transfer.nixl.MAX_AGENTS", 1)
+    frozen, other = (Lender(("nixl",), num_blocks=MANY, block_bytes=BIG, worker_id=f"p{i}") for i in range(2))
+
+    async def main() -> None:
+        async with reader(("nixl",), num_blocks=2 * MANY, block_bytes=BIG, pull_timeout_s=60) as r:
+            await r.puller.connect(frozen.info)
+            await r.puller.connect(other.info)
+            lease, blocks = frozen.lend(MANY)
+            destination = r.take(MANY)
+            cut = asyncio.create_task(r.puller.pull(frozen.info, lease, blocks, destination))
+            await until(lambda: r.arrived(destination) > 0)
+            frozen.freeze()
+            nixl = r.transports["nixl"]
+            (slot,) = nixl._slots  # type: ignore[attr-defined]
+            held = [await slot.thread.run(lambda agent: agent._agent.agent)]  # somebody else's reference
+            for _ in range(2):
+                with pytest.raises(InternalError, match="still referenced"):
+                    await nixl.fence("p0")
+                assert not cut.done(), "bytes may still land"
+            lease, blocks = other.lend(4)
+            with pytest.raises(PeerLost):
+                await r.puller.pull(other.info, lease, blocks, r.take(4))
+            held.clear()
+            await nixl.fence("p0")
+            assert "fenced" in str((await asyncio.gather(cut, return_exceptions=True))[0])
+            await r.puller.pull(other.info, lease, blocks, r.take(4))
 
     try:
         asyncio.run(main())

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from baton.core.config import HandoffConfig
-from baton.core.errors import BatonError, DeadlineExceeded, Incompatible, IntegrityError, PeerLost
+from baton.core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    Incompatible,
+    IntegrityError,
+    InternalError,
+    PeerLost,
+)
 from baton.core.handoff import LentBlock
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
@@ -247,6 +254,31 @@ def test_below_the_cap_nobody_is_fenced_early() -> None:
         assert w.fast.fences == []
 
     simulate(scenario, quarantine_cap=0.2)
+
+
+def test_a_fence_that_fails_leaves_the_blocks_in_quarantine_and_is_tried_again_more_and_more_rarely(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(w: World) -> None:
+        caplog.clear()
+        w.fast.fence_error = InternalError("its agent cannot be destroyed")
+        task, destination = w.start("p0", 0, 1)
+        assert isinstance(await end_of(task), DeadlineExceeded)
+        w.pool.release(destination)
+        await asyncio.sleep(100)
+        assert w.pool.ledger().quarantined == 2
+        assert 4 <= len(w.fast.fences) <= 8
+        assert caplog.text.count("cannot be destroyed") == 1
+        w.fast.fence_error = None
+        await asyncio.sleep(70)
+        assert w.pool.ledger().free == 10
+        young, destination = w.start("p0", 0, 1)
+        assert isinstance(await end_of(young), DeadlineExceeded)
+        w.pool.release(destination)
+        await asyncio.sleep(1)
+        assert w.pool.ledger().free == 10, "the next fence is not held up by failures that are over"
+
+    simulate(scenario, quarantine_cap=0.1)
 
 
 def test_a_fence_ends_the_other_pulls_of_that_peer_and_leaves_other_peers_alone() -> None:
