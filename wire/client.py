@@ -2,14 +2,16 @@
 
 Life of a channel: made by GrpcDial at the first call to an incarnation (address, boot id) of a worker -> shared by
 everything this process says to it; gRPC reconnects it under us, and each call fails at once while it cannot ->
-closed when a newer incarnation is dialled, or with the dial.
+closed when two other incarnations of its worker have been dialled since, when it has no call and has not been dialled
+for long, or with the dial.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -21,6 +23,10 @@ from baton.wire.calls import CLIENT_OPTIONS, closing, rebuilt_errors
 
 _CLOSE_GRACE_S = 2.0
 """What calls to a replaced incarnation get to end by themselves."""
+_MAX_BOOTS = 2
+"""Incarnations of a worker held at once: which one is newer we cannot tell, and who still speaks of the older one must
+not cut the newer one's calls."""
+_IDLE_S = 600.0
 
 
 class GrpcWorker:
@@ -31,10 +37,20 @@ class GrpcWorker:
         self._peer = f"{name} at {address}" if name else address
         self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
         self._stub: Any = worker_pb2_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        self.num_calls = 0
+
+    @asynccontextmanager
+    async def _call(self) -> AsyncIterator[None]:
+        self.num_calls += 1
+        try:
+            async with rebuilt_errors(self._peer):
+                yield
+        finally:
+            self.num_calls -= 1
 
     async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
         """An error that `up` raises ends the call on both sides and leaves here; `up` is closed with the call."""
-        async with rebuilt_errors(self._peer):
+        async with self._call():
             call = self._stub.Stream()
             feeder = asyncio.create_task(_feed(call, up), name=f"up to {self._peer}")
             try:
@@ -50,7 +66,7 @@ class GrpcWorker:
                 await asyncio.gather(feeder, return_exceptions=True)
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
-        async with rebuilt_errors(self._peer):
+        async with self._call():
             events = self._stub.Prefill(codec.PREFILL_CALL.encode(call))
             try:
                 async for event in events:
@@ -59,12 +75,12 @@ class GrpcWorker:
                 events.cancel()
 
     async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
-        async with rebuilt_errors(self._peer):
+        async with self._call():
             call = worker_pb2.LeaseCall(lease_id=lease_id, release=release)
             return codec.RELEASE_ANSWER.decode(await self._stub.Lease(call, timeout=timeout_s))
 
     async def status(self, timeout_s: float) -> WorkerStatus:
-        async with rebuilt_errors(self._peer):
+        async with self._call():
             return codec.STATUS.decode(await self._stub.Status(worker_pb2.StatusCall(), timeout=timeout_s))
 
     async def close(self, grace_s: float = 0.0) -> None:
@@ -88,29 +104,49 @@ async def _feed(call: Any, up: AsyncIterator[UpMessage]) -> None:
             raise
 
 
+class _Incarnation(NamedTuple):
+    worker_id: str
+    boot_id: str
+    address: str
+
+
 class GrpcDial:
     """Implements core's Dial over gRPC. One per process and event loop; whoever made it closes it."""
 
-    def __init__(self) -> None:
-        self._workers: dict[str, tuple[str, str, GrpcWorker]] = {}
+    def __init__(self, idle_s: float = _IDLE_S) -> None:
+        self._idle_s = idle_s
+        self._workers: dict[_Incarnation, GrpcWorker] = {}
+        """In the order in which they were first dialled."""
+        self._dialled_s: dict[_Incarnation, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def __call__(self, info: WorkerInfo) -> GrpcWorker:
-        held = self._workers.get(info.worker_id)
-        if held is not None:
-            address, boot_id, worker = held
-            if (address, boot_id) == (info.address, info.boot_id):
-                return worker
-            task = asyncio.create_task(worker.close(_CLOSE_GRACE_S), name=f"close {info.worker_id} {boot_id}")
+        key = _Incarnation(info.worker_id, info.boot_id, info.address)
+        worker = self._workers.get(key)
+        if worker is None:
+            self._make_room(info.worker_id)
+            worker = self._workers[key] = GrpcWorker(info.address, info.worker_id)
+        self._dialled_s[key] = asyncio.get_running_loop().time()
+        return worker
+
+    def _make_room(self, worker_id: str) -> None:
+        """Before a new channel: close what its worker has too many of, and what nobody has used for long."""
+        now = asyncio.get_running_loop().time()
+        boots = [key for key in self._workers if key.worker_id == worker_id]
+        idle = [
+            key
+            for key, worker in self._workers.items()
+            if not worker.num_calls and now - self._dialled_s[key] > self._idle_s
+        ]
+        for key in {*boots[: 1 - _MAX_BOOTS], *idle}:
+            del self._dialled_s[key]
+            task = asyncio.create_task(self._workers.pop(key).close(_CLOSE_GRACE_S), name=f"close {key.boot_id}")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-        fresh = GrpcWorker(info.address, info.worker_id)
-        self._workers[info.worker_id] = (info.address, info.boot_id, fresh)
-        return fresh
 
     async def close(self) -> None:
         """Close every channel. Calls that still run end with PeerLost."""
-        workers = [worker for _, _, worker in self._workers.values()]
+        workers = list(self._workers.values())
         self._workers.clear()
         await asyncio.gather(*self._closing, *(w.close() for w in workers), return_exceptions=True)
 

@@ -349,24 +349,50 @@ def test_a_killed_worker_is_a_lost_peer_under_its_streams() -> None:
             process.kill()
 
 
-def test_a_new_boot_gets_a_new_channel_and_the_old_ones_calls_end() -> None:
+def test_each_boot_has_its_channel_and_the_one_before_the_last_is_closed() -> None:
     async def body(worker: EchoWorker, client: GrpcWorker, server: GrpcServer) -> None:
         dial = GrpcDial()
         address = f"127.0.0.1:{server.port}"
-        old, new = (WorkerInfo("w", boot, Role.DECODE, address, INFO.capability) for boot in ("b1", "b2"))
-        first = dial(old)
-        assert dial(old) is first
-        async with aclosing(first.prefill(CALL)) as events:
-            await anext(events)
-            await anext(events)
-            second = dial(new)
-            assert second is not first
-            with pytest.raises(PeerLost, match="closed"):
+        b1, b2, b3 = (WorkerInfo("w", f"b{i}", Role.DECODE, address, INFO.capability) for i in (1, 2, 3))
+        first = dial(b1)
+        assert dial(b1) is first
+        async with aclosing(first.prefill(CALL)) as old, aclosing(dial(b2).prefill(CALL)) as new:
+            for events in (old, new):
                 await anext(events)
-        assert await second.status(5) == STATUS
+                await anext(events)
+            assert dial(b1) is first, "somebody who has not heard of the new boot"
+            assert dial(b2) is not first
+            third = dial(b3)
+            waiting = asyncio.ensure_future(anext(new))
+            with pytest.raises(PeerLost, match="closed"):
+                await anext(old)
+            assert await third.status(5) == STATUS
+            assert not waiting.done(), "the second boot's call goes on"
+            waiting.cancel()
+            await asyncio.wait([waiting])
         await dial.close()
         with pytest.raises(PeerLost):
-            await second.status(5)
+            await third.status(5)
+
+    served(body)
+
+
+def test_a_channel_that_nobody_has_used_for_long_is_closed_when_another_is_made() -> None:
+    async def body(worker: EchoWorker, client: GrpcWorker, server: GrpcServer) -> None:
+        dial = GrpcDial(idle_s=0.0)
+        address = f"127.0.0.1:{server.port}"
+        quiet, busy, fresh = (WorkerInfo(w, "b", Role.DECODE, address, INFO.capability) for w in ("q", "b", "f"))
+        speaking = dial(busy)
+        async with aclosing(speaking.prefill(CALL)) as events:
+            await anext(events)
+            silent_one = dial(quiet)
+            await dial(fresh).status(5)
+            await anext(events)
+            assert dial(busy) is speaking, "it has a call"
+            with pytest.raises(PeerLost):
+                await silent_one.status(5)
+            assert await dial(quiet).status(5) == STATUS
+        await dial.close()
 
     served(body)
 
