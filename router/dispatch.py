@@ -8,7 +8,7 @@ Life of a request:
 1. admitted (or Overloaded at once), checked against what the fleet can hold
 2. placed: hashed once, priced, and sent to the decode worker of the cheapest route; waits, bounded, for a ready worker
 3. delivered: each token exactly once, by (request_id, epoch, first_index)
-4. refused or lost: step 2 with epoch + 1, elsewhere; delivered tokens are replayed, never repeated to the client
+4. refused or lost: step 2 with a new epoch, elsewhere; delivered tokens are replayed, never repeated to the client
 5. ended: finished, failed, or the iterator closed, which cancels it on the worker
 """
 

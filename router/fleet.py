@@ -73,7 +73,8 @@ class Fleet:
         self._discover = discover
         self._config = config
         self._metrics = metrics
-        self._around = Surroundings(dial, self.index, config.router, metrics, router_id, self._notify)
+        stall_s = config.handoff.stall_timeout_s
+        self._around = Surroundings(dial, self.index, config.router, metrics, router_id, self._notify, stall_s)
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._differences: dict[tuple[str, str], str | None] = {}

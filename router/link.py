@@ -7,7 +7,8 @@ Life of a link:
 
 1. CONNECTING: dials with back-off; the first message brings the worker's prefix map.
 2. READY: each message refreshes liveness, load, index and the waiting subscriptions, and never waits for any of them.
-3. SUSPECT is READY with nothing heard for `suspect_s`; any message ends it.
+3. SUSPECT is READY with nothing heard for `suspect_s`, or with work and no engine step for `stall_timeout_s`: it
+   speaks, but stands still. A message ends the one, a step (or no work left) the other.
 4. The stream broke, or `dead_s` of silence (DEAD): every subscription fails with PeerLost, and dialling goes on.
 """
 
@@ -194,6 +195,7 @@ class Surroundings:
     router_id: str
     changed: Callable[[], None]
     """Called when a worker became able or unable to take requests."""
+    stall_timeout_s: float
 
 
 class Link:
@@ -211,7 +213,8 @@ class Link:
         self._around = around
         self._up: UpQueue | None = None
         self._state = WorkerState.CONNECTING
-        self._heard = asyncio.get_running_loop().time()
+        self._heard = self._moved_on = asyncio.get_running_loop().time()
+        """When it last spoke; when its engine last did a step, or had nothing to do."""
         self._subscriptions: dict[str, Subscription] = {}
 
     @property
@@ -220,7 +223,9 @@ class Link:
 
     @property
     def state(self) -> WorkerState:
-        if self._state is WorkerState.READY and self.silent_s >= self._around.config.suspect_s:
+        around = self._around
+        is_silent = self.silent_s >= around.config.suspect_s
+        if self._state is WorkerState.READY and (is_silent or self._heard - self._moved_on > around.stall_timeout_s):
             return WorkerState.SUSPECT
         return self._state
 
@@ -295,6 +300,9 @@ class Link:
         now = self._heard = asyncio.get_running_loop().time()
         if self._state is WorkerState.DEAD:
             self._state = WorkerState.CONNECTING
+        is_idle = message.load.num_running + message.load.num_waiting == 0
+        if is_idle or message.load.steps != self.load.steps or self._state is not WorkerState.READY:
+            self._moved_on = now
         if message.load.pair_bandwidth is not self.load.pair_bandwidth:
             self.bandwidth = {peer: bytes_per_s for peer, _, bytes_per_s in message.load.pair_bandwidth}
         self.load = message.load

@@ -64,6 +64,32 @@ def test_silence_makes_a_worker_suspect_then_dead_and_a_word_revives_it() -> Non
     simulate(main, range(5))
 
 
+def test_a_worker_that_speaks_but_computes_nothing_gets_no_new_requests_until_it_does() -> None:
+    async def main() -> None:
+        worker, other = ScriptedWorker("d0", script=mute), ScriptedWorker("d1", script=mute)
+        async with ScriptedFleet(worker, other) as fleet:
+            await asyncio.sleep(40)
+            assert fleet.state("d0") == "ready", "it had nothing to do"
+            worker.load, other.load = WorkerLoad(num_waiting=1, steps=7), WorkerLoad(num_running=1, steps=7)
+            await asyncio.sleep(28)
+            assert fleet.state("d0") == "ready"
+            other.load = WorkerLoad(num_running=1, steps=8)
+            await asyncio.sleep(4)
+            assert [fleet.state(w) for w in ("d0", "d1")] == ["suspect", "ready"]
+            assert [c.info.worker_id for c in fleet.fleet.candidates(Role.DECODE, {})] == ["d1"]
+            assert worker.num_streams == 1, "its requests are still its own"
+            worker.load = WorkerLoad(num_waiting=1, steps=8)
+            await asyncio.sleep(1)
+            assert fleet.state("d0") == "ready"
+            await asyncio.sleep(31)
+            assert fleet.state("d0") == "suspect"
+            worker.load = WorkerLoad(steps=8)
+            await asyncio.sleep(1)
+            assert fleet.state("d0") == "ready", "its work was taken away"
+
+    simulate(main, range(2))
+
+
 def test_a_worker_that_never_answers_stays_connecting() -> None:
     async def main() -> None:
         async with ScriptedFleet(ScriptedWorker("d0", frozen=True), ScriptedWorker("d1", down=True)) as fleet:
