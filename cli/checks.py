@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import socket
 
-from baton.core.config import Config, RouterConfig
+from baton.core.config import Config, EngineConfig, RouterConfig
 from baton.core.errors import PeerLost, SetupError
 
 ENGINE_PACKAGES = ("torch", "numpy", "safetensors", "gguf")
@@ -18,7 +19,18 @@ def check_machine(config: Config) -> None:
     check_packages(config.cluster.pool)
     if config.decode.replicas < 1:
         raise SetupError("decode.replicas is 0: somebody has to produce the tokens; set it to at least 1.")
+    if config.cluster.ray_address is None:  # else the workers run elsewhere, and see for themselves
+        check_memory(config.engine)
     check_ports(config.router)
+
+
+def check_memory(engine: EngineConfig) -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if engine.num_blocks is None and engine.kv_memory_bytes > there:
+        raise SetupError(
+            f"engine.kv_memory_bytes is {engine.kv_memory_bytes:,}, more than this machine's memory, {there:,} bytes; "
+            "it is for each worker: set it lower."
+        )
 
 
 def check_packages(pool: str) -> None:

@@ -32,13 +32,31 @@ def read_config(path: Path | None = None, overrides: list[str] | None = None) ->
     return load(_document(chosen) if chosen else None, overrides or ())
 
 
+class _KeyTwice(Exception):
+    """Says which key, and in which line."""
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML forbids equal keys; its Python reader drops all but the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise _KeyTwice(f"{key.value!r} twice (again in line {key.start_mark.line + 1})")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _document(path: Path) -> Mapping[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError as e:
         raise ConfigError(f"cannot read the configuration {path}: {e.strerror}.") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"the configuration {path} is not UTF-8 text: {e.reason} at byte {e.start}.") from e
+    except _KeyTwice as e:
+        raise ConfigError(f"the configuration {path} has {e}; the first would be lost. Make them one.") from None
     except yaml.YAMLError as e:
         raise ConfigError(f"the configuration {path} is not YAML: {' '.join(str(e).split())}.") from e
     if document is not None and not isinstance(document, Mapping):

@@ -13,13 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from baton.core.errors import ConfigError
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 TransportName = Literal["shm", "nixl", "tcp"]
+
+
+def _each_once(names: tuple[TransportName, ...]) -> tuple[TransportName, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("An entry is there twice")
+    return names
 
 
 class _Tree(BaseModel):
@@ -43,7 +49,7 @@ class EngineConfig(_Tree):
     )
     num_blocks: Count | None = Field(None, description="KV blocks per worker; default: kv_memory_bytes / block bytes.")
     kv_memory_bytes: Count = Field(1 << 30, description="KV memory per worker when num_blocks is not set, in bytes.")
-    max_model_len: Count | None = Field(
+    max_model_len: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Longest prompt + output in tokens; default: the model's context, cut to what the pool holds."
     )
     threads: Count = Field(
@@ -61,7 +67,7 @@ class PoolConfig(_Tree):
 
 
 class HandoffConfig(_Tree):
-    transports: tuple[TransportName, ...] = Field(
+    transports: Annotated[tuple[TransportName, ...], Field(min_length=1), AfterValidator(_each_once)] = Field(
         ("shm", "nixl", "tcp"), description="Transports a worker offers; which one a pair uses is measured."
     )
     lease_ttl_s: Seconds = Field(10.0, description="A lease ends this long after its last renewal.")
@@ -166,8 +172,9 @@ def load(document: Mapping[str, Any] | None = None, overrides: Iterable[str] = (
     except ValidationError as e:
         first = e.errors()[0]
         dotted = ".".join(str(p) for p in first["loc"][:2])
+        what = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{dotted} = {first['input']!r} is wrong: {first['msg']}. See `baton config show`.", dotted
+            f"{dotted} = {first['input']!r} is wrong: {what}. See `baton config show`.", dotted
         ) from None
 
 

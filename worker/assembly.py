@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import uuid
 from collections.abc import Callable
 
@@ -61,11 +62,11 @@ async def open_node(
     files: ModelFiles, config: Config, worker_id: str, policy: RolePolicy, dial: Dial, stack: contextlib.AsyncExitStack
 ) -> WorkerNode:
     """A node with everything it needs, without an address yet; `stack` closes it. Raises SetupError when the pool
-    could hold no request."""
+    could hold no request, or this machine not the pool."""
     layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
     num_blocks = config.engine.num_blocks or max(1, config.engine.kv_memory_bytes // layout.block_bytes)
     metrics, boot_id = Metrics(), uuid.uuid4().hex[:12]
-    memory = KVMemory(num_blocks, layout.block_bytes, shared=True)
+    memory = _memory(config, layout, num_blocks)
     stack.callback(memory.close)
     pool = BlockPool(num_blocks, layout.block_size)
     leases = LeaseTable(pool, metrics)
@@ -80,15 +81,30 @@ async def open_node(
     return WorkerNode(info, NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics), policy, config)
 
 
+def _memory(config: Config, layout: KVLayout, num_blocks: int) -> KVMemory:
+    setting = "engine.num_blocks" if config.engine.num_blocks else "engine.kv_memory_bytes"
+    wanted, there = num_blocks * layout.block_bytes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    why = "the machine does not have that much"
+    if wanted <= there:  # pages come as they are written: the kernel may promise more than it can ever give
+        try:
+            return KVMemory(num_blocks, layout.block_bytes, shared=True)
+        except (OSError, MemoryError) as e:
+            why = getattr(e, "strerror", None) or "out of memory"
+    raise SetupError(
+        f"this worker cannot have {wanted:,} bytes of KV memory: {why}. "
+        f"Lower {setting} (the machine's memory is {there:,} bytes)."
+    )
+
+
 def _capability(
     config: Config, files: ModelFiles, layout: KVLayout, num_blocks: int, adverts: tuple[tuple[str, bytes], ...]
 ) -> Capability:
     holds = num_blocks * layout.block_size
     limit = min(config.engine.max_model_len or files.spec.max_model_len, files.spec.max_model_len, holds)
-    if limit < 2:
+    if limit < 2:  # a prompt token and an output token
         raise SetupError(
-            f"{num_blocks} blocks hold {holds} tokens: no request fits. "
-            "Raise engine.num_blocks or engine.kv_memory_bytes."
+            f"no request fits: the model takes {files.spec.max_model_len} tokens, {num_blocks} blocks hold {holds}, "
+            f"and engine.max_model_len is {config.engine.max_model_len}. Raise the smallest."
         )
     return Capability(
         model=config.model.served_name or files.name,

@@ -105,6 +105,19 @@ def test_nobody_to_decode(baton: Baton) -> None:
     assert "decode.replicas" in one_sentence(baton(*SERVE, "--decode", "0"))
 
 
+def test_more_memory_than_there_is(baton: Baton) -> None:
+    assert "engine.kv_memory_bytes" in one_sentence(baton(*SERVE, "--set", "engine.kv_memory_bytes=1000000000000000"))
+
+
+@pytest.mark.slow
+def test_more_blocks_than_memory_for_them(baton: Baton, tiny_model_dir: Path) -> None:
+    source, cache = tiny_model_dir.parents[2] / "llama", tiny_model_dir.parents[1]
+    model = ("--set", f"model.name={source}", "--set", f"model.cache_dir={cache}")
+    done = baton(*SERVE, *model, "--set", "engine.num_blocks=1000000000000")
+    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
+    assert "Lower engine.num_blocks" in done.stderr
+
+
 def test_a_config_typo_names_the_field_and_the_nearest_right_one(baton: Baton) -> None:
     said = one_sentence(baton(*SERVE, "--set", "engine.blok_size=32"))
     assert "'engine.blok_size'" in said

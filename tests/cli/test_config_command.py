@@ -46,6 +46,8 @@ def test_later_sources_win(baton: Baton, tmp_path: Path) -> None:
         ("engine: {block_size: 17}", "engine.block_size"),
         ("engine: {block_size: [}", "not YAML"),
         ("- a\n- b", "must hold sections"),
+        ("router: {}\nengine: {}\nrouter: {}", "'router' twice (again in line 3)"),
+        ("engine:\n  threads: 1\n  threads: 2", "'threads' twice (again in line 3)"),
         ("engine: 3", "engine must hold settings"),
         ("router: {http_port: 99999}", "router.http_port"),
         (b"\xff\xfe\x00", "UTF-8"),
