@@ -6,7 +6,7 @@ Exposition (Prometheus) is the servers' business: `samples()` and `histograms()`
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +50,7 @@ TABLE = (
     _c("baton_index_resyncs_total", "Prefix index rebuilt from a snapshot after a gap or a new boot."),
     _g("baton_workers", "Workers by role and state.", "role", "state"),
     _g("baton_index_blocks", "Distinct block hashes in the prefix index."),
+    _g("baton_worker_up", "1: the worker told its counters for this scrape; 0: it did not in time.", "worker", "role"),
     # worker
     _c("baton_steps_total", "Engine steps."),
     _c("baton_step_tokens_total", "Tokens computed, by kind.", "kind"),
@@ -83,6 +84,12 @@ HISTOGRAMS = {
         Histogram("baton_request_seconds", "Duration of finished requests.", _LATENCY_BOUNDS),
     )
 }
+
+
+def rendered(name: str, labels: Mapping[str, str]) -> str:
+    """'name{label="value"}', or the name alone."""
+    inside = ",".join(f'{k}="{v}"' for k, v in labels.items())
+    return f"{name}{{{inside}}}" if inside else name
 
 
 class Metrics:
@@ -124,11 +131,7 @@ class Metrics:
 
     def rendered(self) -> tuple[tuple[str, float], ...]:
         """('name{label="value"}', value) for status messages."""
-        out = []
-        for metric, labels, value in self.samples():
-            inside = ",".join(f'{k}="{v}"' for k, v in labels.items())
-            out.append((f"{metric.name}{{{inside}}}" if inside else metric.name, value))
-        return tuple(out)
+        return tuple((rendered(metric.name, labels), value) for metric, labels, value in self.samples())
 
     @staticmethod
     def _key(name: str, labels: dict[str, str]) -> tuple[str, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from baton.core.block_hash import HashScope
 from baton.core.config import Config
 from baton.core.errors import BatonError, PeerLost
 from baton.core.layout import Capability, difference
-from baton.core.messages import Cancel, Submit
+from baton.core.messages import Cancel, Submit, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
@@ -31,6 +31,8 @@ from baton.router.policy import Candidate
 log = logging.getLogger(__name__)
 
 DISCOVER_TIMEOUT_S = 5.0
+STATUS_TIMEOUT_S = 0.5
+"""Longest that whoever reads counters waits for one worker."""
 FORGET_S = 60.0
 MAX_PAST_BOOTS = 16
 
@@ -137,6 +139,20 @@ class Fleet:
         except TimeoutError:
             return False
         return True
+
+    async def statuses(self) -> tuple[tuple[WorkerInfo, WorkerStatus | None], ...]:
+        """Every known worker, by id, with what it says of itself now; None: it did not within STATUS_TIMEOUT_S."""
+        infos = [self._links[worker_id].info for worker_id in sorted(self._links)]
+        return tuple(zip(infos, await asyncio.gather(*map(self._status, infos)), strict=True))
+
+    async def _status(self, info: WorkerInfo) -> WorkerStatus | None:
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                status = await self._around.dial(info).status(STATUS_TIMEOUT_S)
+        except (BatonError, OSError, TimeoutError) as e:
+            log.debug("%s does not tell its counters: %s", info.worker_id, e)
+            return None
+        return status if status.info.boot_id == info.boot_id else None
 
     # ---- what is sent ----
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.core.errors import InvalidRequest, NotFound
-from baton.core.metrics import Metrics
+from baton.core.metrics import Metrics, rendered
 from baton.core.request import FinishReason, SamplingParams
 from baton.core.worker import Role
 from baton.router.dispatch import Dispatcher
+from baton.router.exposition import worker_samples
 from baton.router.fleet import Fleet, WorkerView
 from baton.router.generation import GenerateCall, Generation, Prompt, Usage, new_request_id, shown
 from baton.router.trace import TraceRecord
@@ -113,7 +114,9 @@ class AdminFront(admin_pb2_grpc.AdminServicer):
     async def Status(self, request: admin_pb2.FleetStatusRequest, context: Any) -> admin_pb2.FleetStatus:
         who = self._identity()
         workers = self._fleet.workers()
-        counters = [{"name": name, "value": value} for name, value in self._metrics.rendered()]
+        samples = [*self._metrics.rendered(), *(
+            (rendered(name, labels), value) for name, labels, value in worker_samples(await self._fleet.statuses()))]
+        counters = [{"name": name, "value": value} for name, value in samples]
         return admin_pb2.FleetStatus(
             router_id=who.router_id, http_endpoint=who.http_endpoint, grpc_endpoint=who.grpc_endpoint, model=who.model,
             workers=[_worker(view) for view in workers], pairs=_pairs(workers),

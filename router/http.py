@@ -31,7 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from baton.core.config import RouterConfig
 from baton.core.errors import BatonError, InternalError, InvalidRequest, NotFound, Overloaded, PeerLost
 from baton.router import replies
-from baton.router.exposition import CONTENT_TYPE, exposition
+from baton.router.exposition import CONTENT_TYPE, Told, exposition
 from baton.router.generation import Generation, Job, new_request_id, shown
 from baton.router.openai import Call, Endpoint, parse
 
@@ -76,6 +76,8 @@ class Front:
     """For `created`, which nothing here reads again."""
     stopping: asyncio.Event
     """Set: the router ends now, and what still runs ends with an error."""
+    statuses: Callable[[], Awaitable[Told]]
+    """What the workers count, for /metrics."""
 
 
 def create_app(front: Front) -> Starlette:
@@ -315,7 +317,7 @@ def _readyz(front: Front) -> Answer:
 
 def _metrics(front: Front) -> Answer:
     async def metrics(request: Request) -> Response:
-        return Response(exposition(front.generation.metrics), media_type=CONTENT_TYPE)
+        return Response(exposition(front.generation.metrics, await front.statuses()), media_type=CONTENT_TYPE)
 
     return metrics
 

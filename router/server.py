@@ -86,7 +86,8 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
     fleet = Fleet(registry.list, dial, config, metrics, router_id)
     dispatcher = Dispatcher(fleet, CostPolicy(config.router, random.Random(secrets.randbits(64))), config, metrics)
     generation = Generation(codec, dispatcher, config.router, metrics, served_name)
-    front = Front(generation, config.router, functools.partial(why_not_ready, fleet), unix_time, stopping)
+    front = Front(generation, config.router, functools.partial(why_not_ready, fleet), unix_time, stopping,
+                  fleet.statuses)
     host = config.router.host
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(dial.close)

@@ -16,9 +16,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from baton.core.config import load
 from baton.core.errors import BatonError
-from baton.core.messages import TokenChunk
+from baton.core.messages import TokenChunk, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.request import FinishReason, Request
+from baton.core.worker import WorkerInfo
+from baton.router.exposition import Told
 from baton.router.generation import Generation
 from baton.router.http import Front, create_app
 from baton.router.listen import HttpServer
@@ -133,6 +135,7 @@ class FrontWorld:
     metrics: Metrics
     stopping: asyncio.Event
     not_ready: list[str]
+    told: list[tuple[WorkerInfo, WorkerStatus | None]]
 
 
 @contextlib.asynccontextmanager
@@ -143,9 +146,15 @@ async def open_front(
     config = load({}, overrides).router
     generation = Generation(make_codec(directory, template), source, config, metrics, MODEL)
     not_ready: list[str] = []
-    front = Front(generation, config, lambda: not_ready[0] if not_ready else None, lambda: 1_790_000_000.0, stopping)
+
+    async def statuses() -> Told:
+        return tuple(told)
+
+    told: list[tuple[WorkerInfo, WorkerStatus | None]] = []
+    front = Front(generation, config, lambda: not_ready[0] if not_ready else None, lambda: 1_790_000_000.0, stopping,
+                  statuses)
     server = await HttpServer.start(create_app(front), "127.0.0.1", 0, 2)
     try:
-        yield FrontWorld(f"http://127.0.0.1:{server.port}", generation, source, metrics, stopping, not_ready)
+        yield FrontWorld(f"http://127.0.0.1:{server.port}", generation, source, metrics, stopping, not_ready, told)
     finally:
         await server.stop()

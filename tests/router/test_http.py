@@ -14,7 +14,9 @@ import openai
 import pytest
 
 from baton.core.errors import InternalError, Overloaded, PeerLost, SetupError
+from baton.core.worker import Role, WorkerInfo
 from baton.router.listen import HttpServer
+from tests.router.fake_fleet import capability
 from tests.router.front_world import MODEL, EchoDispatcher, FrontWorld, make_codec, open_front
 
 HI: Any = [{"role": "user", "content": "hi, 你好 🙂"}]
@@ -308,6 +310,9 @@ def test_metrics_are_prometheus_text_with_latencies(tmp_path: Path) -> None:
             assert f"\nbaton_prompt_tokens_total {2.0 * prompt}\n" in text
             assert f"\nbaton_output_tokens_total {2.0 * (prompt + 1)}\n" in text
             assert f"\nbaton_cached_prompt_tokens_total {2.0 * (prompt // 2)}\n" in text
+            world.told.append((WorkerInfo("d-0", "b", Role.DECODE, "here:1", capability()), None))
+            text = (await client.get(world.url + "/metrics")).text
+            assert '\nbaton_worker_up{role="decode",worker="d-0"} 0.0\n' in text
 
     asyncio.run(scenario())
 
