@@ -36,11 +36,13 @@ def chat(
     with httpx.Client(base_url=base, timeout=httpx.Timeout(router.request_timeout_s, connect=5)) as client:
         model = served_model(client)
         say(f"{model} at {base}. /new starts over, /quit leaves, Ctrl-C stops an answer.")
-        converse(
+        all_answered = converse(
             client,
             {"model": model, "max_tokens": max_tokens, "temperature": temperature},
             [{"role": "system", "content": system}] if system else [],
         )
+    if not all_answered and not sys.stdin.isatty():  # a person has read it; a script sees the exit code
+        raise typer.Exit(1)
 
 
 def served_model(client: httpx.Client) -> str:
@@ -60,20 +62,23 @@ def served_model(client: httpx.Client) -> str:
         ) from e
 
 
-def converse(client: httpx.Client, options: dict[str, object], opening: list[Message]) -> None:
-    messages = list(opening)
+def converse(client: httpx.Client, options: dict[str, object], opening: list[Message]) -> bool:
+    """Whether every answer came to its end, or to Ctrl-C."""
+    messages, all_answered = list(opening), True
     for line in questions():
         if line in {"/quit", "/exit"}:
-            return
+            break
         if line == "/new":
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = stream_answer(client, {**options, "messages": messages, "stream": True})
+            answer, complete = stream_answer(client, {**options, "messages": messages, "stream": True})
+            all_answered &= complete
             if answer:
                 messages.append({"role": "assistant", "content": answer})
             else:
                 messages.pop()
+    return all_answered
 
 
 def questions() -> Iterator[str]:
@@ -89,9 +94,11 @@ def questions() -> Iterator[str]:
             say("\n(/quit leaves)")
 
 
-def stream_answer(client: httpx.Client, body: dict[str, object]) -> str:
-    """Print an answer as it comes; returns what came. Closing the connection early is what cancels the request."""
+def stream_answer(client: httpx.Client, body: dict[str, object]) -> tuple[str, bool]:
+    """Print an answer as it comes; returns what came, and False if an error cut it short. Closing the connection early
+    is what cancels the request."""
     said: list[str] = []
+    complete = True
     try:
         with client.stream("POST", CHAT_PATH, json=body) as response:
             if response.status_code != 200:
@@ -105,10 +112,12 @@ def stream_answer(client: httpx.Client, body: dict[str, object]) -> str:
         print(" [stopped]", end="")
     except httpx.TransportError as e:
         say(f"\nthe connection broke: {e}")
+        complete = False
     except BatonError as e:
         say(f"\n{e}")
+        complete = False
     print()
-    return "".join(said)
+    return "".join(said), complete
 
 
 def say(text: str) -> None:

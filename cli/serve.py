@@ -84,6 +84,13 @@ async def unless_signalled(work: Coroutine[None, None, int]) -> int:
         return 0
 
 
+def reclaim_signals() -> None:
+    """Ray puts a handler below Python's that prints a stack trace, and aborts the process at a second SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.getsignal(number))
+        signal.siginterrupt(number, False)
+
+
 async def run(config: Config, question: Question | None, once: bool) -> int:
     """The exit code. Whatever was started is stopped when this ends or is cancelled."""
     from baton.cli import stack
@@ -95,6 +102,7 @@ async def run(config: Config, question: Question | None, once: bool) -> int:
     async with contextlib.AsyncExitStack() as started:
         redis_url = config.cluster.redis_url or await stack.start_registry(started)
         pool = await stack.start_workers(config, redis_url, started)
+        reclaim_signals()
         router = await stack.start_router(config, model_dir, redis_url, started)
         with step("Meeting: every worker ready, every pair measured"):
             fleet = await stack.until_met(config, router)

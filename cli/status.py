@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
-from rich.console import Console
-from rich.table import Table
 
 from baton.cli.config import ConfigFile, Overrides, read_config
 from baton.cli.waterfall import waterfall
@@ -40,9 +38,8 @@ def status(
     if as_json:
         print(MessageToJson(answer, always_print_fields_with_no_presence=True))
         return
-    for line in summary(answer):
-        print(line)
-    Console().print(workers_table(answer), pairs_table(answer))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n".join(summary(answer, columns)))
 
 
 def trace(
@@ -88,52 +85,60 @@ def _address(config: Config) -> str:
     return f"{config.router.host}:{config.router.grpc_port}"
 
 
-def summary(answer: FleetStatus) -> Iterator[str]:
+def summary(answer: FleetStatus, columns: int | None) -> Iterator[str]:
+    """`columns`: of the terminal; None where there is none, and everything is shown in full."""
     yield f"router {answer.router_id}: {answer.model} at {answer.http_endpoint} and {answer.grpc_endpoint} (gRPC)"
     yield f"{answer.in_flight} requests now"
-    if answer.counters:
-        yield "   ".join(f"{c.name} {c.value:g}" for c in answer.counters)
+    for title, rows, spare in (
+        ("workers", worker_rows(answer), ("step", "prefill tok/s", "address", "requests", "role")),
+        ("pairs", pair_rows(answer), ("measured",)),
+        ("counters", [{"name": c.name, "value": f"{c.value:g}"} for c in answer.counters], ()),
+    ):
+        yield f"\n{title}" if rows else f"\n{title}: none"
+        yield from table(rows, columns, spare)
 
 
-def workers_table(answer: FleetStatus) -> Table:
+def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
     from baton.wire.admin_pb2 import WorkerState  # protobuf is loaded by the commands that speak it
     from baton.wire.worker_pb2 import Role
 
-    table = Table(
-        "worker",
-        "role",
-        "state",
-        "address",
-        "requests",
-        "blocks active/lent/cached/free/quarantined",
-        "prefill tok/s",
-        "step",
-        title="workers",
-        title_justify="left",
-    )
+    rows = []
     for w in answer.workers:
         led = w.ledger
         blocks = f"{led.active}/{led.lent}/{led.cached}/{led.free}/{led.quarantined}" if w.HasField("ledger") else "-"
-        table.add_row(
-            w.info.worker_id,
-            Role.Name(w.info.role).lower(),
-            WorkerState.Name(w.state).lower(),
-            w.info.address,
-            str(w.in_flight),
-            blocks,
-            f"{w.load.prefill_tokens_per_s:.0f}",
-            f"{w.load.decode_step_s * 1e3:.1f} ms",
-        )
-    return table
+        rows.append({
+            "worker": w.info.worker_id,
+            "role": Role.Name(w.info.role).lower(),
+            "state": WorkerState.Name(w.state).lower(),
+            "address": w.info.address,
+            "requests": str(w.in_flight),
+            "active/lent/cached/free/quarantined": blocks,
+            "prefill tok/s": f"{w.load.prefill_tokens_per_s:.0f}",
+            "step": f"{w.load.decode_step_s * 1e3:.1f} ms",
+        })
+    return rows
 
 
-def pairs_table(answer: FleetStatus) -> Table:
-    table = Table("prefill", "decode", "transport", "measured", title="pairs", title_justify="left")
+def pair_rows(answer: FleetStatus) -> list[dict[str, str]]:
+    """The transport last: why two workers are not paired may take a sentence."""
+    rows = []
     for p in answer.pairs:
         speed = f"{p.bytes_per_s / 1e6:,.0f} MB/s" if p.bytes_per_s else "-"
         shown = f"not paired: {p.refused}" if p.refused else p.transport or "not used yet"
-        table.add_row(p.prefill, p.decode, shown, speed)
-    return table
+        rows.append({"prefill": p.prefill, "decode": p.decode, "measured": speed, "transport": shown})
+    return rows
+
+
+def table(rows: list[dict[str, str]], columns: int | None, spare: tuple[str, ...]) -> Iterator[str]:
+    """A heading and a line per row, aligned; of `spare` the first columns are left out as far as the width asks."""
+    if not rows:
+        return
+    shown = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for name in spare:
+        if columns is not None and sum(shown.values()) + 2 * len(shown) > columns:
+            del shown[name]
+    for row in ({name: name for name in shown}, *rows):
+        yield "  " + "  ".join(row[name].ljust(width) for name, width in shown.items()).rstrip()
 
 
 def trace_lines(answer: RequestTrace) -> Iterator[str]:

@@ -117,7 +117,7 @@ def test_new_forgets_the_conversation_but_not_the_system_prompt(server: Server, 
 @pytest.mark.parametrize(("asked", "said"), [("fail", "the prompt is too sad."), ("break", "decode-0 is gone.")])
 def test_an_error_is_said_and_the_conversation_goes_on(asked: str, said: str, server: Server, baton: Baton) -> None:
     done = baton("chat", "--url", server.url, stdin=f"{asked}\nhello\n")
-    assert done.returncode == 0
+    assert done.returncode == 1, "who feeds it from a pipe learns that an answer is missing"
     assert said in done.stderr
     assert done.stdout.endswith("hello! \n")
     assert "Traceback" not in done.stderr
