@@ -7,9 +7,9 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from baton.cli.status import fleet_status
 from baton.cluster.embedded import start_embedded_redis
 from baton.cluster.local_pool import LocalPool
 from baton.cluster.pool import WorkerPool, WorkerSpec
+from baton.cluster.scratch import private_dir, sweep
 from baton.core.config import Config, child_env
 from baton.core.errors import BatonError, SetupError
 from baton.core.worker import Role
@@ -85,6 +86,7 @@ async def start_registry(stack: contextlib.AsyncExitStack) -> str:
 
 async def start_workers(config: Config, redis_url: str, stack: contextlib.AsyncExitStack) -> WorkerPool:
     """All at once: most of a worker's start is waiting for imports and the model."""
+    await asyncio.to_thread(sweep)  # what stacks before us left, if they were killed
     if config.cluster.pool == "ray":
         with step("Ray"):
             from baton.cluster.ray_pool import open_ray_pool
@@ -111,7 +113,8 @@ async def start_workers(config: Config, redis_url: str, stack: contextlib.AsyncE
 async def start_router(
     config: Config, model_dir: Path, redis_url: str, stack: contextlib.AsyncExitStack
 ) -> RouterChild:
-    log_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-router-")))
+    log_dir = private_dir("router")
+    stack.callback(shutil.rmtree, log_dir, ignore_errors=True)
     with step("Router"):
         with (log_dir / "router.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(

@@ -15,10 +15,10 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 from baton.cluster.pool import MemberState, PoolMember, WorkerSpec
+from baton.cluster.scratch import private_dir
 from baton.core.config import Config, child_env
 from baton.core.errors import NotFound, SetupError
 
@@ -36,7 +36,7 @@ class LocalPool:
     def __init__(self, log_dir: Path | None = None) -> None:
         """`log_dir` gets <worker_id>.log files and keeps them; default: a private directory that goes with the pool."""
         self._own_log_dir = log_dir is None
-        self._log_dir = log_dir or Path(tempfile.mkdtemp(prefix=f"baton-log-{os.getpid()}-"))
+        self._log_dir = log_dir or private_dir("log")
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._children: dict[str, _Child] = {}
 

@@ -22,7 +22,6 @@ import queue
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ from ray.exceptions import RayError
 from baton.cluster import watchdog
 from baton.cluster.actor import WorkerActor
 from baton.cluster.pool import MemberState, PoolMember, WorkerSpec
-from baton.cluster.processes import family_of, gone, machine_id
+from baton.cluster.processes import family_of, gone, machine_id, named_by, writers_to
+from baton.cluster.scratch import private_dir
 from baton.core.config import Config, apply_child_env, child_env
 from baton.core.errors import NotFound, PeerLost, SetupError
 from baton.core.worker import Role
@@ -187,7 +187,7 @@ async def open_ray_pool(address: str | None) -> RayPool:
         # Ray would try for minutes.
         raise SetupError(f"nothing listens at {address}, where cluster.ray_address says a Ray cluster is. "
                          "`--set cluster.pool=local` needs no Ray.")
-    temp_dir = None if address else tempfile.mkdtemp(prefix=f"baton-ray-{os.getpid()}-", dir="/tmp")
+    temp_dir = None if address else str(private_dir("ray", "/tmp"))
     janitor = _Janitor(temp_dir) if temp_dir else None
     thread = _RayThread()
     try:
@@ -195,9 +195,14 @@ async def open_ray_pool(address: str | None) -> RayPool:
         if janitor is not None:
             await janitor.begin()
     except BaseException as e:
+        if janitor is not None:
+            # Ray cannot be stopped while it starts. This waits for the start, too: the thread does one after the other.
+            try:
+                await thread.run(ray.shutdown, _SHUTDOWN_TIMEOUT_S)
+            except PeerLost:
+                atexit.unregister(ray.shutdown)
         thread.end()
         if janitor is not None:
-            await janitor.begin()
             await janitor.end()
         if isinstance(e, PeerLost):
             where = "Ray cannot be started"
@@ -216,8 +221,9 @@ class _Janitor:
         self._process: asyncio.subprocess.Process | None = None
 
     def family(self) -> set[int]:
-        """Ray's processes. Only its first ones name the directory; the rest are their children."""
-        return family_of(self._temp_dir) - {self._process.pid if self._process else 0}
+        """Ray's processes. Its first ones name the directory, the rest are their children, or were: they log there."""
+        first = named_by(self._temp_dir) | writers_to(self._temp_dir)
+        return family_of(first) - {self._process.pid if self._process else 0}
 
     async def begin(self) -> None:
         if self._process is None:
@@ -226,12 +232,17 @@ class _Janitor:
                 *map(str, self.family()), stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
 
     async def end(self) -> None:
-        """Kill what is left of Ray, and remove its directory."""
+        """Kill what is left of Ray, until nothing is: what is being started may start more. Remove its directory."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _CONTROL_TIMEOUT_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                while family := self.family():
+                    await _swept(family, 0.0)
+                    await asyncio.sleep(_POLL_S)
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
 
