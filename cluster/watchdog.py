@@ -5,7 +5,8 @@
 
 Both wait until the parent dies or asks this process to end (SIGTERM). Then the first ends COMMAND, which it has been
 running, with SIGTERM and then SIGKILL; the second kills those PIDs, the very processes that had them when it began.
-Last, both remove DIRECTORY. So servers that keep files leave none, even if their owner was killed.
+Last, both remove DIRECTORY. So servers that keep files leave none, even if their owner was killed. If COMMAND ends by
+itself, so does the first, and leaves DIRECTORY to the parent, which may start it there again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _watch(parent_pid: int, directory: str, what: str, words: list[str]) -> int:
             signal.signal(end, signal.SIG_IGN)  # Once is enough: cleaning up is not interrupted.
         raise SystemExit(128 + signum)
 
-    child, others = None, []
+    child, others, by_itself = None, list[int](), False
     try:
         for end in ends:
             signal.signal(end, stop)
@@ -49,7 +50,9 @@ def _watch(parent_pid: int, directory: str, what: str, words: list[str]) -> int:
         me = os.getpid()
         # This process has one thread: code between fork and exec is safe here.
         child = subprocess.Popen(words, preexec_fn=lambda: die_with_parent(me, signal.SIGKILL))
-        return child.wait()
+        code = child.wait()
+        by_itself = True
+        return code
     finally:
         for fd in others:
             with contextlib.suppress(ProcessLookupError):
@@ -61,7 +64,8 @@ def _watch(parent_pid: int, directory: str, what: str, words: list[str]) -> int:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        shutil.rmtree(directory, ignore_errors=True)
+        if not by_itself:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _open_process(pid: int) -> int | None:

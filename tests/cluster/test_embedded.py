@@ -14,7 +14,13 @@ import psutil
 import pytest
 
 from baton.cluster.embedded import find_server, start_embedded_redis
-from baton.core.errors import SetupError
+from baton.cluster.store import RedisRegistry
+from baton.core.errors import PeerLost, SetupError
+from baton.core.layout import Capability, KVLayout
+from baton.core.worker import Role, WorkerInfo
+
+WORKER = WorkerInfo("d-0", "b1", Role.DECODE, "127.0.0.1:5000", Capability(
+    "tiny", "f00d", KVLayout(2, 1, 8, 16, "fp32"), 512, 64, (2,), "torch-fp32", transports=()))
 
 OWNER = """
 import asyncio
@@ -62,6 +68,41 @@ def test_its_owner_killed_takes_it_along_with_its_directory() -> None:
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     assert not socket.parent.exists()
+
+
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGTERM)])
+def test_a_server_that_dies_comes_back_at_the_same_url(victim: int, number: int) -> None:
+    """Victim 0 is the watchdog, 1 the server itself."""
+
+    async def body() -> Path:
+        server = await start_embedded_redis()
+        registry = RedisRegistry(server.url)
+        try:
+            await registry.register(WORKER)
+            (watchdog,) = (p for p in psutil.Process().children() if p.pid not in before)
+            (watchdog, *watchdog.children())[victim].send_signal(number)
+
+            async def served() -> bool:
+                """By a new one: the old one knew the worker."""
+                try:
+                    return await registry.list() == ()
+                except PeerLost:
+                    return False
+
+            async with asyncio.timeout(60):
+                while not await served():
+                    await asyncio.sleep(0.05)
+            await registry.register(WORKER)
+            assert await registry.list() == (WORKER,)
+        finally:
+            await registry.close()
+            await server.close()
+        return server.socket.parent
+
+    before = children()
+    directory = asyncio.run(body())
+    assert not directory.exists()
+    assert children() <= before
 
 
 def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
