@@ -7,6 +7,7 @@ the log). However it ends, also when the client is gone, the service's iterator 
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import socket
@@ -34,6 +35,15 @@ from baton.wire.calls import SERVER_OPTIONS, abort, closing
 log = logging.getLogger("baton.wire")
 
 _OUR_CALLS = "/baton.wire."
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """gRPC logs an error when a caller leaves before its call's task has run for the first time. Leaving is none."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, asyncio.CancelledError)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_cancellation)
 
 
 class GrpcServer:
