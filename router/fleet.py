@@ -225,8 +225,7 @@ class Fleet:
                     known.info = info
                     self._notice(info)
             elif info.boot_id not in known.past_boots:
-                if known.was_ready and known.state is not WorkerState.DEAD:
-                    self._metrics.inc("baton_worker_lost_total", role=known.info.role.value)
+                known.lose()
                 past = (*known.past_boots, known.info.boot_id)[-MAX_PAST_BOOTS:]
                 self._close(info.worker_id)
                 self._open(Link(info, self._around, past), tasks)

@@ -9,7 +9,8 @@ Life of a link:
 2. READY: each message refreshes liveness, load, index and the waiting subscriptions, and never waits for any of them.
 3. SUSPECT is READY with nothing heard for `suspect_s`, or with work and no engine step for `stall_timeout_s`: it
    speaks, but stands still. A message ends the one, a step (or no work left) the other.
-4. The stream broke, or `dead_s` of silence (DEAD): every subscription fails with PeerLost, and dialling goes on.
+4. The stream broke (CONNECTING): every subscription fails with PeerLost, and dialling goes on.
+5. DEAD, and counted as lost, after `dead_s` without a word, on a stream or with none that opens. A word revives it.
 """
 
 from __future__ import annotations
@@ -215,6 +216,10 @@ class Link:
         self._state = WorkerState.CONNECTING
         self._heard = self._moved_on = asyncio.get_running_loop().time()
         """When it last spoke; when its engine last did a step, or had nothing to do."""
+        self._alive = False
+        """It was READY, and has not been counted as lost since."""
+        self._grave: asyncio.TimerHandle | None = None
+        """Without a stream: when the silence has been too long."""
         self._subscriptions: dict[str, Subscription] = {}
 
     @property
@@ -256,6 +261,12 @@ class Link:
 
     async def run(self) -> None:
         """Keep a stream open, for ever; cancelling ends it."""
+        try:
+            await self._keep_dialling()
+        finally:
+            self._stay_up()
+
+    async def _keep_dialling(self) -> None:
         backoff_s = BACKOFF_FIRST_S
         while True:
             why = "the router goes away or follows another boot"
@@ -264,7 +275,7 @@ class Link:
                 why = "the worker closed it"
             except TimeoutError:
                 why = f"nothing was heard within {self._around.config.dead_s:g} s"
-                self._declare_dead()
+                self._declare_dead_if_silent()
             except (BatonError, OSError) as e:
                 why = str(e)
             finally:
@@ -312,7 +323,8 @@ class Link:
             self._deliver(chunk)
         if message.snapshot is not None:
             self._resync(message.snapshot)
-            self._state = WorkerState.READY
+            self._state, self._alive = WorkerState.READY, True
+            self._stay_up()
         if self._state is WorkerState.READY:
             self._follow(message.kv_events)
             if news:
@@ -337,19 +349,36 @@ class Link:
         elif not subscription.put(chunk):
             self.send(Cancel(chunk.request_id, chunk.epoch, "the client reads too slowly"))
 
-    def _declare_dead(self) -> None:
-        if self._state is not WorkerState.READY:
-            return  # it never was alive on this stream
-        self._state = WorkerState.DEAD
-        self._around.index.drop(self.info.worker_id)
-        self._around.metrics.inc("baton_worker_lost_total", role=self.info.role.value)
-        log.warning("%s is dead: nothing heard for %.1f s", self.info.worker_id, self.silent_s)
+    def lose(self) -> None:
+        """Its death is certain: count it, once for each time it was READY."""
+        if self._alive:
+            self._alive = False
+            self._around.metrics.inc("baton_worker_lost_total", role=self.info.role.value)
+
+    def _declare_dead_if_silent(self) -> None:
+        """If it was alive and `dead_s` have passed without a word; before they have, look again when they will."""
+        self._stay_up()
+        loop, dead_at = asyncio.get_running_loop(), self._heard + self._around.config.dead_s
+        if self._alive and loop.time() < dead_at:
+            self._grave = loop.call_at(dead_at, self._declare_dead_if_silent)
+        elif self._alive:
+            self.lose()
+            self._state = WorkerState.DEAD
+            self._around.index.drop(self.info.worker_id)
+            log.warning("%s is dead: nothing heard for %.1f s", self.info.worker_id, self.silent_s)
+            self._around.changed()
+
+    def _stay_up(self) -> None:
+        if self._grave is not None:
+            self._grave.cancel()
+            self._grave = None
 
     def _break(self, why: str) -> None:
         """The stream is gone, and with it every request on it."""
         self._up = None
         if self._state is WorkerState.READY:
             self._state = WorkerState.CONNECTING
+            self._declare_dead_if_silent()
         self.in_flight = InFlight()
         for subscription in self._subscriptions.values():
             subscription.fail(PeerLost(f"{why}. Its requests go to other workers."))

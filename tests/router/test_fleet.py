@@ -100,6 +100,32 @@ def test_a_worker_that_never_answers_stays_connecting() -> None:
     simulate(main, range(2))
 
 
+def test_a_killed_worker_that_does_not_come_back_is_dead_and_lost_once() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", held={h(1): None})
+        async with ScriptedFleet(worker) as fleet:
+            for lost in (1, 2):
+                worker.down = True
+                worker.break_streams()
+                await asyncio.sleep(2)
+                assert fleet.state("d0") == "connecting"
+                await asyncio.sleep(3)
+                assert fleet.state("d0") == "dead"
+                assert fleet.metrics.value("baton_workers", role="decode", state="dead") == 1
+                assert fleet.fleet.index.num_blocks == 0
+                await asyncio.sleep(20)
+                assert fleet.metrics.value("baton_worker_lost_total", role="decode") == lost
+                worker.down = False
+                await asyncio.sleep(2.1)
+                assert fleet.state("d0") == "ready"
+            worker.break_streams()
+            await asyncio.sleep(10)
+            assert fleet.state("d0") == "ready"
+            assert fleet.metrics.value("baton_worker_lost_total", role="decode") == 2, "it was back in time"
+
+    simulate(main, range(5))
+
+
 def test_dialling_backs_off_to_two_seconds() -> None:
     async def main() -> None:
         worker = ScriptedWorker("d0")
@@ -107,7 +133,7 @@ def test_dialling_backs_off_to_two_seconds() -> None:
             worker.down = True
             worker.break_streams()
             await asyncio.sleep(60)
-            assert fleet.state("d0") == "connecting"
+            assert fleet.state("d0") == "dead"
             worker.down = False
             await asyncio.sleep(2.1)
             assert fleet.state("d0") == "ready"
@@ -320,7 +346,7 @@ def test_another_boot_at_the_same_address_is_not_taken_for_the_known_one() -> No
             worker.boot_id = "boot-2"
             worker.break_streams()
             await asyncio.sleep(5)
-            assert fleet.state("d0") == "connecting"
+            assert fleet.state("d0") == "dead", "what the known one's stream brings is another's word"
             fleet.registry_fails = None
             await asyncio.sleep(1)
             assert fleet.state("d0") == "ready"
@@ -350,7 +376,7 @@ def test_a_worker_that_is_gone_and_no_longer_listed_is_forgotten_in_the_end() ->
             worker.down = True
             worker.break_streams()
             await asyncio.sleep(2 * FORGET_S)
-            assert fleet.state("d0") == "connecting", "it is listed, so it may come back"
+            assert fleet.state("d0") == "dead", "it is listed, so it may come back"
             fleet.unlisted = {"d0"}
             await asyncio.sleep(1)
             assert fleet.state("d0") == "unknown"
