@@ -239,6 +239,14 @@ def child_env(threads: int) -> dict[str, str]:
     return {**ours, **os.environ}
 
 
+def apply_network_env(config: Config) -> None:
+    """A worker that is reached over loopback opens no other port: UCX would listen on every interface it finds.
+    Before nixl is loaded. A value the user set wins."""
+    hosts = (config.handoff.data_bind, config.cluster.worker_host)
+    if all(host.startswith("127.") or host in {"localhost", "::1"} for host in hosts):
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
 def apply_child_env(threads: int) -> None:
     """The same, for a process that was started by somebody else (a Ray actor), before it imports torch."""
     for name, value in child_env(threads).items():

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from baton.cluster.store import Registry
 from baton.core.block_hash import HashScope
-from baton.core.config import Config
+from baton.core.config import Config, apply_network_env
 from baton.core.errors import SetupError
 from baton.core.layout import Capability, KVLayout
 from baton.core.metrics import Metrics
@@ -70,6 +70,7 @@ async def open_node(
     stack.callback(memory.close)
     pool = BlockPool(num_blocks, layout.block_size)
     leases = LeaseTable(pool, metrics)
+    apply_network_env(config)
     transports = await open_transports(worker_id, boot_id, memory, leases, config.handoff)
     puller = Puller(memory, transports, pool, config.handoff, metrics)
     stack.push_async_callback(puller.close)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from baton.core.config import Config, cache_dir, child_env, load, settings
+from baton.core.config import Config, apply_network_env, cache_dir, child_env, load, settings
 from baton.core.errors import ConfigError
 
 
@@ -100,6 +101,21 @@ def test_the_users_environment_wins_over_ours(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     env = child_env(2)
     assert (env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"]) == ("7", "2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices"),
+    [([], "lo"), (["cluster.worker_host=192.0.2.2"], None), (["handoff.data_bind=192.0.2.2"], None)],
+)
+def test_a_worker_on_loopback_keeps_ucx_there(
+    overrides: list[str], devices: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    apply_network_env(load(overrides=overrides))
+    assert os.environ.get("UCX_NET_DEVICES") == devices
+    os.environ["UCX_NET_DEVICES"] = "eth0"
+    apply_network_env(load())
+    assert os.environ["UCX_NET_DEVICES"] == "eth0"
 
 
 def test_the_cache_is_where_the_config_says_then_the_environment_then_home(monkeypatch: pytest.MonkeyPatch) -> None:
