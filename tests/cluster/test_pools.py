@@ -97,6 +97,37 @@ def leftovers() -> set[object]:
     return alive | set(Path("/tmp").glob(f"baton-*-{os.getpid()}-*")) | set(Path("/dev/shm").glob("*plasma*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.3, 1.0, 1.8])
+def test_ray_interrupted_while_it_starts_leaves_nothing(after_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from baton.cluster.ray_pool import open_ray_pool
+
+    mark = f"BATON_TEST_MARK={os.getpid()}-{after_s}"
+    monkeypatch.setenv(*mark.split("="))
+
+    async def body() -> None:
+        opening = asyncio.create_task(open_ray_pool(None))
+        await asyncio.wait({opening}, timeout=after_s)
+        if opening.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+        else:
+            await opening.result().close()
+
+    before = leftovers()
+    asyncio.run(body())
+    assert leftovers() <= before
+    assert not {pid for pid in psutil.pids() if inherits(pid, mark)}, "those that Ray's processes left behind"
+
+
+def inherits(pid: int, variable: str) -> bool:
+    """Whether another process than ours has `variable`, which this one set after it began, in its environment."""
+    try:
+        return variable.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
 def family(pid: int) -> list[psutil.Process]:
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
