@@ -7,6 +7,7 @@ Life of a request:
 
 1. admitted (or Overloaded at once), checked against what the fleet can hold
 2. placed: hashed once, priced, and sent to the decode worker of the cheapest route; waits, bounded, for a ready worker
+   and behind those that were refused before (waiting.py)
 3. delivered: each token exactly once, by (request_id, epoch, first_index)
 4. refused or lost: step 2 with a new epoch, elsewhere; delivered tokens are replayed, never repeated to the client
 5. ended: finished, failed, or the iterator closed, which cancels it on the worker
@@ -44,17 +45,24 @@ from baton.router.fleet import Fleet, context_limit
 from baton.router.link import Subscription
 from baton.router.policy import Candidate, Candidates, Facts, Policy
 from baton.router.trace import Attempt, TraceLog, TraceRecord, timeline
+from baton.router.waiting import WaitingLine
 
 log = logging.getLogger(__name__)
 
 PLACE_WAIT_S = 10.0
-"""Longest wait for a worker that can take a request; then it is refused, so that the client can go elsewhere."""
+"""Longest wait for a decode worker to become ready; then the client can go elsewhere."""
+REFUSED_WAIT_S = 60.0
+"""Longest wait for a place while workers are ready and have none."""
 PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 1.0
 """Pause before workers that all refused are asked again; doubles with each attempt."""
 
 RETRYABLE = (Overloaded, PeerLost, Incompatible, IntegrityError)
 """Said by one worker, these may be different at another."""
+
+
+class NobodyReady(PeerLost):
+    """There is no decode worker to wait for. To clients a PeerLost: the fault is the fleet's, not the load's."""
 
 
 @dataclass(slots=True)
@@ -149,6 +157,7 @@ class Dispatcher:
         self._config = config
         self._metrics = metrics
         self._live: dict[str, _Run] = {}
+        self._line = WaitingLine()
         self._epochs = itertools.count(1)
         """Never the same twice: a request id may come again while chunks of its last use are on their way."""
 
@@ -190,6 +199,7 @@ class Dispatcher:
             raise
         finally:
             del self._live[request.request_id]
+            self._line.leave(request.request_id)
             self._record(run, outcome or run.how_it_ended())
 
     # ---- admission ----
@@ -218,8 +228,9 @@ class Dispatcher:
     # ---- placing ----
 
     async def _place(self, run: _Run) -> Route:
-        """The next attempt's route. Waits up to PLACE_WAIT_S for somebody to take it."""
+        """The next attempt's route. Waits up to PLACE_WAIT_S for somebody to take it, and for its turn."""
         loop = asyncio.get_running_loop()
+        await self._turn(run)
         give_up = min(run.deadline, loop.time() + PLACE_WAIT_S)
         while True:
             if loop.time() >= run.deadline:
@@ -234,15 +245,36 @@ class Dispatcher:
                 return route
             left = give_up - loop.time()
             if run.avoided:
-                await asyncio.sleep(min(left, PAUSE_FIRST_S * 2 ** min(len(run.attempts), 10), PAUSE_MAX_S))
-                run.avoided.clear()
+                await self._pause(run)
+                await self._turn(run)
             elif left <= 0 or not await self._fleet.changed(left):
                 if loop.time() >= run.deadline:
                     raise self._too_late(run)
-                raise Overloaded(
+                raise (Overloaded if self._fleet.ready else NobodyReady)(
                     f"no decode worker can take request {run.request.request_id}: {self._roll_call()}. "
                     "Try again later; `baton status` shows the workers."
                 )
+
+    async def _turn(self, run: _Run) -> None:
+        """Let those go first who were refused before. Who was running goes on at once: he has waited already."""
+        give_up = min(run.deadline, (run.refused_since or run.arrived) + REFUSED_WAIT_S)
+        if run.num_failures or await self._line.turn(run.request.request_id, give_up):
+            return
+        if give_up >= run.deadline:
+            raise self._too_late(run)
+        raise Overloaded(
+            f"request {run.request.request_id} waited {REFUSED_WAIT_S:g} s behind others that the workers have no "
+            "place for. Try again later, or add workers."
+        )
+
+    async def _pause(self, run: _Run) -> None:
+        """Everybody asked has said no. Then all of them may be asked again."""
+        left_s = run.deadline - asyncio.get_running_loop().time()
+        pause_s = min(left_s, PAUSE_FIRST_S * 2 ** min(len(run.attempts), 10), PAUSE_MAX_S)
+        if run.refused_since is not None and not run.num_failures:
+            self._line.refused(run.request.request_id)
+        await asyncio.sleep(pause_s)
+        run.avoided.clear()
 
     def _price(self, run: _Run) -> Route | None:
         held = self._held_blocks(run)
@@ -341,6 +373,8 @@ class Dispatcher:
         if fresh is None:
             self._metrics.inc("baton_stale_chunks_total", reason="duplicate")
         elif fresh.token_ids:
+            if not run.settled:
+                self._line.placed(run.request.request_id)
             self._settle(run, route)
             if run.ttft_s is None:
                 run.ttft_s = asyncio.get_running_loop().time() - run.arrived
@@ -356,26 +390,28 @@ class Dispatcher:
             self._note_refusal(run, error)
         else:
             self._note_loss(run, error)
-        log.info("request %s is sent again after attempt %d: %s", run.request.request_id, run.epoch, error.message)
+        request_id, number = run.request.request_id, len(run.attempts)
+        log.info("request %s is sent again after attempt %d: %s", request_id, number, error.message)
         self._metrics.inc("baton_dispatch_retries_total", reason=error.code)
         run.avoided.add(run.suspect)
         return None
 
     def _note_refusal(self, run: _Run, error: Overloaded) -> None:
         """A refusal costs no attempt: nothing was lost, and a place may be free in a moment. Raises it when the
-        request has waited PLACE_WAIT_S for one."""
+        request has waited REFUSED_WAIT_S for one."""
         now = asyncio.get_running_loop().time()
         if run.refused_since is None:
             run.refused_since = now
-        if now - run.refused_since >= PLACE_WAIT_S:
+        if now - run.refused_since >= REFUSED_WAIT_S:
             raise Overloaded(
-                f"request {run.request.request_id} was refused for {PLACE_WAIT_S:g} s by every worker asked; the last: "
-                f"{error.message}"
+                f"request {run.request.request_id} was refused for {REFUSED_WAIT_S:g} s by every worker asked; "
+                f"the last: {error.message}"
             ) from error
 
     def _note_loss(self, run: _Run, error: BatonError) -> None:
         """Raises the error once attempts are spent."""
         run.refused_since = None
+        self._line.leave(run.request.request_id)
         run.num_failures += 1
         limit = self._config.router.max_attempts
         if run.num_failures >= limit:

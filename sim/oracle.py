@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded
 from baton.core.messages import TokenChunk
 from baton.core.request import FinishReason
-from baton.router.dispatch import PLACE_WAIT_S
+from baton.router.dispatch import PLACE_WAIT_S, NobodyReady
 from baton.sim.hash_model import expected
 from baton.sim.workload import Job
 from baton.worker.node import WorkerNode
@@ -99,7 +99,7 @@ class Oracle:
                            f"as {record.expected_finish} with {record.expected}")
         elif not record.left:
             late = job.may_miss_deadline and isinstance(record.error, DeadlineExceeded | Cancelled)
-            crowded = isinstance(record.error, Overloaded) and took >= PLACE_WAIT_S
+            crowded = isinstance(record.error, Overloaded | NobodyReady) and took >= PLACE_WAIT_S
             excused = late or crowded
             require(excused, f"{name} failed with {record.error!r} ({record.finish}) after {len(record.tokens)} tokens")
 

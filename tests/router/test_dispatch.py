@@ -37,6 +37,7 @@ from tests.router.fake_fleet import (
     refuse,
     request,
     simulate,
+    speak,
     token,
 )
 
@@ -322,9 +323,9 @@ def test_when_all_refuse_they_are_asked_again_and_in_the_end_the_client_hears_it
         workers = [ScriptedWorker(f"d{i}", script=refuse("overloaded", "no credit")) for i in range(2)]
         async with ScriptedFleet(*workers, max_attempts=2) as fleet:
             started = now()
-            with pytest.raises(Overloaded, match=r"refused for 10 s.*no credit"):
+            with pytest.raises(Overloaded, match=r"refused for 60 s.*no credit"):
                 await fleet.answer(request())
-            assert 10.0 <= now() - started < 11.5, "a refusal costs no attempt, only patience"
+            assert 60.0 <= now() - started < 61.5, "a refusal costs no attempt, only patience"
             epochs = sorted(s.epoch for w in workers for s in w.submits)
             assert epochs == list(range(1, len(epochs) + 1))
             assert abs(len(workers[0].submits) - len(workers[1].submits)) <= 1
@@ -332,6 +333,40 @@ def test_when_all_refuse_they_are_asked_again_and_in_the_end_the_client_hears_it
             assert await fleet.answer(request("later")) == expected(request("later"))
 
     simulate(main)
+
+
+def test_a_long_prompt_is_not_overtaken_by_short_ones_for_ever() -> None:
+    async def main() -> None:
+        used = 0
+
+        def with_memory(submit: Submit) -> Iterator[Act]:
+            nonlocal used
+            need = 4 if len(submit.request.prompt) > 9 else 1
+            if used + need > 4:
+                yield from refuse("overloaded", "no blocks")(submit)
+                return
+            used += need
+            yield 0.3
+            yield from speak(submit)
+            used -= need
+
+        async with ScriptedFleet(ScriptedWorker("d0", script=with_memory)) as fleet:
+
+            async def stream_of_short_ones(name: int) -> None:
+                for i in range(100):
+                    short = request(f"{name}-{i}")
+                    assert await fleet.answer(short) == expected(short)
+
+            others = [asyncio.create_task(stream_of_short_ones(name)) for name in range(6)]
+            await asyncio.sleep(1)
+            long, started = request("long", range(1, 20)), now()
+            assert await fleet.answer(long) == expected(long)
+            assert now() - started < 15
+            assert not any(task.done() for task in others)
+            await asyncio.gather(*others)
+            assert len(fleet.dispatcher._line) <= 1, "seats are given up with their requests"
+
+    simulate(main, range(3))
 
 
 @pytest.mark.parametrize(

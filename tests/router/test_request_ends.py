@@ -47,7 +47,7 @@ def test_a_request_waits_for_a_worker_and_goes_when_one_is_ready() -> None:
     simulate(main)
 
 
-@pytest.mark.parametrize(("deadline_s", "error", "after_s"), [(600.0, Overloaded, 10.0), (3.0, DeadlineExceeded, 3.0)])
+@pytest.mark.parametrize(("deadline_s", "error", "after_s"), [(600.0, PeerLost, 10.0), (3.0, DeadlineExceeded, 3.0)])
 def test_waiting_for_a_worker_ends(deadline_s: float, error: type[BatonError], after_s: float) -> None:
     async def main() -> None:
         async with ScriptedFleet(ScriptedWorker("d0", down=True)) as fleet:
@@ -62,10 +62,10 @@ def test_waiting_for_a_worker_ends(deadline_s: float, error: type[BatonError], a
 def test_the_refusal_says_how_the_workers_are() -> None:
     async def main() -> None:
         async with ScriptedFleet(ScriptedWorker("d0", down=True)) as fleet:
-            with pytest.raises(Overloaded, match="d0 is connecting"):
+            with pytest.raises(PeerLost, match="d0 is connecting"):
                 await fleet.answer(request())
         async with ScriptedFleet() as fleet:
-            with pytest.raises(Overloaded, match="none has been registered"):
+            with pytest.raises(PeerLost, match="none has been registered"):
                 await fleet.answer(request())
 
     simulate(main)
