@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,6 +27,7 @@ import typer
 from baton.cli.answers import CHAT_PATH, error_message, piece
 from baton.cli.checks import check_machine, check_redis
 from baton.cli.config import ConfigFile, Overrides, read_config
+from baton.cli.logs import kept_if_failed
 from baton.cli.progress import say, step
 from baton.cli.question import DEMO, Question
 from baton.cli.status import request_trace, trace_lines
@@ -94,18 +96,22 @@ def reclaim_signals() -> None:
 async def run(config: Config, question: Question | None, once: bool) -> int:
     """The exit code. Whatever was started is stopped when this ends or is cancelled."""
     from baton.cli import stack
+    from baton.cluster.scratch import private_dir
 
     check_machine(config)
     if config.cluster.redis_url:
         await check_redis(config.cluster.redis_url)
     model_dir = await stack.prepare_model(config)
     async with contextlib.AsyncExitStack() as started:
-        redis_url = config.cluster.redis_url or await stack.start_registry(started)
-        pool = await stack.start_workers(config, redis_url, started)
-        reclaim_signals()
-        router = await stack.start_router(config, model_dir, redis_url, started)
-        with step("Meeting: every worker ready, every pair measured"):
-            fleet = await stack.until_met(config, router)
+        logs = private_dir("log")
+        started.callback(shutil.rmtree, logs, ignore_errors=True)
+        with kept_if_failed(logs):
+            redis_url = config.cluster.redis_url or await stack.start_registry(started)
+            pool = await stack.start_workers(config, redis_url, logs, started)
+            reclaim_signals()
+            router = await stack.start_router(config, model_dir, redis_url, logs, started)
+            with step("Meeting: every worker ready, every pair measured"):
+                fleet = await stack.until_met(config, router)
         print("\n".join(summary(config, router, fleet, await pool.members())), flush=True)
         answered = await answer(router, question) if question else True
         if once:
@@ -129,7 +135,9 @@ def summary(config: Config, router: RouterChild, fleet: FleetStatus, members: Se
         speed = f", {pair.bytes_per_s / 1e6:,.0f} MB/s measured" if pair.bytes_per_s else ""
         chosen = f"not paired, {pair.refused}" if pair.refused else pair.transport or "not measured yet"
         yield f"  transport {pair.prefill} -> {pair.decode}: {chosen}{speed}"
-    yield f"  registry  {config.cluster.redis_url or 'embedded Valkey'}\n"
+    yield f"  registry  {config.cluster.redis_url or 'embedded Valkey'}"
+    joined = ", and with Ray, of the workers" if config.cluster.ray_address and config.cluster.pool == "ray" else ""
+    yield f"  logs      {router.log.parent}{joined}\n"
 
 
 def how_to_go_on(config: Config, router: RouterChild) -> str:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from pathlib import Path
 
 import typer
 
+from baton.cli.logs import last_words, link_ray_logs
 from baton.cli.progress import step
 from baton.cli.status import fleet_status
 from baton.cluster.embedded import start_embedded_redis
 from baton.cluster.local_pool import LocalPool
 from baton.cluster.pool import WorkerPool, WorkerSpec
-from baton.cluster.scratch import private_dir, sweep
+from baton.cluster.scratch import sweep
 from baton.core.config import Config, child_env
 from baton.core.errors import BatonError, SetupError
 from baton.core.worker import Role
@@ -48,7 +48,7 @@ class RouterChild:
     log: Path
 
     def last_words(self) -> str:
-        return last_line(self.log)
+        return last_words(self.log)
 
 
 async def prepare_model(config: Config) -> Path:
@@ -84,7 +84,9 @@ async def start_registry(stack: contextlib.AsyncExitStack) -> str:
         return embedded.url
 
 
-async def start_workers(config: Config, redis_url: str, stack: contextlib.AsyncExitStack) -> WorkerPool:
+async def start_workers(
+    config: Config, redis_url: str, logs: Path, stack: contextlib.AsyncExitStack
+) -> WorkerPool:
     """All at once: most of a worker's start is waiting for imports and the model."""
     await asyncio.to_thread(sweep)  # what stacks before us left, if they were killed
     if config.cluster.pool == "ray":
@@ -92,8 +94,9 @@ async def start_workers(config: Config, redis_url: str, stack: contextlib.AsyncE
             from baton.cluster.ray_pool import open_ray_pool
 
             pool: WorkerPool = await open_ray_pool(config.cluster.ray_address)
+            link_ray_logs(logs)
     else:
-        pool = LocalPool()
+        pool = LocalPool(logs)
     stack.push_async_callback(pool.close)
     specs = [
         WorkerSpec(f"{role}-{i}", role, ENTRIES[role], config.model_dump_json(), redis_url, config.engine.threads)
@@ -111,12 +114,11 @@ async def start_workers(config: Config, redis_url: str, stack: contextlib.AsyncE
 
 
 async def start_router(
-    config: Config, model_dir: Path, redis_url: str, stack: contextlib.AsyncExitStack
+    config: Config, model_dir: Path, redis_url: str, logs: Path, stack: contextlib.AsyncExitStack
 ) -> RouterChild:
-    log_dir = private_dir("router")
-    stack.callback(shutil.rmtree, log_dir, ignore_errors=True)
+    log_path = logs / "router.log"
     with step("Router"):
-        with (log_dir / "router.log").open("wb") as log:
+        with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -140,9 +142,9 @@ async def start_router(
         with contextlib.suppress(TimeoutError):
             line = await asyncio.wait_for(process.stdout.readline(), config.cluster.start_timeout_s)
         if not line:
-            raise SetupError(f"the router did not start: {last_line(log_dir / 'router.log')}")
+            raise SetupError(f"the router did not start: {last_words(log_path)}")
         said = json.loads(line)
-        return RouterChild(process, said["http"], said["grpc"], said["model"], log_dir / "router.log")
+        return RouterChild(process, said["http"], said["grpc"], said["model"], log_path)
 
 
 async def until_met(config: Config, router: RouterChild) -> FleetStatus:
@@ -181,8 +183,3 @@ def leaves(group: BaseExceptionGroup[BatonError]) -> Iterator[BatonError]:
             yield from leaves(error)
         else:
             yield error
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
