@@ -110,12 +110,15 @@ def test_more_memory_than_there_is(baton: Baton) -> None:
 
 
 @pytest.mark.slow
-def test_more_blocks_than_memory_for_them(baton: Baton, tiny_model_dir: Path) -> None:
+def test_more_blocks_than_memory_for_them(baton: Baton, tiny_model_dir: Path, tmp_path: Path) -> None:
     source, cache = tiny_model_dir.parents[2] / "llama", tiny_model_dir.parents[1]
     model = ("--set", f"model.name={source}", "--set", f"model.cache_dir={cache}")
-    done = baton(*SERVE, *model, "--set", "engine.num_blocks=1000000000000")
+    done = baton(*SERVE, *model, "--set", "engine.num_blocks=1000000000000", env={"TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
     assert "Lower engine.num_blocks" in done.stderr
+    (kept,) = tmp_path.glob("baton-failed-*")
+    assert str(kept) in done.stderr
+    assert "Lower engine.num_blocks" in (kept / "decode-0.log").read_text()
 
 
 def test_a_config_typo_names_the_field_and_the_nearest_right_one(baton: Baton) -> None:

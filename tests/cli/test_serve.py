@@ -99,6 +99,9 @@ def test_a_stack_that_is_told_to_end_leaves_nothing_behind(
         ports = [int(p) for p in re.findall(r"127\.0\.0\.1:(\d+)", said)]
         stack.note_family()
         assert len(stack.family) >= 5, "registry with its watchdog, three workers and a router"
+        opened = [c.laddr.ip for p in stack.family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert opened, "HTTP and gRPC at least"
+        assert {ip.removeprefix("::ffff:") for ip in opened} <= {"127.0.0.1", "::1"}, "loopback only"
         code, _, err = stack.end(number)
         assert code == 0, err
         assert stack.left_over() == []
