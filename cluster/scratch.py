@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 from baton.cluster.processes import family_of, gone, machine_id, writers_to
@@ -20,6 +21,8 @@ from baton.cluster.processes import family_of, gone, machine_id, writers_to
 log = logging.getLogger("baton.cluster")
 
 _NAME = re.compile(r"baton-[a-z]+-(\d+)-\w+")
+_DIE_TIMEOUT_S = 5.0
+_POLL_S = 0.01
 _OWNER = "owner"
 """A file in each: the machine (see `machine_id`) where the pid in the directory's name means something."""
 
@@ -37,10 +40,18 @@ def sweep() -> None:
         for directory in parent.glob("baton-*-*-*"):
             if _left(directory):
                 log.info("removing %s: its owner is dead", directory)
-                for pid in family_of(writers_to(str(directory))):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                _kill(family_of(writers_to(str(directory))))
                 shutil.rmtree(directory, ignore_errors=True)
+
+
+def _kill(pids: set[int]) -> None:
+    """And wait a little until they are gone: what still runs may still write."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _DIE_TIMEOUT_S
+    while not all(map(gone, pids)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _left(directory: Path) -> bool:
