@@ -207,10 +207,6 @@ def harmless(check: Check) -> Check:
     return check
 
 
-def logprobs(value: Any, name: str) -> None:
-    only(False, 0)(value, name)
-
-
 BOTH: dict[str, Check] = {
     "model": string,
     "stream": boolean, "stream_options": stream_options,
@@ -218,11 +214,10 @@ BOTH: dict[str, Check] = {
     "top_k": integer, "min_p": number, "ignore_eos": boolean, "stop_token_ids": token_ids,
     "user": harmless(string), "metadata": harmless(metadata), "store": harmless(boolean),
     "n": only(1), "presence_penalty": only(0, 0.0), "frequency_penalty": only(0, 0.0), "logit_bias": only({}),
-    "logprobs": logprobs,
 }
 TABLE: dict[Endpoint, dict[str, Check]] = {
     Endpoint.CHAT: BOTH | {
-        "messages": messages, "max_completion_tokens": integer,
+        "messages": messages, "logprobs": only(False), "max_completion_tokens": integer,
         "safety_identifier": harmless(string), "prompt_cache_key": harmless(string),
         "service_tier": only("auto", "default"), "top_logprobs": only(0), "response_format": only({"type": "text"}),
         "tools": only([]), "tool_choice": only("none"), "parallel_tool_calls": only(), "functions": only([]),
@@ -231,7 +226,7 @@ TABLE: dict[Endpoint, dict[str, Check]] = {
         "guided_json": only(), "guided_regex": only(), "repetition_penalty": only(1, 1.0), "min_tokens": only(0),
     },
     Endpoint.COMPLETIONS: BOTH | {
-        "prompt": prompt, "suffix": only(""), "echo": only(False), "best_of": only(1),
+        "prompt": prompt, "logprobs": only(), "suffix": only(""), "echo": only(False), "best_of": only(1),
         "repetition_penalty": only(1, 1.0), "min_tokens": only(0),
     },
 }

@@ -192,6 +192,7 @@ NOT_YET: list[tuple[str, bytes]] = [
     text(echo=True),
     text(suffix="x"),
     text(logprobs=3),
+    text(logprobs=0),
     text(n=8),
     chat(repetition_penalty=1.1),
     chat(min_tokens=3),
