@@ -166,7 +166,7 @@ class Puller:
                 name = link.transport
                 transfer = self._start(peer.worker_id, name, order)
                 if self._never_began(transfer.pull):
-                    self._let_go(transfer)
+                    self._let_go(transfer, end)
                     self._fall_back(link, transfer.pull)
                     link = await self._link(peer)
                     name = link.transport
@@ -187,7 +187,7 @@ class Puller:
             raise
         finally:
             if transfer is not None:
-                self._let_go(transfer)
+                self._let_go(transfer, end)
             self._metrics.inc("baton_pulls_total", transport=name, end=end)
 
     def _start(self, peer_id: str, transport: str, order: PullOrder) -> _Transfer:
@@ -234,7 +234,7 @@ class Puller:
         self._metrics.inc("baton_verified_bytes_total", num_bytes)
         return "verified"
 
-    def _let_go(self, transfer: _Transfer) -> None:
+    def _let_go(self, transfer: _Transfer, end: str) -> None:
         """The waiter leaves. What is not terminal is quarantined here, before anybody else can run. Idempotent."""
         if transfer.pull.state is not PullState.MOVING:
             self._transfers.pop(id(transfer), None)
@@ -243,8 +243,11 @@ class Puller:
         for block in transfer.pull.order.destination:
             self._pins.quarantine(block)
         self._metrics.inc("baton_quarantined_blocks_total", len(transfer.pull.order.destination))
-        log.warning("%d blocks of a pull from %s over %s are quarantined: it did not end in time",
-                    len(transfer.pull.order.destination), transfer.peer_id, transfer.transport)
+        level, why = logging.WARNING, "it did not end in time"
+        if end == "cancelled":
+            level, why = logging.INFO, "it was cancelled"
+        log.log(level, "%d blocks of a pull from %s over %s are quarantined: %s",
+                len(transfer.pull.order.destination), transfer.peer_id, transfer.transport, why)
 
     # ---- quarantine ----------------------------------------------------------------------------------------------
 

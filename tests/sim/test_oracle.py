@@ -70,7 +70,7 @@ class TrustingPuller(Puller):
 class HastyPuller(Puller):
     """A pull that timed out gives its blocks back at once: no quarantine."""
 
-    def _let_go(self, transfer: _Transfer) -> None:
+    def _let_go(self, transfer: _Transfer, end: str) -> None:
         self._transfers.pop(id(transfer), None)
 
 
