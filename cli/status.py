@@ -147,8 +147,8 @@ def trace_lines(answer: RequestTrace) -> Iterator[str]:
         f"{answer.request_id} ({state}): {answer.prompt_tokens} prompt tokens, {answer.cached_tokens} of them cached, "
         f"{answer.output_tokens} output tokens"
     )
-    for attempt in answer.attempts:
-        yield f"attempt {attempt.epoch}: {attempt.route.reason}"
+    for number, attempt in enumerate(answer.attempts, 1):
+        yield f"attempt {number}: {attempt.route.reason}"
         if attempt.outcome not in ("", "stop", "length"):
             yield f"  ended: {attempt.outcome}"
     # The router's own bar carries the reason again, which has been said.
