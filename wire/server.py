@@ -1,8 +1,9 @@
 """gRPC servers: worker and router services behind health (grpc.health.v1), reflection and one error rule.
 
-Life of a call: gRPC reads the request -> `_Guard` runs the service's own code -> messages are written as they come ->
-the call ends with OK, a BatonError's status, or, for anything else, INTERNAL and one sentence (the traceback goes to
-the log). However it ends, also when the client is gone, the service's iterator is closed before the call is over.
+Life of a call: gRPC reads the request's bytes -> `_Guard` makes messages of them and runs the service's own code ->
+messages are written as they come -> the call ends with OK, a BatonError's status, or, for anything else, INTERNAL and
+one sentence (the traceback goes to the log). However it ends, also when the client is gone, the service's iterator is
+closed before the call is over.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from baton.core.errors import BatonError, InternalError, SetupError
+from baton.core.errors import BatonError, InternalError, InvalidRequest, SetupError
 from baton.core.messages import UpMessage
 from baton.core.services import WorkerService
 from baton.wire import (
@@ -164,17 +166,36 @@ class _Guard(grpc.aio.ServerInterceptor):
         behaviour = getattr(handler, f"{up}_{down}")
         make = getattr(grpc, f"{up}_{down}_rpc_method_handler")
         return make(
-            _guarded(behaviour, method), request_deserializer=handler.request_deserializer,
+            _guarded(behaviour, method, _reader(handler)), request_deserializer=None,
             response_serializer=handler.response_serializer)
 
 
-def _guarded(behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
+def _reader(handler: Any) -> Callable[[Any], Any]:
+    """From bytes, or an iterator of them, to messages. Not left to gRPC, which answers UNKNOWN for bytes that are no
+    message, and logs a traceback."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as e:
+            raise InvalidRequest(f"the request is not a message of this call ({e}). Encode it as proto/ says, text as "
+                                 "UTF-8.") from None
+
+    async def read_all(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in stream:
+            yield read(data)
+
+    return read_all if handler.request_streaming else read
+
+
+def _guarded(behaviour: Callable[[Any, Any], Any], method: str,
+             read: Callable[[Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
     """Streams are written from here instead of handing gRPC the generator: gRPC leaves a generator that it no longer
     needs to the garbage collector, and a cancelled Prefill must end its work now."""
 
     async def call(request: Any, context: Any) -> Any:
         try:
-            answer = behaviour(request, context)
+            answer = behaviour(read(request), context)
             if inspect.isawaitable(answer):
                 return await answer
             async with closing(answer) as messages:

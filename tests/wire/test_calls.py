@@ -439,6 +439,31 @@ def test_the_routers_front_has_the_same_error_rule_and_a_client() -> None:
     asyncio.run(inside())
 
 
+@pytest.mark.parametrize("call", ["Prefill", "Status", "Stream"])
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x07\x0a\x01\xff", b"\x12\x08nothing"])
+def test_bytes_that_are_no_message_are_the_callers_fault(
+    call: str, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    if call == "Status" and data != b"\xff\xff\xff":
+        pytest.skip("a message without fields takes any well-formed ones")
+
+    async def inside() -> None:
+        server = await start_worker_server(EchoWorker(), "127.0.0.1", 0)
+        async with asyncio.timeout(30), grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            method = f"/baton.wire.Worker/{call}"
+            if call == "Stream":
+                sent = channel.stream_stream(method)(iter([data]))
+                await sent.read()  # what the service says before it reads; the status comes after it
+            else:
+                sent = (channel.unary_unary if call == "Status" else channel.unary_stream)(method)(data)
+            code, details = await sent.code(), await sent.details()
+        await server.stop(0)
+        assert (code, "not a message of this call" in details) == (grpc.StatusCode.INVALID_ARGUMENT, True), details
+        assert not caplog.records
+
+    asyncio.run(inside())
+
+
 def test_reflection_lists_and_describes_the_services() -> None:
     async def inside() -> None:
         server = await start_router_server(Front(), Front(), "127.0.0.1", 0)
