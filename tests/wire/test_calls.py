@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 
 import grpc
@@ -105,6 +105,17 @@ class EchoWorker:
             self.all_closed.set()
 
 
+one_loop = asyncio.Runner()
+"""For all tests of this file. gRPC has one completion queue per process: what a closed loop left in it would be
+delivered, as an error, in the middle of the next test's. A server's process has one loop, too."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_the_loop() -> Iterator[None]:
+    yield
+    one_loop.close()
+
+
 def served(body: Callable[[EchoWorker, GrpcWorker, GrpcServer], Awaitable[None]]) -> None:
     """Run `body` with a worker, a client of it over gRPC, and its server."""
 
@@ -120,7 +131,7 @@ def served(body: Callable[[EchoWorker, GrpcWorker, GrpcServer], Awaitable[None]]
                 await dial.close()
                 await server.stop(0)
 
-    asyncio.run(inside())
+    one_loop.run(inside())
 
 
 async def silent() -> AsyncIterator[UpMessage]:
@@ -255,7 +266,7 @@ def test_what_a_service_says_to_a_caller_who_left_is_no_alarm() -> None:
             await client.close()
             await server.stop(5)
 
-    asyncio.run(inside())
+    one_loop.run(inside())
 
 
 def test_an_error_of_the_routers_own_feed_leaves_at_the_router() -> None:
@@ -298,7 +309,7 @@ def test_nobody_at_the_address_is_a_lost_peer() -> None:
                     await call
         await client.close()
 
-    asyncio.run(inside())
+    one_loop.run(inside())
 
 
 def test_a_stopped_server_is_a_lost_peer_under_its_streams() -> None:
@@ -344,7 +355,7 @@ def test_a_killed_worker_is_a_lost_peer_under_its_streams() -> None:
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            asyncio.run(inside(int(process.stdout.readline()), process.pid))
+            one_loop.run(inside(int(process.stdout.readline()), process.pid))
         finally:
             process.kill()
 
@@ -436,7 +447,7 @@ def test_the_routers_front_has_the_same_error_rule_and_a_client() -> None:
             assert caught.value.param == "request_id"
         await server.stop(0)
 
-    asyncio.run(inside())
+    one_loop.run(inside())
 
 
 @pytest.mark.parametrize("call", ["Prefill", "Status", "Stream"])
@@ -461,7 +472,7 @@ def test_bytes_that_are_no_message_are_the_callers_fault(
         assert (code, "not a message of this call" in details) == (grpc.StatusCode.INVALID_ARGUMENT, True), details
         assert not caplog.records
 
-    asyncio.run(inside())
+    one_loop.run(inside())
 
 
 def test_reflection_lists_and_describes_the_services() -> None:
@@ -477,7 +488,7 @@ def test_reflection_lists_and_describes_the_services() -> None:
         assert b"GenerateRequest" in answers[1].file_descriptor_response.file_descriptor_proto[0]
         await server.stop(0)
 
-    asyncio.run(inside())
+    one_loop.run(inside())
 
 
 @pytest.fixture(autouse=True)
