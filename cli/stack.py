@@ -88,7 +88,7 @@ async def start_workers(
     config: Config, redis_url: str, logs: Path, stack: contextlib.AsyncExitStack
 ) -> WorkerPool:
     """All at once: most of a worker's start is waiting for imports and the model."""
-    await asyncio.to_thread(sweep)  # what stacks before us left, if they were killed
+    await sweep()  # what stacks before us left, if they were killed
     if config.cluster.pool == "ray":
         with step("Ray"):
             from baton.cluster.ray_pool import open_ray_pool

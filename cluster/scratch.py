@@ -6,6 +6,7 @@ next start of any stack of the same user, with the processes that still write th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -13,7 +14,6 @@ import re
 import shutil
 import signal
 import tempfile
-import time
 from pathlib import Path
 
 from baton.cluster.processes import family_of, gone, machine_id, writers_to
@@ -34,24 +34,25 @@ def private_dir(kind: str, parent: str | None = None) -> Path:
     return directory
 
 
-def sweep() -> None:
+async def sweep() -> None:
     """Remove what owners that were killed have left. What other users, machines or containers own stays."""
     for parent in {Path(tempfile.gettempdir()), Path("/tmp")}:
         for directory in parent.glob("baton-*-*-*"):
             if _left(directory):
                 log.info("removing %s: its owner is dead", directory)
-                _kill(family_of(writers_to(str(directory))))
+                await _kill(family_of(writers_to(str(directory))))
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def _kill(pids: set[int]) -> None:
+async def _kill(pids: set[int]) -> None:
     """And wait a little until they are gone: what still runs may still write."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + _DIE_TIMEOUT_S
-    while not all(map(gone, pids)) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DIE_TIMEOUT_S):
+            while not all(map(gone, pids)):  # noqa: ASYNC110 (not our children: nobody tells us)
+                await asyncio.sleep(_POLL_S)
 
 
 def _left(directory: Path) -> bool:

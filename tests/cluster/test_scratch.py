@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_only_what_a_dead_owner_left_is_swept(tmp_path: Path, monkeypatch: pytes
         left = Path(name)
         with (left / "x.log").open() as log:
             reader = subprocess.Popen(["sleep", "600"], stdin=log)
-        sweep()
+        asyncio.run(sweep())
         assert left.is_dir(), "its owner lives"
         owner.kill()
     mine = private_dir("log")
@@ -41,7 +42,7 @@ def test_only_what_a_dead_owner_left_is_swept(tmp_path: Path, monkeypatch: pytes
     (elsewhere / "owner").write_text("another machine")
     unmarked = tmp_path / f"baton-log-{owner.pid}-unmarked"
     unmarked.mkdir()
-    sweep()
+    asyncio.run(sweep())
     assert {path for path in tmp_path.iterdir() if path.name.startswith("baton-")} == {mine, elsewhere, unmarked}
     assert gone(int(pid))
     assert reader.poll() is None, "it only reads"
