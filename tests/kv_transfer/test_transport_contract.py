@@ -199,7 +199,11 @@ def test_a_lender_killed_with_bytes_on_their_way_fails_the_pull_and_its_next_boo
         asyncio.run(main(first))
 
 
-def test_readers_that_are_killed_in_the_middle_of_a_pull_do_the_lender_no_harm(transport: str) -> None:
+def test_readers_that_are_killed_in_the_middle_of_a_pull_do_the_lender_no_harm(
+    transport: str, request: pytest.FixtureRequest
+) -> None:
+    if "nixl/tcp" in request.node.callspec.id:
+        pytest.skip("UCX's emulated READ can abort its lender: why no worker offers it (docs/notes/0003)")
     with lender((transport,), num_blocks=MANY, block_bytes=BIG) as there:
         for _ in range(3):
             lease_id = there.kill_a_reader(transport, MANY, BIG)
