@@ -60,16 +60,14 @@ class Handoff:
         call = PrefillCall(submit.request, submit.epoch, parts.worker_id, intake.num_held, parts.lease_ttl_s)
         try:
             failure = await self._drive(self._service.prefill(call))
-            if failure is None:
-                state, lease = self._complete()
-                await self._release(lease)
-                intake.seq.num_computed_tokens = state.num_computed_tokens
-                return
+            if failure is not None:
+                raise failure
+            state, lease = self._complete()
+            await self._release(lease)
+            intake.seq.num_computed_tokens = state.num_computed_tokens
         except BaseException:
-            parts.spawn(self._release_quietly())
+            parts.spawn(self._release_quietly())  # in the background: a lost lender must not hold up the fallback
             raise
-        parts.spawn(self._release_quietly())  # a lost lender must not hold up the fallback
-        raise failure
 
     def _complete(self) -> tuple[HandoffState, Lease]:
         """Raise IntegrityError unless what was handed over is whole: a lender that leaves something out is caught
