@@ -77,6 +77,7 @@ nightly: $(VENV)/.dev
 # Files that are generated and committed; tests/test_docs.py fails when they are stale.
 docs: $(VENV)/.dev
 	@$(BIN)/baton config show --docs > docs/configuration.md
+	@$(BIN)/python -m baton.core.machines docs/protocol.md
 
 proto: $(VENV)/.dev
 	@$(BIN)/python -m grpc_tools.protoc -I proto --python_out=src --pyi_out=src --grpc_python_out=src proto/baton/wire/*.proto
