@@ -78,6 +78,7 @@ class HandoffConfig(_Tree):
     peer_timeout_s: Seconds = Field(3.0, description="No sign of life for this long: the peer is lost.")
     stall_timeout_s: Seconds = Field(30.0, description="A worker that lives but completes no engine step for this long is given up by who waits for its KV, and gets no new requests. Longer than the longest step.")
     release_timeout_s: Seconds = Field(1.0, description="Deadline of a lease's release and renewal calls.")
+    layer_parts: Count = Field(4, description="The last chunk of a prompt is published in so many parts, as its layers are done.")
     quarantine_poll_s: Seconds = Field(0.25, description="How often quarantined pulls are looked at.")
     quarantine_max_s: Seconds = Field(10.0, description="A pull quarantined for longer gets its peer fenced.")
     quarantine_cap: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -93,7 +94,11 @@ class RouterConfig(_Tree):
     http_port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="HTTP port; 0 takes a free one.")
     grpc_port: Annotated[int, Field(ge=0, le=65_535)] = Field(8001, description="gRPC port; 0 takes a free one.")
     request_timeout_s: Seconds = Field(600.0, description="Deadline of a request that names none.")
-    max_attempts: Count = Field(4, description="Attempts of one request that failures may cost before it fails; a refusal costs none.")
+    max_attempts: Count = Field(8, description="Attempts of one request that failures may cost before it fails; a refusal costs none.")
+    retry_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="Retry budget: retries per admitted request, over all requests. A retry beyond it waits.")
+    retry_per_s: Annotated[float, Field(gt=0)] = Field(10.0, description="Retries per second that the budget always allows.")
+    quarantine_s: Seconds = Field(600.0, description="A request aboard two crashed workers is failed, and its like refused for this long.")
+    fetch_min_tokens: Annotated[int, Field(ge=0)] = Field(256, description="A worker pulls a prompt's cached prefix from another holder when that one has at least so many tokens more.")
     heartbeat_s: Seconds = Field(0.5, description="Workers report at least this often.")
     suspect_s: Seconds = Field(1.5, description="A silent worker gets no new requests after this.")
     dead_s: Seconds = Field(3.0, description="A silent worker is dead after this; its requests go elsewhere.")
@@ -122,6 +127,7 @@ class ClusterConfig(_Tree):
         None, description="Redis or Valkey to use (redis://host:port/0, unix:///path); default: an embedded one."
     )
     worker_host: str = Field("127.0.0.1", description="Address workers bind and announce.")
+    drain_timeout_s: Seconds = Field(30.0, description="A worker told to stop lets its requests move away for this long.")
     start_timeout_s: Seconds = Field(120.0, description="Longest wait for a worker to come up.")
     registry_poll_s: Seconds = Field(0.5, description="How often the registry is read for new workers.")
 

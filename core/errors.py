@@ -8,9 +8,11 @@
       DeadlineExceeded      a wait ended at its deadline                504  DEADLINE_EXCEEDED
       Cancelled             the client or its router went away          499  CANCELLED
       PeerLost              a worker or link died under a call          503  UNAVAILABLE
+        RetryRoute          a decode worker's prefill workers are gone: the router should choose again
       Incompatible          two workers store or speak differently      503  FAILED_PRECONDITION
       IntegrityError        pulled bytes are not what was lent          500  DATA_LOSS
       InternalError         a bug; the message is for the log           500  INTERNAL
+      RequestQuarantined    two workers crashed under this request      500  INTERNAL
       SetupError            this machine or configuration cannot start  (exit code 2)
         ConfigError         a setting is wrong
 
@@ -62,6 +64,14 @@ class Cancelled(BatonError):
 
 class PeerLost(BatonError):
     code, http_status, grpc_status = "peer_lost", 503, "UNAVAILABLE"
+
+
+class RetryRoute(PeerLost):
+    code = "retry_route"
+
+
+class RequestQuarantined(BatonError):
+    code, http_status, grpc_status = "request_quarantined", 500, "INTERNAL"
 
 
 class Incompatible(BatonError):

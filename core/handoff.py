@@ -8,13 +8,24 @@ worker's memory.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from baton.core.errors import Incompatible
-from baton.core.request import FinishReason, Request
+from baton.core.layout import HANDOFF_VERSION
+from baton.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprob
 from baton.core.worker import Span
 
-HANDOFF_VERSION = 1
+
+class LendMode(enum.StrEnum):
+    """Whose blocks a call asks for."""
+
+    COMPUTE = "compute"
+    """Prefill -> decode: compute this prompt, lend me its KV as it is done."""
+    CACHED = "cached"
+    """Any holder: lend me what your cache has of these tokens; compute nothing."""
+    TAKE_OVER = "take_over"
+    """Planned move: stop the request that runs on you, lend me all of it, and forget it when I release the lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +38,8 @@ class LentBlock:
     generation: int
     """Counts the block's owners in the lender's pool. If it moved, the block is somebody else's now."""
     digest: bytes
-    """xxh3_128 of the whole block's bytes, unfilled tail included (a fresh tail is zeroed, so it is defined)."""
+    """xxh3_128 of the published layers' bytes of this block, unfilled tail included (a fresh tail is zeroed, so it is
+    defined)."""
     num_tokens: int
 
 
@@ -54,16 +66,30 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class RunningAttempt:
+    """What a take-over is aimed at: how the lender knows the request that runs on it."""
+
+    router_id: str
+    epoch: int
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillCall:
-    """Decode -> prefill: compute this prompt, lend me its KV."""
+    """Reader -> lender: lend me the KV of this request."""
 
     request: Request
+    """TAKE_OVER: with the one choice that is taken."""
     epoch: int
+    """The reader's attempt."""
     reader: str
-    """worker_id of the decode worker; its pulls name it."""
+    """worker_id of the reader; its pulls name it."""
     held_blocks: int
     """Leading full blocks that the reader already holds: they are neither published nor moved."""
     lease_ttl_s: float
+    mode: LendMode = LendMode.COMPUTE
+    running: RunningAttempt | None = None
+    """Set with TAKE_OVER."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +100,14 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
-    """These blocks are complete and may be pulled now."""
+    """These blocks are complete, or `layers` of them are, and may be pulled now."""
 
     lease_id: str
     rank: int
@@ -83,15 +115,20 @@ class Published:
     span: Span
     """The chunk that completed them, in the lender's seconds since the call arrived."""
     last: bool
-    """The whole prompt is published."""
+    """All is published."""
+    layers: Layers | None = None
+    """None: all layers. The last chunk of a prompt is published as its layers are done: a block is complete when the
+    ranges published for it cover all layers; they never overlap."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Sampled at prefill. Sent before the last blocks have moved: the client need not wait for them."""
+    """Sampled at prefill, one for each choice. Sent before the last blocks have moved: the client need not wait for
+    them."""
 
+    choice: int
     index: int
-    token_id: int
+    token: SampledToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,24 +139,45 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceState:
+    """Where one answer stands."""
+
+    index: int
+    output: tuple[int, ...]
+    """All its output tokens so far: delivered ones plus what the lender sampled."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the last so many output tokens, if asked for: at least of those that may not be delivered yet."""
+    next_draw: int = 0
+    """The sampler's counter stands at (index, num_prompt_tokens + len(output), next_draw)."""
+    finish: FinishReason | None = None
+    """STOP if its last token ended it; whether the length is used up, the reader knows."""
+    grammar: bytes = b""
+    """State of a structured output's matcher, as its own room encodes it; empty: none."""
+    draft: bytes = b""
+    """State of a drafter, as its own room encodes it; empty: none."""
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffState:
     """The whole state of a request between two workers. Last event of a Prefill stream.
 
-    The sampler needs no more than this: its counter is (choice, position, draw), so position says it all.
+    Penalties need no counts of their own: they follow from the output and from `num_prompt_tokens`, the border.
     """
 
     version: int
     request_id: str
     epoch: int
+    tenant: str
+    sampling: SamplingParams
+    """With the seed that was used, never None."""
     num_prompt_tokens: int
-    output: tuple[int, ...]
-    """All output tokens so far: Request.delivered plus what the lender sampled."""
+    choices: tuple[ChoiceState, ...]
     num_computed_tokens: int
     """Tokens whose KV is in the lease."""
-    finish: FinishReason | None
-    """STOP if the lender sampled a stop token; whether the length is used up, the reader knows."""
     cached_tokens: int
-    """Of these, found in the lender's own prefix cache."""
+    """Usage: prompt tokens found in the lender's own prefix cache."""
+    deadline_s: float
+    """What is left of it, as the lender counts."""
     spans: tuple[Span, ...] = ()
 
     def check(self) -> None:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 DTYPE_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "u64": 8}
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
+HANDOFF_VERSION: Final = 2
+FEATURES: Final = ("cached_lend", "choices", "layers", "logprobs", "penalties", "take_over")
 HASH_VERSION: Final = 1
 
 
@@ -50,7 +52,12 @@ class Capability:
     eos_token_ids: tuple[int, ...] = ()
     numerics: str = "torch-fp32"
     hash_version: int = HASH_VERSION
-    protocol_version: int = PROTOCOL_VERSION
+    protocol_versions: tuple[int, ...] = (PROTOCOL_VERSION,)
+    """Of the messages it speaks."""
+    handoff_versions: tuple[int, ...] = (HANDOFF_VERSION,)
+    """Of the hand-off state it writes (the last) and reads (all)."""
+    features: tuple[str, ...] = FEATURES
+    """What it can do beyond the protocol's base."""
     transports: tuple[tuple[str, bytes], ...] = ()
     """(name, advert) in order of preference; the advert is opaque to all but that transport."""
 
@@ -58,7 +65,8 @@ class Capability:
         return dict(self.transports).get(name)
 
 
-_MUST_MATCH = ("model_fingerprint", "numerics", "hash_version", "protocol_version")
+_MUST_MATCH = ("model_fingerprint", "numerics", "eos_token_ids", "hash_version", "features")
+_MUST_SHARE = ("protocol_versions", "handoff_versions")
 
 
 def difference(a: Capability, b: Capability) -> str | None:
@@ -70,6 +78,9 @@ def difference(a: Capability, b: Capability) -> str | None:
         mine, theirs = getattr(a.layout, f.name), getattr(b.layout, f.name)
         if mine != theirs:
             return f"layout.{f.name}: {mine} vs {theirs}"
-    if not {n for n, _ in a.transports} & {n for n, _ in b.transports}:
-        return f"transports: {[n for n, _ in a.transports]} vs {[n for n, _ in b.transports]} (none in common)"
+    shared = [(name, getattr(a, name), getattr(b, name)) for name in _MUST_SHARE]
+    shared.append(("transports", tuple(n for n, _ in a.transports), tuple(n for n, _ in b.transports)))
+    for name, ours, others in shared:
+        if not set(ours) & set(others):
+            return f"{name}: {list(ours)} vs {list(others)} (none in common)"
     return None

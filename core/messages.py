@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.core.block_hash import BlockHash
-from baton.core.request import FinishReason, Request
+from baton.core.request import FinishReason, Request, TokenLogprob
 from baton.core.worker import Ledger, Route, Span, WorkerInfo, WorkerLoad
 
 
@@ -22,12 +22,24 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeFrom:
+    """The request runs on `worker` as attempt `epoch` of the same router: take it over, KV and all."""
+
+    worker: WorkerInfo
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     request: Request
     route: Route
     epoch: int
-    """Attempts of this request so far. Everything a worker says about it carries the epoch; the router drops
-    what an older attempt says."""
+    """Names this attempt. Everything a worker says about it carries the epoch; the router drops what an older attempt
+    says."""
+    take_from: TakeFrom | None = None
+    """Set: no prefill. If the take-over fails, the attempt ends with an error and the request runs on at the source."""
+    crashes_left: int = 2
+    """Lenders that may still break under this request before it is handed back: it may be what breaks them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +54,20 @@ UpMessage = Hello | Submit | Cancel
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """News of one request. (request_id, epoch, first_index) makes delivery exact: duplicates and stale epochs are
-    dropped, a gap is an error."""
+    """News of one choice of a request. (request_id, epoch, choice, first_index) makes delivery exact: duplicates and
+    stale epochs are dropped, a gap is an error."""
 
     request_id: str
     epoch: int
     first_index: int
     token_ids: tuple[int, ...] = ()
     finish: FinishReason | None = None
+    """Of this choice; ERROR and CANCELLED end all choices of the attempt."""
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Aligned with token_ids if the request asks for them, else empty."""
+    lost_lenders: tuple[str, ...] = ()
+    """boot_ids of workers whose connection broke while they worked for this attempt. With ERROR."""
     error_code: str = ""
     """With finish=ERROR: the BatonError's code, and its message below."""
     error_message: str = ""

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from baton.core.errors import InvalidRequest
 
 MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 300
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 8
 
 
 class FinishReason(enum.StrEnum):
@@ -28,7 +31,9 @@ class FinishReason(enum.StrEnum):
 class SamplingParams:
     """How to choose each token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch that filter off.
 
-    Filters apply in the order temperature, top_k, top_p, min_p, as the field does.
+    Order: logit_bias, repetition, frequency and presence penalty, temperature, top_k, top_p, min_p. Frequency and
+    presence count output tokens only, repetition looks at prompt and output: where the prompt ends is part of a
+    request's state. Log-probs are of the raw logits, before all of these.
     """
 
     max_tokens: int = 128
@@ -39,6 +44,21 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time it is in the output."""
+    presence_penalty: float = 0.0
+    """Taken off a token's logit once if it is in the output."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit)."""
+    logprobs: int | None = None
+    """None: not asked for. Else each token comes with its own log-prob and those of so many likeliest tokens."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Some penalty is on: the next token depends on which tokens came before."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
 
     def check(self) -> None:
         """Raise InvalidRequest naming the first field out of range. NaN fails every comparison below."""
@@ -54,6 +74,21 @@ class SamplingParams:
                 len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
                 f"may hold at most {MAX_STOP_TOKEN_IDS} ids",
             ),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be between -2 and 2"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be between -2 and 2"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "must be above 0 and at most 10"),
+            (
+                "logit_bias",
+                len(self.logit_bias) <= MAX_LOGIT_BIASES
+                and len({t for t, _ in self.logit_bias}) == len(self.logit_bias)
+                and all(0 <= t < 2**31 and -100.0 <= bias <= 100.0 for t, bias in self.logit_bias),
+                f"may name at most {MAX_LOGIT_BIASES} token ids, each once, with values between -100 and 100",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                f"must be between 0 and {MAX_TOP_LOGPROBS}",
+            ),
         ]
         for name, good, rule in rules:
             if not good:
@@ -61,17 +96,51 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithms of probabilities, from the raw logits."""
+
+    logprob: float
+    """Of the token that was chosen."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-prob) of the likeliest tokens, falling; of equals the lower id first."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: TokenLogprob | None = None
+    """Set if SamplingParams.logprobs is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a request's parallel answers."""
+
+    index: int
+    """From 0; part of the sampler's counter."""
+    delivered: tuple[int, ...] = ()
+    """Output tokens the client already has: a worker that takes over replays prompt + delivered and goes on with
+    index len(delivered)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. `delivered` are output tokens the client already has: a worker that takes over replays
-    prompt + delivered and goes on with index len(delivered)."""
+    """One prompt and its answers."""
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    delivered: tuple[int, ...] = ()
+    choices: tuple[Choice, ...] = (Choice(0),)
+    """Answers still to be generated, by rising index: those that have ended are left out of a later attempt."""
     tenant: str = ""
     deadline_s: float = 600.0
     """Seconds left when this message was sent."""
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Tokens that every choice begins with, computed once: the prompt, and of an only choice its delivered
+        tokens."""
+        return self.prompt + self.choices[0].delivered if len(self.choices) == 1 else self.prompt
 
     @property
     def seed(self) -> int:

@@ -3,10 +3,11 @@ decode and draft tokens are all that one case, so the scheduler has no phases an
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from baton.core.block_hash import BlockHash
-from baton.core.request import FinishReason, Request
+from baton.core.request import Choice, FinishReason, Request
 
 
 @dataclass(slots=True)
@@ -28,11 +29,13 @@ class SequenceState:
     request: Request
     epoch: int
     tokens: list[int]
-    """prompt + output."""
+    """prompt + output; while there are several choices, the prompt."""
     block_table: BlockTable
+    choices: tuple[int, ...]
+    """Indices of the answers that begin with these tokens. Several: the sequence ends with the first token of each."""
     max_output_tokens: int
     """End after this many output tokens: sampling.max_tokens, cut to the context; on a prefill worker
-    len(delivered) + 1."""
+    one more than it begins with."""
     num_computed_tokens: int = 0
     """Tokens whose KV is in the blocks (committed steps only)."""
     num_tokens_in_flight: int = 0
@@ -69,7 +72,19 @@ class SequenceState:
 
 
 def new_sequence(request: Request, epoch: int, block_size: int, max_output_tokens: int) -> SequenceState:
-    """A sequence that has computed nothing. Delivered tokens are part of its tokens: they are replayed."""
-    return SequenceState(
-        request, epoch, [*request.prompt, *request.delivered], BlockTable(block_size), max_output_tokens
-    )
+    """A sequence that has computed nothing. Delivered tokens of an only choice are part of its tokens: they are
+    replayed."""
+    choices = tuple(choice.index for choice in request.choices)
+    return SequenceState(request, epoch, [*request.shared], BlockTable(block_size), choices, max_output_tokens)
+
+
+def fork_sequence(leader: SequenceState, choice: Choice, blocks: list[int], max_output_tokens: int) -> SequenceState:
+    """One choice of a sequence of several, after its prompt: `blocks` are its own references (full blocks shared,
+    the partial tail copied) and hold the KV of `leader.num_computed_tokens` tokens."""
+    request = dataclasses.replace(leader.request, choices=(choice,), request_id=f"{leader.request_id}.{choice.index}")
+    child = new_sequence(request, leader.epoch, leader.block_table.block_size, max_output_tokens)
+    child.block_table.blocks.extend(blocks)
+    child.num_computed_tokens = leader.num_computed_tokens
+    child.num_cached_tokens = leader.num_cached_tokens
+    child.block_hashes = leader.block_hashes[: leader.num_computed_tokens // leader.block_table.block_size]
+    return child

@@ -17,22 +17,27 @@ from baton.core.worker import WorkerInfo
 
 
 class WorkerService(Protocol):
-    """What a worker serves: the same four calls for both roles, at the server and at a client of it."""
+    """What a worker serves: the same five calls for both roles, at the server and at a client of it."""
 
     def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
         """The multiplexed stream of one router. Requests submitted on it outlive neither it nor the worker."""
         ...
 
     def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
-        """Compute a prompt and lend its KV: Accepted, then Published / FirstToken / Alive, then HandoffState.
+        """Lend the KV of a request, by `call.mode`: Accepted, then Published / FirstToken / Alive, then HandoffState.
 
-        Raises Overloaded when refused. If the caller goes away before HandoffState, the work stops and the lease ends;
+        Raises Overloaded when refused, NotFound for a take-over of what does not run here. If the caller goes away before HandoffState, the work stops and the lease ends;
         afterwards the lease lives until `lease` releases it or it expires.
         """
         ...
 
     async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
         """Renew a lease, or release it for good. Releasing an unknown lease answers good=False."""
+        ...
+
+    async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
+        """Take nothing new from now on (or again, with `on` False), and tell every router so: they move away what runs
+        here. Answers at once with what is left; drained when no request runs and nothing is lent."""
         ...
 
     async def status(self, timeout_s: float) -> WorkerStatus:

@@ -7,10 +7,11 @@ core.commit(step, result, now)         # pure
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.core.request import FinishReason, SamplingParams
+from baton.core.request import FinishReason, SampledToken, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,17 @@ class ScheduledChunk:
     start: int
     block_table: tuple[int, ...]
     """Covers at least start + len(token_ids) tokens."""
-    samples: bool
-    """The last row is the sequence's last known token: sample the next one."""
+    choices: tuple[int, ...]
+    """Not empty: the last row is the sequence's last known token, and each of these choices samples its next token
+    from it. One, except at the end of a prompt with several answers."""
     sampling: SamplingParams
     seed: int
-    """Key of the counter-based sampler (Request.seed). The counter's position is start + len(token_ids): the
-    position of the token to be sampled."""
+    """Key of the counter-based sampler (Request.seed). The counter is (choice, position, draw); position is
+    start + len(token_ids): that of the token to be sampled."""
+    history: tuple[int, ...] = ()
+    """All tokens up to `end`, if it samples and sampling.needs_history; else empty."""
+    num_prompt_tokens: int = 0
+    """How many of `history` are the prompt: penalties treat the two differently."""
 
     @property
     def end(self) -> int:
@@ -47,9 +53,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sampled tokens, aligned with Step.chunks; None where `samples` was False."""
+    """Sampled tokens, aligned with Step.chunks, and within each with its `choices`."""
 
-    token_ids: tuple[int | None, ...]
+    tokens: tuple[tuple[SampledToken, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +66,9 @@ class Progress:
     epoch: int
     start: int
     num_computed_tokens: int
-    new_token: int | None
-    """Its output index is num_output_tokens - 1."""
+    new_tokens: tuple[SampledToken, ...]
+    """One for each choice of the sequence, if it sampled. The token of an only choice has output index
+    num_output_tokens - 1; a sequence of several choices ends here, and each goes on as a sequence of its own."""
     num_output_tokens: int
     finish: FinishReason | None
 
@@ -70,6 +77,8 @@ class Runner(Protocol):
     """Executes steps, strictly one after the other. `execute` never raises for a bad request: that was refused
     earlier; an exception here is a bug and ends the worker."""
 
-    async def execute(self, step: Step) -> StepResult: ...
+    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
+        """`on_layers(n)`, on the event loop and n rising: the step's KV in layers [0, n) is in the blocks."""
+        ...
 
     async def close(self) -> None: ...

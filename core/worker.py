@@ -45,6 +45,12 @@ class WorkerLoad:
     """Smoothed duration of a step without prefill chunks; 0 until there was one."""
     steps: int = 0
     """Engine steps since boot. It must grow while num_running + num_waiting > 0."""
+    oldest_waiting_s: float = 0.0
+    """Age of the oldest request that has been in no step yet."""
+    draining: bool = False
+    """It takes nothing new; its requests should be taken over."""
+    num_lent_out: int = 0
+    """Leases that live: what somebody may still pull. A draining worker may go when this and its requests are 0."""
     pair_bandwidth: tuple[tuple[str, str, float], ...] = ()
     """(peer worker_id, transport chosen, measured bytes/s) for each peer this worker has pulled from."""
 
@@ -71,6 +77,10 @@ class Route:
     decode: str
     prefill: WorkerInfo | None
     """None: the decode worker prefills itself (short or mostly cached prompts, or nobody else fits)."""
+    spares: tuple[WorkerInfo, ...] = ()
+    """Tried in this order when `prefill` fails, with what was verified kept."""
+    holder: WorkerInfo | None = None
+    """Who has more of the prompt's KV than the worker that computes it: that one pulls it from here first."""
     cost_s: float = 0.0
     terms: tuple[tuple[str, float], ...] = ()
     """(name, seconds) of each term of the cost."""

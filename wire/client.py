@@ -79,6 +79,10 @@ class GrpcWorker:
             call = worker_pb2.LeaseCall(lease_id=lease_id, release=release)
             return codec.RELEASE_ANSWER.decode(await self._stub.Lease(call, timeout=timeout_s))
 
+    async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
+        async with self._call():
+            return codec.STATUS.decode(await self._stub.Drain(worker_pb2.DrainCall(on=on), timeout=timeout_s))
+
     async def status(self, timeout_s: float) -> WorkerStatus:
         async with self._call():
             return codec.STATUS.decode(await self._stub.Status(worker_pb2.StatusCall(), timeout=timeout_s))

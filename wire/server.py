@@ -143,6 +143,9 @@ class _WorkerFront(worker_pb2_grpc.WorkerServicer):
         answer = await self._service.lease(request.lease_id, request.release, context.time_remaining() or 0.0)
         return codec.RELEASE_ANSWER.encode(answer)
 
+    async def Drain(self, request: worker_pb2.DrainCall, context: Any) -> worker_pb2.WorkerStatus:
+        return codec.STATUS.encode(await self._service.drain(request.on, context.time_remaining() or 0.0))
+
     async def Status(self, request: worker_pb2.StatusCall, context: Any) -> worker_pb2.WorkerStatus:
         return codec.STATUS.encode(await self._service.status(context.time_remaining() or 0.0))
 

@@ -20,6 +20,13 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_UNSPECIFIED: _ClassVar[Role]
     PREFILL: _ClassVar[Role]
     DECODE: _ClassVar[Role]
+
+class LendMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEND_MODE_UNSPECIFIED: _ClassVar[LendMode]
+    COMPUTE: _ClassVar[LendMode]
+    CACHED: _ClassVar[LendMode]
+    TAKE_OVER: _ClassVar[LendMode]
 FINISH_REASON_UNSPECIFIED: FinishReason
 STOP: FinishReason
 LENGTH: FinishReason
@@ -28,9 +35,13 @@ ERROR: FinishReason
 ROLE_UNSPECIFIED: Role
 PREFILL: Role
 DECODE: Role
+LEND_MODE_UNSPECIFIED: LendMode
+COMPUTE: LendMode
+CACHED: LendMode
+TAKE_OVER: LendMode
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos")
+    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "logprobs")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +50,11 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_k: int
@@ -47,23 +63,68 @@ class SamplingParams(_message.Message):
     seed: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: _containers.RepeatedCompositeFieldContainer[LogitBias]
+    logprobs: int
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., logprobs: _Optional[int] = ...) -> None: ...
+
+class LogitBias(_message.Message):
+    __slots__ = ("token_id", "bias")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    bias: float
+    def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
+
+class Choice(_message.Message):
+    __slots__ = ("index", "delivered")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    delivered: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., delivered: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TopLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class TokenLogprob(_message.Message):
+    __slots__ = ("logprob", "top")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[TopLogprob]
+    def __init__(self, logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
+
+class SampledToken(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: TokenLogprob
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[_Union[TokenLogprob, _Mapping]] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "prompt", "sampling", "delivered", "tenant", "deadline_s")
+    __slots__ = ("request_id", "prompt", "sampling", "choices", "tenant", "deadline_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
-    delivered: _containers.RepeatedScalarFieldContainer[int]
+    choices: _containers.RepeatedCompositeFieldContainer[Choice]
     tenant: str
     deadline_s: float
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., delivered: _Optional[_Iterable[int]] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., tenant: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class KVLayout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype")
@@ -88,7 +149,7 @@ class TransportAdvert(_message.Message):
     def __init__(self, name: _Optional[str] = ..., advert: _Optional[bytes] = ...) -> None: ...
 
 class Capability(_message.Message):
-    __slots__ = ("model", "model_fingerprint", "layout", "max_model_len", "num_blocks", "eos_token_ids", "numerics", "hash_version", "protocol_version", "transports")
+    __slots__ = ("model", "model_fingerprint", "layout", "max_model_len", "num_blocks", "eos_token_ids", "numerics", "hash_version", "protocol_versions", "handoff_versions", "features", "transports")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -97,7 +158,9 @@ class Capability(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     HASH_VERSION_FIELD_NUMBER: _ClassVar[int]
-    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_fingerprint: str
@@ -107,9 +170,11 @@ class Capability(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     numerics: str
     hash_version: int
-    protocol_version: int
+    protocol_versions: _containers.RepeatedScalarFieldContainer[int]
+    handoff_versions: _containers.RepeatedScalarFieldContainer[int]
+    features: _containers.RepeatedScalarFieldContainer[str]
     transports: _containers.RepeatedCompositeFieldContainer[TransportAdvert]
-    def __init__(self, model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., max_model_len: _Optional[int] = ..., num_blocks: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ..., hash_version: _Optional[int] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportAdvert, _Mapping]]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., max_model_len: _Optional[int] = ..., num_blocks: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ..., hash_version: _Optional[int] = ..., protocol_versions: _Optional[_Iterable[int]] = ..., handoff_versions: _Optional[_Iterable[int]] = ..., features: _Optional[_Iterable[str]] = ..., transports: _Optional[_Iterable[_Union[TransportAdvert, _Mapping]]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
     __slots__ = ("worker_id", "boot_id", "role", "address", "capability")
@@ -136,7 +201,7 @@ class PairBandwidth(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("queued_prefill_tokens", "num_running", "num_waiting", "context_tokens", "available_blocks", "total_blocks", "prefill_tokens_per_s", "decode_step_s", "steps", "pair_bandwidth")
+    __slots__ = ("queued_prefill_tokens", "num_running", "num_waiting", "context_tokens", "available_blocks", "total_blocks", "prefill_tokens_per_s", "decode_step_s", "steps", "pair_bandwidth", "oldest_waiting_s", "draining", "num_lent_out")
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +212,9 @@ class WorkerLoad(_message.Message):
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PAIR_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NUM_LENT_OUT_FIELD_NUMBER: _ClassVar[int]
     queued_prefill_tokens: int
     num_running: int
     num_waiting: int
@@ -157,7 +225,10 @@ class WorkerLoad(_message.Message):
     decode_step_s: float
     steps: int
     pair_bandwidth: _containers.RepeatedCompositeFieldContainer[PairBandwidth]
-    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., available_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., pair_bandwidth: _Optional[_Iterable[_Union[PairBandwidth, _Mapping]]] = ...) -> None: ...
+    oldest_waiting_s: float
+    draining: bool
+    num_lent_out: int
+    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., available_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., pair_bandwidth: _Optional[_Iterable[_Union[PairBandwidth, _Mapping]]] = ..., oldest_waiting_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_lent_out: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
     __slots__ = ("quarantined", "lent", "active", "cached", "free")
@@ -182,18 +253,22 @@ class CostTerm(_message.Message):
     def __init__(self, name: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("decode", "prefill", "cost_s", "terms", "reason")
+    __slots__ = ("decode", "prefill", "spares", "holder", "cost_s", "terms", "reason")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
+    SPARES_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     COST_S_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     decode: str
     prefill: WorkerInfo
+    spares: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
+    holder: WorkerInfo
     cost_s: float
     terms: _containers.RepeatedCompositeFieldContainer[CostTerm]
     reason: str
-    def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Union[WorkerInfo, _Mapping]] = ..., cost_s: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Union[WorkerInfo, _Mapping]] = ..., spares: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ..., cost_s: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "start_s", "end_s", "detail")
@@ -218,6 +293,12 @@ class LeaseCall(_message.Message):
 class StatusCall(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class DrainCall(_message.Message):
+    __slots__ = ("on",)
+    ON_FIELD_NUMBER: _ClassVar[int]
+    on: bool
+    def __init__(self, on: _Optional[bool] = ...) -> None: ...
 
 class Counter(_message.Message):
     __slots__ = ("name", "value")
@@ -245,15 +326,27 @@ class Hello(_message.Message):
     router_id: str
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
+class TakeFrom(_message.Message):
+    __slots__ = ("worker", "epoch")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    worker: WorkerInfo
+    epoch: int
+    def __init__(self, worker: _Optional[_Union[WorkerInfo, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+
 class Submit(_message.Message):
-    __slots__ = ("request", "route", "epoch")
+    __slots__ = ("request", "route", "epoch", "take_from", "crashes_left")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TAKE_FROM_FIELD_NUMBER: _ClassVar[int]
+    CRASHES_LEFT_FIELD_NUMBER: _ClassVar[int]
     request: Request
     route: Route
     epoch: int
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    take_from: TakeFrom
+    crashes_left: int
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., epoch: _Optional[int] = ..., take_from: _Optional[_Union[TakeFrom, _Mapping]] = ..., crashes_left: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "epoch", "reason")
@@ -276,7 +369,7 @@ class UpMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
-    __slots__ = ("request_id", "epoch", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "spans")
+    __slots__ = ("request_id", "epoch", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "spans", "choice", "logprobs", "lost_lenders")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +379,9 @@ class TokenChunk(_message.Message):
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOST_LENDERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     first_index: int
@@ -295,7 +391,10 @@ class TokenChunk(_message.Message):
     error_message: str
     cached_tokens: int
     spans: _containers.RepeatedCompositeFieldContainer[Span]
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+    choice: int
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    lost_lenders: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., choice: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., lost_lenders: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class KVEvents(_message.Message):
     __slots__ = ("seq", "stored", "removed")
@@ -373,19 +472,33 @@ class Lease(_message.Message):
     shards: _containers.RepeatedCompositeFieldContainer[Shard]
     def __init__(self, lease_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., ttl_s: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
 
+class RunningAttempt(_message.Message):
+    __slots__ = ("router_id", "epoch", "choice")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    epoch: int
+    choice: int
+    def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+
 class PrefillCall(_message.Message):
-    __slots__ = ("request", "epoch", "reader", "held_blocks", "lease_ttl_s")
+    __slots__ = ("request", "epoch", "reader", "held_blocks", "lease_ttl_s", "mode", "running")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     READER_FIELD_NUMBER: _ClassVar[int]
     HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_S_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     request: Request
     epoch: int
     reader: str
     held_blocks: int
     lease_ttl_s: float
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., epoch: _Optional[int] = ..., reader: _Optional[str] = ..., held_blocks: _Optional[int] = ..., lease_ttl_s: _Optional[float] = ...) -> None: ...
+    mode: LendMode
+    running: RunningAttempt
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., epoch: _Optional[int] = ..., reader: _Optional[str] = ..., held_blocks: _Optional[int] = ..., lease_ttl_s: _Optional[float] = ..., mode: _Optional[_Union[LendMode, str]] = ..., running: _Optional[_Union[RunningAttempt, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("lease",)
@@ -394,26 +507,38 @@ class Accepted(_message.Message):
     def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
 
 class Published(_message.Message):
-    __slots__ = ("lease_id", "rank", "blocks", "span", "last")
+    __slots__ = ("lease_id", "rank", "blocks", "span", "last", "layers")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SPAN_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     rank: int
     blocks: _containers.RepeatedCompositeFieldContainer[LentBlock]
     span: Span
     last: bool
-    def __init__(self, lease_id: _Optional[str] = ..., rank: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[LentBlock, _Mapping]]] = ..., span: _Optional[_Union[Span, _Mapping]] = ..., last: _Optional[bool] = ...) -> None: ...
+    layers: Layers
+    def __init__(self, lease_id: _Optional[str] = ..., rank: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[LentBlock, _Mapping]]] = ..., span: _Optional[_Union[Span, _Mapping]] = ..., last: _Optional[bool] = ..., layers: _Optional[_Union[Layers, _Mapping]] = ...) -> None: ...
+
+class Layers(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("index", "token_id")
+    __slots__ = ("index", "choice", "token")
     INDEX_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     index: int
-    token_id: int
-    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ...) -> None: ...
+    choice: int
+    token: SampledToken
+    def __init__(self, index: _Optional[int] = ..., choice: _Optional[int] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ...) -> None: ...
 
 class Alive(_message.Message):
     __slots__ = ("steps",)
@@ -421,27 +546,49 @@ class Alive(_message.Message):
     steps: int
     def __init__(self, steps: _Optional[int] = ...) -> None: ...
 
+class ChoiceState(_message.Message):
+    __slots__ = ("index", "output", "logprobs", "next_draw", "finish", "grammar", "draft")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_DRAW_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    output: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    next_draw: int
+    finish: FinishReason
+    grammar: bytes
+    draft: bytes
+    def __init__(self, index: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., next_draw: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., grammar: _Optional[bytes] = ..., draft: _Optional[bytes] = ...) -> None: ...
+
 class HandoffState(_message.Message):
-    __slots__ = ("version", "request_id", "epoch", "num_prompt_tokens", "output", "num_computed_tokens", "finish", "cached_tokens", "spans")
+    __slots__ = ("version", "request_id", "epoch", "num_prompt_tokens", "num_computed_tokens", "cached_tokens", "spans", "tenant", "sampling", "choices", "deadline_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    FINISH_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     version: int
     request_id: str
     epoch: int
     num_prompt_tokens: int
-    output: _containers.RepeatedScalarFieldContainer[int]
     num_computed_tokens: int
-    finish: FinishReason
     cached_tokens: int
     spans: _containers.RepeatedCompositeFieldContainer[Span]
-    def __init__(self, version: _Optional[int] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., num_computed_tokens: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+    tenant: str
+    sampling: SamplingParams
+    choices: _containers.RepeatedCompositeFieldContainer[ChoiceState]
+    deadline_s: float
+    def __init__(self, version: _Optional[int] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tenant: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceState, _Mapping]]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("accepted", "published", "first_token", "alive", "handoff_state")

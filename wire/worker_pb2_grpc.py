@@ -49,6 +49,11 @@ class WorkerStub:
                 request_serializer=baton_dot_wire_dot_worker__pb2.LeaseCall.SerializeToString,
                 response_deserializer=baton_dot_wire_dot_worker__pb2.ReleaseAnswer.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/baton.wire.Worker/Drain',
+                request_serializer=baton_dot_wire_dot_worker__pb2.DrainCall.SerializeToString,
+                response_deserializer=baton_dot_wire_dot_worker__pb2.WorkerStatus.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/baton.wire.Worker/Status',
                 request_serializer=baton_dot_wire_dot_worker__pb2.StatusCall.SerializeToString,
@@ -68,7 +73,7 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Prefill(self, request, context):
-        """Decode -> prefill: compute this prompt and lend me its KV. Accepted, then Published / FirstToken / Alive, then
+        """Reader -> lender: lend me the KV of this request (core.handoff.LendMode says whose). Accepted, then Published / FirstToken / Alive, then
         HandoffState. Cancelling the call before HandoffState ends the work and the lease; RESOURCE_EXHAUSTED refuses it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -77,6 +82,13 @@ class WorkerServicer:
 
     def Lease(self, request, context):
         """Renew a lease, or release it for good. An unknown lease answers good = false.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Take nothing new (or again). Answers at once with what is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,6 +118,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Lease,
                     request_deserializer=baton_dot_wire_dot_worker__pb2.LeaseCall.FromString,
                     response_serializer=baton_dot_wire_dot_worker__pb2.ReleaseAnswer.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=baton_dot_wire_dot_worker__pb2.DrainCall.FromString,
+                    response_serializer=baton_dot_wire_dot_worker__pb2.WorkerStatus.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -194,6 +211,33 @@ class Worker:
             '/baton.wire.Worker/Lease',
             baton_dot_wire_dot_worker__pb2.LeaseCall.SerializeToString,
             baton_dot_wire_dot_worker__pb2.ReleaseAnswer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.wire.Worker/Drain',
+            baton_dot_wire_dot_worker__pb2.DrainCall.SerializeToString,
+            baton_dot_wire_dot_worker__pb2.WorkerStatus.FromString,
             options,
             channel_credentials,
             insecure,
