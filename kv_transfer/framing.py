@@ -6,7 +6,7 @@ how bytes of blocks travel: both ends are given a coroutine for that.
     reader                              lender
     HELLO version, token          ->    (a wrong token: closed without a word)
                                   <-    WELCOME version, bytes per block
-    ORDER id, lease, block ids    ->    any number, without waiting for answers
+    ORDER id, lease, byte range, block ids  ->    any number, without waiting for answers
                                   <-    ANSWER id, OK: what follows is the transport's; or ANSWER id, REFUSED, text
 
 Orders are answered in the order they came. A frame that is out of bounds, or that nobody asked for, closes the
@@ -34,7 +34,7 @@ from baton.kv_transfer.transport import MayRead, Pull, PullOrder, PullRefused, P
 
 log = logging.getLogger("baton.kv_transfer")
 
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 16
 MAX_LEASE_BYTES = 512
 MAX_ORDER_BLOCKS = 1 << 16
@@ -43,7 +43,7 @@ MAX_CONNECTIONS = 256
 
 _HELLO = struct.Struct(f"<4sI{TOKEN_BYTES}s")
 _WELCOME = struct.Struct("<4sIQ")
-_ORDER = struct.Struct("<IHxxI")
+_ORDER = struct.Struct("<IHxxIQQ")
 _ANSWER = struct.Struct("<IHH")
 _MAGIC = b"BtKV"
 OK, REFUSED = 0, 1
@@ -121,12 +121,14 @@ class OrderLink:
     """
 
     def __init__(
-        self, sock: socket.socket, peer_id: str, boot_id: str, take: Take, release: Callable[[], None] | None = None
+        self, sock: socket.socket, peer_id: str, boot_id: str, block_bytes: int, take: Take,
+        release: Callable[[], None] | None = None,
     ) -> None:
         """`release` is called once nothing is received any more: what `take` used can be given back."""
         self.peer_id = peer_id
         self.boot_id = boot_id
         self._sock = sock
+        self._block_bytes = block_bytes
         self._take = take
         self._release = release
         self._numbers = itertools.count()
@@ -154,7 +156,7 @@ class OrderLink:
         assert len(lease) <= MAX_LEASE_BYTES, f"lease id of {len(lease)} bytes"
         self._pending.append((number, pull))
         count = len(order.source)
-        head = _ORDER.pack(number, len(lease), count)
+        head = _ORDER.pack(number, len(lease), count, *order.span(self._block_bytes))
         self._outbox.put_nowait(head + lease + struct.pack(f"<{count}I", *order.source))
         return pull
 
@@ -223,6 +225,8 @@ class ReadRequest:
     number: int
     lease_id: str
     blocks: tuple[int, ...]
+    part: slice
+    """Of each block's bytes; inside the block."""
 
     def granted(self) -> bytes:
         """The ANSWER frame OK."""
@@ -248,6 +252,7 @@ class OrderListener:
         self._give = give
         self._greet = greet
         self._timeout_s = timeout_s
+        self._block_bytes = memory.block_bytes
         self._welcome = _WELCOME.pack(_MAGIC, VERSION, memory.block_bytes)
         self._connections: dict[int, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
@@ -305,16 +310,18 @@ class OrderListener:
     async def _read_order(self, sock: socket.socket) -> ReadRequest:
         """Waits for the next order as long as the reader likes; the rest of it is bounded by `timeout_s`."""
         head = await receive(sock, _ORDER.size)
-        number, lease_bytes, count = _ORDER.unpack(head)
+        number, lease_bytes, count, start, end = _ORDER.unpack(head)
         if lease_bytes > MAX_LEASE_BYTES or not 0 < count <= MAX_ORDER_BLOCKS:
             raise FrameError(f"an order of {count} blocks with a lease id of {lease_bytes} bytes: malformed")
+        if not start < end <= self._block_bytes:
+            raise FrameError(f"an order of bytes [{start}, {end}) of blocks of {self._block_bytes}: malformed")
         async with asyncio.timeout(self._timeout_s):
             body = await receive(sock, lease_bytes + 4 * count)
         try:
             lease_id = body[:lease_bytes].decode()
         except UnicodeDecodeError:
             raise FrameError("a lease id that is not text: malformed") from None
-        return ReadRequest(number, lease_id, struct.unpack(f"<{count}I", body[lease_bytes:]))
+        return ReadRequest(number, lease_id, struct.unpack(f"<{count}I", body[lease_bytes:]), slice(start, end))
 
     async def _answer(self, sock: socket.socket, request: ReadRequest) -> None:
         try:

@@ -143,6 +143,7 @@ class NixlTransport:
         outside = [b for b in order.source if not 0 <= b < peer.total_blocks]
         if outside:
             return failed(order, PullRefused(f"blocks {outside[:8]} lie outside the memory of {peer_id}"))
+        order.span(self._memory.block_bytes)  # it is inside
         pull = Pull(order)
         peer.slot.moving[id(pull)] = (peer_id, pull)
         if peer.slot.thread is not None:  # else the fence that is re-creating the agent posts it

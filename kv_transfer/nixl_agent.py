@@ -22,6 +22,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nixl_cu13._api import nixl_agent, nixl_agent_config
@@ -45,6 +46,17 @@ Ended = Callable[[Pull, str | None], None]
 """(pull, error or None): called in the agent's thread when a transfer has ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A peer, as one agent knows it."""
+
+    name: str
+    address: int
+    """Where its block 0 starts."""
+    blocks: Any
+    """Prepared descriptors of all its blocks."""
+
+
 class Agent:
     """What the thread holds. Every method runs in the thread and may raise any of NIXL's exceptions."""
 
@@ -56,8 +68,7 @@ class Agent:
         )
         self._block_bytes = memory.block_bytes
         self._local: Any = self._prepare("NIXL_INIT_AGENT", memory.address, memory.total_blocks)
-        self._peers: dict[str, tuple[str, Any]] = {}
-        """peer -> (its NIXL name, its prepared descriptors)."""
+        self._peers: dict[str, _Remote] = {}
         self._active: dict[int, tuple[Pull, Any]] = {}
         """By id(pull), with NIXL's handle."""
         self._ended = ended
@@ -71,22 +82,20 @@ class Agent:
         """Make blocks [0, total_blocks) of the peer's memory at `address` readable."""
         name = self._agent.add_remote_agent(metadata)
         name = name.decode() if isinstance(name, bytes) else name
-        self._peers[peer_id] = (name, self._prepare(name, address, total_blocks))
+        self._peers[peer_id] = _Remote(name, address, self._prepare(name, address, total_blocks))
         self._agent.send_notif(name, b"hello")
 
     def remove_peer(self, peer_id: str) -> None:
         """Only when none of its transfers is under way: this is no fence."""
-        name, descriptors = self._peers.pop(peer_id)
-        descriptors.release()
-        self._agent.remove_remote_agent(name)
+        remote = self._peers.pop(peer_id)
+        remote.blocks.release()
+        self._agent.remove_remote_agent(remote.name)
 
     def start(self, peer_id: str, pull: Pull, order: PullOrder) -> None:
         """Post a READ. With CMA the copy happens right here."""
         handle = None
         try:
-            handle = self._agent.make_prepped_xfer(
-                "READ", self._local, list(order.destination), self._peers[peer_id][1], list(order.source)
-            )
+            handle = self._prepared(self._peers[peer_id], order)
             state = self._agent.transfer(handle)
         except Exception as e:  # NIXL has no common root; whatever it is, this transfer is over
             self._finish(pull, handle, f"{type(e).__name__}: {e}")
@@ -121,7 +130,7 @@ class Agent:
                 self._active.popitem()[1][1].release()
         while self._peers:
             with contextlib.suppress(Exception):
-                self._peers.popitem()[1][1].release()
+                self._peers.popitem()[1].blocks.release()
         with contextlib.suppress(Exception):
             self._local.release()
         alive = weakref.ref(self._agent.agent)
@@ -129,6 +138,21 @@ class Agent:
         if alive() is not None:
             gc.collect()
         return alive
+
+    def _prepared(self, remote: _Remote, order: PullOrder) -> Any:
+        if order.span(self._block_bytes) == (0, self._block_bytes):
+            return self._agent.make_prepped_xfer(
+                "READ", self._local, list(order.destination), remote.blocks, list(order.source)
+            )
+        ours = self._parts(self._memory.address, order.destination, order)
+        theirs = self._parts(remote.address, order.source, order)
+        return self._agent.initialize_xfer("READ", ours, theirs, remote.name)
+
+    def _parts(self, address: int, blocks: tuple[int, ...], order: PullOrder) -> Any:
+        start, end = order.span(self._block_bytes)
+        return self._agent.get_xfer_descs(
+            [(address + b * self._block_bytes + start, end - start, 0) for b in blocks], "DRAM"
+        )
 
     def _prepare(self, name: str, address: int, total_blocks: int) -> Any:
         size = self._block_bytes

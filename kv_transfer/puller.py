@@ -1,4 +1,5 @@
-"""The reader's side of docs/protocol.md, table "Pull": whole blocks in, verified, or not at all.
+"""The reader's side of docs/protocol.md, table "Pull": blocks (or one part of each) in,
+verified, or not at all.
 
 Owns every pull of this worker, the quarantine, and what was measured about each peer. Does not know requests,
 sequences or what the blocks mean.
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,6 +97,8 @@ class Puller:
         self._connecting: dict[str, tuple[str, asyncio.Task[Link]]] = {}
         self._transfers: dict[int, _Transfer] = {}
         """By id(): every pull that is MOVING, quarantined ones included."""
+        self._pinned: Counter[int] = Counter()
+        """Quarantined transfers per block: two parts of one block may be late at once."""
         self._fencing: dict[tuple[str, str], asyncio.Task[None]] = {}
         """(transport, peer) -> the fence under way."""
         self._unfenced: dict[tuple[str, str], tuple[float, float]] = {}
@@ -146,9 +150,13 @@ class Puller:
     # ---- pulling -------------------------------------------------------------------------------------------------
 
     async def pull(
-        self, peer: WorkerInfo, lease_id: str, blocks: Sequence[LentBlock], destination: Sequence[int]
+        self, peer: WorkerInfo, lease_id: str, blocks: Sequence[LentBlock], destination: Sequence[int],
+        part: tuple[int, int] | None = None,
     ) -> None:
         """Bring blocks[i] into our block destination[i]; return when every digest is right.
+
+        `part`: only the bytes [start, end) of each block, and the digests are of these bytes alone. Pulls of parts that
+        do not overlap may share a destination block.
 
         Raises DeadlineExceeded after handoff.pull_timeout_s, PeerLost (PullRefused if the lender lives but declines),
         Incompatible, IntegrityError. However it ends, no destination block that the caller then lets go of can change
@@ -161,7 +169,7 @@ class Puller:
         end = "cancelled"
         try:
             async with asyncio.timeout(self._config.pull_timeout_s):
-                order = PullOrder(lease_id, tuple(b.block_id for b in blocks), tuple(destination))
+                order = PullOrder(lease_id, tuple(b.block_id for b in blocks), tuple(destination), *(part or ()))
                 link = await self._link(peer)
                 name = link.transport
                 transfer = self._start(peer.worker_id, name, order)
@@ -191,8 +199,10 @@ class Puller:
             self._metrics.inc("baton_pulls_total", transport=name, end=end)
 
     def _start(self, peer_id: str, transport: str, order: PullOrder) -> _Transfer:
-        busy = self.in_flight_blocks().intersection(order.destination)
-        assert not busy, f"blocks {sorted(busy)} still belong to another pull"
+        for other in self._transfers.values():
+            assert not order.overlaps(other.pull.order, self._memory.block_bytes), (
+                f"{order} writes where {other.pull.order} may still write"
+            )
         transfer = _Transfer(self._transports[transport].pull(peer_id, order), peer_id, transport)
         self._transfers[id(transfer)] = transfer
         return transfer
@@ -219,11 +229,12 @@ class Puller:
             if not isinstance(error, PullRefused) and self._links.get(link.peer_id) is link:
                 del self._links[link.peer_id]  # the connection is gone: measure again before the next pull
             raise error
-        num_bytes = len(blocks) * self._memory.block_bytes
+        start, end = pull.order.span(self._memory.block_bytes)
+        num_bytes = len(blocks) * (end - start)
         self._metrics.inc("baton_pulled_bytes_total", num_bytes, transport=transfer.transport)
         wrong = [
             b.block_id for b, d in zip(blocks, pull.order.destination, strict=True)
-            if digest(self._memory.block(d)) != b.digest
+            if digest(self._memory.block(d)[start:end]) != b.digest
         ]
         if wrong:
             self._metrics.inc("baton_integrity_failures_total", len(wrong), reason="digest")
@@ -240,9 +251,7 @@ class Puller:
             self._transfers.pop(id(transfer), None)
             return
         transfer.quarantined_at = asyncio.get_running_loop().time()
-        for block in transfer.pull.order.destination:
-            self._pins.quarantine(block)
-        self._metrics.inc("baton_quarantined_blocks_total", len(transfer.pull.order.destination))
+        self._pin(transfer.pull.order.destination)
         level, why = logging.WARNING, "it did not end in time"
         if end == "cancelled":
             level, why = logging.INFO, "it was cancelled"
@@ -272,13 +281,11 @@ class Puller:
     def _fence_over_cap(self) -> None:
         """Above the cap, the peer of the oldest pulls goes first, until what is left is below it."""
         cap = self._config.quarantine_cap * self._memory.num_blocks
-        waiting = [t for t in self._quarantined() if not self._is_seen_to(t.transport, t.peer_id)]
-        held = sum(len(t.pull.order.destination) for t in waiting)
-        for transfer in waiting:
-            if held <= cap:
+        while True:
+            waiting = [t for t in self._quarantined() if not self._is_seen_to(t.transport, t.peer_id)]
+            if len(_destinations(waiting)) <= cap:
                 return
-            self._start_fence(transfer.transport, transfer.peer_id)
-            held -= len(transfer.pull.order.destination)
+            self._start_fence(waiting[0].transport, waiting[0].peer_id)
 
     def _start_fence(self, transport: str, peer_id: str) -> None:
         if self._is_seen_to(transport, peer_id):
@@ -321,7 +328,17 @@ class Puller:
     def _return(self, transfer: _Transfer) -> None:
         del self._transfers[id(transfer)]
         for block in transfer.pull.order.destination:
-            self._pins.unquarantine(block)
+            self._pinned[block] -= 1
+            if not self._pinned[block]:
+                del self._pinned[block]
+                self._pins.unquarantine(block)
+
+    def _pin(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if not self._pinned[block]:
+                self._pins.quarantine(block)
+                self._metrics.inc("baton_quarantined_blocks_total")
+            self._pinned[block] += 1
 
     def _quarantined(self) -> list[_Transfer]:
         """Oldest first."""
@@ -339,11 +356,11 @@ class Puller:
 
     def in_flight_blocks(self) -> set[int]:
         """Destination blocks that a transport may still write to, quarantined ones included."""
-        return {b for t in self._transfers.values() for b in t.pull.order.destination}
+        return _destinations(self._transfers.values())
 
     def quarantined_blocks(self) -> set[int]:
         """Destination blocks pinned by quarantine."""
-        return {b for t in self._quarantined() for b in t.pull.order.destination}
+        return set(self._pinned)
 
     def progress(self) -> Iterator[tuple[str, str, int, int]]:
         """(peer worker_id, transport, blocks landed, blocks ordered) of every pull under way."""
@@ -369,6 +386,10 @@ class Puller:
             self._return(transfer)
         for transport in self._transports.values():
             await transport.close()
+
+
+def _destinations(transfers: Iterable[_Transfer]) -> set[int]:
+    return {b for t in transfers for b in t.pull.order.destination}
 
 
 def _retrieve(task: asyncio.Task[object]) -> None:

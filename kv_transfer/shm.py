@@ -95,7 +95,8 @@ class ShmTransport:
             return
         # The descriptor keeps the peer's whole memory alive, so it goes when the link does, not when somebody asks.
         self._links[peer.worker_id] = OrderLink(
-            sock, peer.worker_id, peer.boot_id, functools.partial(self._take, fd), functools.partial(os.close, fd)
+            sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, functools.partial(self._take, fd),
+            functools.partial(os.close, fd),
         )
 
     def pull(self, peer_id: str, order: PullOrder) -> Pull:
@@ -155,8 +156,9 @@ class ShmTransport:
         """In the thread. preadv releases the interpreter and reads the lender's pages straight into the block."""
         size = self._memory.block_bytes
         for source, destination in zip(order.source, order.destination, strict=True):
-            count = os.preadv(fd, [self._memory.block(destination)], source * size)
-            if count != size:
+            data = self._memory.block(destination)[order.part]
+            count = os.preadv(fd, [data], source * size + order.start)
+            if count != len(data):
                 raise ConnectionResetError(f"block {source} lies outside the lender's memory ({count} bytes read)")
 
     async def _give(self, sock: socket.socket, request: ReadRequest) -> None:

@@ -101,7 +101,9 @@ class TcpTransport:
         if peer.worker_id in self._links:  # another caller was quicker
             sock.close()
             return
-        self._links[peer.worker_id] = OrderLink(sock, peer.worker_id, peer.boot_id, self._take)
+        self._links[peer.worker_id] = OrderLink(
+            sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, self._take
+        )
 
     def pull(self, peer_id: str, order: PullOrder) -> Pull:
         link = self._links.get(peer_id)
@@ -122,7 +124,8 @@ class TcpTransport:
 
     async def _take(self, sock: socket.socket, pull: Pull) -> None:
         """One OK answer announces one block."""
-        await receive_into(sock, self._memory.block(pull.order.destination[pull.moved_blocks]))
+        order = pull.order
+        await receive_into(sock, self._memory.block(order.destination[pull.moved_blocks])[order.part])
         pull.moved_blocks += 1
         await asyncio.sleep(0)  # a socket that is always readable must not keep the loop from everybody else
 
@@ -130,11 +133,12 @@ class TcpTransport:
         check_lent(self._may_read, request.lease_id, request.blocks)
         for block in request.blocks:
             check_lent(self._may_read, request.lease_id, (block,))
+            data = self._memory.block(block)[request.part]
             async with asyncio.timeout(self._send_timeout_s):
                 await send(sock, request.granted())
-                await send(sock, self._memory.block(block))
+                await send(sock, data)
             if request.lease_id != PROBE_LEASE:
-                self._metrics.inc("baton_served_bytes_total", self._memory.block_bytes, transport=self.name)
+                self._metrics.inc("baton_served_bytes_total", len(data), transport=self.name)
             await asyncio.sleep(0)
 
 

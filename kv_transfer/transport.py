@@ -1,4 +1,4 @@
-"""What a transport is: it moves the bytes of whole blocks from a peer's memory into ours, and knows for certain
+"""What a transport is: it moves the bytes of blocks from a peer's memory into ours, and knows for certain
 when it no longer will.
 
 Owns the order and the life of one pull as the transport sees it. Does not know leases' states, digests, quarantine
@@ -39,15 +39,37 @@ class PullState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PullOrder:
-    """Copy the lender's block source[i] to our block destination[i], for each i."""
+    """Copy the lender's block source[i] to our block destination[i], for each i: the bytes [start, end) of each block,
+    to the same place in ours. No other byte of the destination is touched."""
 
     lease_id: str
     source: tuple[int, ...]
     destination: tuple[int, ...]
+    start: int = 0
+    end: int | None = None
+    """None: the end of the block."""
 
     def __post_init__(self) -> None:
         assert len(self.source) == len(self.destination), f"{len(self.source)} blocks to {len(self.destination)}"
         assert self.source, f"an empty order under lease {self.lease_id}"
+        assert self.start >= 0, f"bytes from {self.start}"
+        assert self.end is None or self.start < self.end, f"bytes [{self.start}, {self.end})"
+
+    @property
+    def part(self) -> slice:
+        """Of each block's bytes."""
+        return slice(self.start, self.end)
+
+    def span(self, block_bytes: int) -> tuple[int, int]:
+        """[start, end) of each block, `end` spelled out."""
+        end = block_bytes if self.end is None else self.end
+        assert self.start < end <= block_bytes, f"bytes [{self.start}, {end}) of a block of {block_bytes}"
+        return self.start, end
+
+    def overlaps(self, other: PullOrder, block_bytes: int) -> bool:
+        """Whether the two would write to one byte."""
+        (start, end), (other_start, other_end) = self.span(block_bytes), other.span(block_bytes)
+        return start < other_end and other_start < end and not set(self.destination).isdisjoint(other.destination)
 
 
 class Pull:

@@ -1,4 +1,4 @@
-"""The simulator's transport: bytes of whole blocks move between the memories of two workers, in virtual time.
+"""The simulator's transport: bytes of blocks move between the memories of two workers, in virtual time.
 
 Owns the pulls under way (`Fabric` knows all of them, for faults to hit and to verify). Does not know digests,
 quarantine or deadlines: what happens to a pull that is late is the puller's affair, and this is where it is tested.
@@ -225,13 +225,13 @@ class _Wire:
                 await self._stall_or_fail()
             if one not in fabric.moving:
                 return
-            data = bytearray(self._lender.memory.block(source))
+            data = bytearray(self._lender.memory.block(source)[order.part])
             await self._wait(len(data) / fabric.speed.bytes_per_s)
             if one not in fabric.moving:
                 return
             if i == broken:
                 data[fabric.rng.randrange(len(data))] ^= 1 << fabric.rng.randrange(8)
-            self._destination.block(destination)[:] = data
+            self._destination.block(destination)[order.part] = data
             one.late_landings += self._stalled
         fabric.end(one)
 

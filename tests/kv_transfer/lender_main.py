@@ -48,8 +48,9 @@ class LenderProcess:
         sys.stdout.write("LENDER " + json.dumps(answer) + "\n")
         sys.stdout.flush()
 
-    def lend(self, count: int) -> dict[str, Any]:
-        """Fill `count` fresh blocks with bytes that name block and generation, and lend them."""
+    def lend(self, count: int, part: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Fill `count` fresh blocks with bytes that name block and generation, and lend them. The digests are of all
+        bytes, or of `part`."""
         now = asyncio.get_running_loop().time()
         call = PrefillCall(Request("r", (1, 2, 3)), 0, "reader", 0, lease_ttl_s=600.0)
         lease = self.leases.grant(call, self.options["worker_id"], self.options["boot_id"], now)
@@ -59,7 +60,8 @@ class LenderProcess:
         for index, block in enumerate(blocks):
             name = f"{self.options['boot_id']}/{block}/{self.pool.generation(block)}".encode()
             self.memory.block(block)[:] = hashlib.shake_128(name).digest(64) * (self.memory.block_bytes // 64)
-            one = LentBlock(index, block, self.pool.generation(block), digest(self.memory.block(block)), 16)
+            data = self.memory.block(block)[slice(*part or (None,))]
+            one = LentBlock(index, block, self.pool.generation(block), digest(data), 16)
             self.leases.add(lease.lease_id, one)
             lent.append(one)
         self.pool.release(blocks)

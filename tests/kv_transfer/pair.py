@@ -71,8 +71,8 @@ class Lender:
                 return answer
         raise AssertionError(f"the lender ended with {self.process.wait()}")
 
-    def lend(self, count: int) -> tuple[str, list[LentBlock]]:
-        answer = self.ask("lend", count=count)
+    def lend(self, count: int, part: tuple[int, int] | None = None) -> tuple[str, list[LentBlock]]:
+        answer = self.ask("lend", count=count, part=part)
         blocks = [LentBlock(**{**b, "digest": bytes.fromhex(b["digest"])}) for b in answer["blocks"]]
         return answer["lease_id"], blocks
 

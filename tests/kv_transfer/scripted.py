@@ -70,7 +70,7 @@ class ScriptedTransport:
     def land(self, pull: Pull) -> None:
         peer_id = self._end(pull)
         for source, destination in zip(pull.order.source, pull.order.destination, strict=True):
-            self.memory.block(destination)[:] = self.lenders[peer_id].block(source)
+            self.memory.block(destination)[pull.order.part] = self.lenders[peer_id].block(source)[pull.order.part]
         pull.set_done()
 
     def fail(self, pull: Pull, error: BatonError) -> None:

@@ -23,7 +23,12 @@ from tests.kv_transfer.pair import info_of
 
 SIZE = 4096
 HELLO = struct.Struct("<4sI16s")
-ORDER = struct.Struct("<IHxxI")
+ORDER = struct.Struct("<IHxxIQQ")
+
+
+def order(lease: bytes, count: int, start: int = 0, end: int = SIZE, lease_bytes: int | None = None) -> bytes:
+    """The frame up to the block ids."""
+    return ORDER.pack(0, len(lease) if lease_bytes is None else lease_bytes, count, start, end) + lease
 
 
 @contextlib.asynccontextmanager
@@ -41,7 +46,7 @@ async def transport(**settings: object) -> AsyncIterator[TcpTransport]:
 async def dial(one: TcpTransport, token: bytes | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     fields = json.loads(one.advert)
     reader, writer = await asyncio.open_connection(fields["host"], fields["port"])
-    writer.write(HELLO.pack(b"BtKV", 1, token if token is not None else bytes.fromhex(fields["token"])))
+    writer.write(HELLO.pack(b"BtKV", 2, token if token is not None else bytes.fromhex(fields["token"])))
     return reader, writer
 
 
@@ -72,7 +77,7 @@ def test_a_connection_without_the_token_gets_not_a_single_byte() -> None:
         async with transport() as one:
             for token in (bytes(16), os.urandom(16)):
                 reader, writer = await dial(one, token)
-                writer.write(ORDER.pack(0, 4, 1) + b"good" + struct.pack("<I", 0))
+                writer.write(order(b"good", 1) + struct.pack("<I", 0))
                 assert await read_all(reader) == b""
                 await hang_up(writer)
             await still_serves(one)
@@ -92,11 +97,15 @@ def test_somebody_who_says_nothing_is_hung_up_on() -> None:
 
 
 @pytest.mark.parametrize("frame", [
-    ORDER.pack(0, 4, 0) + b"good",
-    ORDER.pack(0, 4, MAX_ORDER_BLOCKS + 1) + b"good",
-    ORDER.pack(0, 0xFFFF, 1),
-    ORDER.pack(0, 4, 1) + b"\xff\xfe\xfd\xfc" + struct.pack("<I", 0),
-], ids=["no blocks", "too many blocks", "too long a lease", "a lease that is not text"])
+    order(b"good", 0),
+    order(b"good", MAX_ORDER_BLOCKS + 1),
+    order(b"", 1, lease_bytes=0xFFFF),
+    order(b"\xff\xfe\xfd\xfc", 1) + struct.pack("<I", 0),
+    order(b"good", 1, 8, 8) + struct.pack("<I", 0),
+    order(b"good", 1, 8, SIZE + 1) + struct.pack("<I", 0),
+    order(b"good", 1, 1 << 63, 1) + struct.pack("<I", 0),
+], ids=["no blocks", "too many blocks", "too long a lease", "a lease that is not text", "no bytes",
+        "bytes behind the block", "bytes backwards"])
 def test_a_malformed_order_closes_its_connection_and_no_other(frame: bytes) -> None:
     async def main() -> None:
         async with transport() as one:
@@ -129,7 +138,7 @@ async def _false_lender(answer: bytes) -> tuple[asyncio.Server, bytes]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(HELLO.size)
-        writer.write(struct.pack("<4sIQ", b"BtKV", 1, SIZE))
+        writer.write(struct.pack("<4sIQ", b"BtKV", 2, SIZE))
         with contextlib.suppress(asyncio.IncompleteReadError):
             await reader.readexactly(ORDER.size)
             writer.write(answer)

@@ -181,7 +181,7 @@ def test_a_stranger_on_this_machine_gets_no_memory() -> None:
             loop, sock = asyncio.get_running_loop(), socket.socket(socket.AF_UNIX)
             sock.setblocking(False)
             await loop.sock_connect(sock, "\0" + name)
-            await loop.sock_sendall(sock, b"BtKV" + (1).to_bytes(4, "little") + bytes(16))
+            await loop.sock_sendall(sock, b"BtKV" + (2).to_bytes(4, "little") + bytes(16))
             assert await loop.sock_recv(sock, 100) == b""
             sock.close()
 

@@ -204,6 +204,83 @@ def test_wrong_bytes_are_an_integrity_error_however_few() -> None:
     simulate(scenario)
 
 
+def part_of(w: World, destination: list[int], start: int, end: int) -> asyncio.Task[None]:
+    """A pull of these bytes of p0's block 0."""
+    blocks = [LentBlock(0, 0, 1, digest(w.lenders["p0"].block(0)[start:end]), 16)]
+    return asyncio.create_task(w.puller.pull(w.peer("p0"), "lease", blocks, destination, (start, end)))
+
+
+def test_parts_of_one_block_arrive_side_by_side_each_with_its_own_digest() -> None:
+    async def scenario(w: World) -> None:
+        destination = w.pool.allocate(1)
+        assert destination is not None
+        await w.puller.connect(w.peer())
+        head, tail = part_of(w, destination, 0, 40), part_of(w, destination, 40, SIZE)
+        await asyncio.sleep(0.1)
+        w.lenders["p0"].block(0)[63] ^= 1
+        for _, pull in list(w.fast.moving):
+            w.fast.land(pull)
+        assert await end_of(head) is None
+        assert isinstance(await end_of(tail), IntegrityError)
+        assert w.metrics.value("baton_verified_bytes_total") == 40
+        assert bytes(w.memory.block(destination[0])) == bytes(w.lenders["p0"].block(0))
+
+    simulate(scenario)
+
+
+def test_two_pulls_of_the_same_byte_are_a_bug() -> None:
+    async def scenario(w: World) -> None:
+        destination = w.pool.allocate(1)
+        assert destination is not None
+        await w.puller.connect(w.peer())
+        both = {part_of(w, destination, 0, 41), part_of(w, destination, 40, SIZE)}
+        refused, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        assert [type(task.exception()) for task in refused] == [AssertionError]
+        w.fast.land(w.fast.moving[0][1])
+        assert await end_of((both - refused).pop()) is None
+
+    simulate(scenario)
+
+
+def test_a_block_with_two_late_parts_returns_when_both_have_ended() -> None:
+    async def scenario(w: World) -> None:
+        destination = w.pool.allocate(1)
+        assert destination is not None
+        parts = [part_of(w, destination, 0, 40), part_of(w, destination, 40, SIZE)]
+        await asyncio.wait(parts)
+        w.pool.release(destination)
+        assert w.pool.ledger().quarantined == 1
+        assert w.metrics.value("baton_quarantined_blocks_total") == 1
+        w.fast.land(w.fast.moving[0][1])
+        await asyncio.sleep(2 * w.config.quarantine_poll_s)
+        assert w.puller.quarantined_blocks() == set(destination)
+        assert w.pool.ledger().quarantined == 1, "bytes of the other part may still land"
+        w.fast.land(w.fast.moving[0][1])
+        await asyncio.sleep(2 * w.config.quarantine_poll_s)
+        assert w.pool.ledger().free == 10
+        assert w.fast.fences == []
+
+    simulate(scenario, quarantine_cap=1.0)
+
+
+def test_above_the_cap_only_as_many_peers_are_fenced_as_it_takes() -> None:
+    async def scenario(w: World) -> None:
+        await w.puller.connect(w.peer("p0"))
+        await w.puller.connect(w.peer("p1"))
+        pulls = []
+        for lender, *blocks in (("p0", 0, 1), ("p1", 2), ("p0", 3, 4)):
+            pulls.append(w.start(str(lender), *map(int, blocks)))
+            await asyncio.sleep(0.001)
+        await asyncio.wait([task for task, _ in pulls])
+        for _, destination in pulls:
+            w.pool.release(destination)
+        await asyncio.sleep(w.config.quarantine_poll_s + w.fast.fence_s + 0.01)
+        assert w.fast.fences == ["p0"], "without its four blocks the quarantine is below the cap"
+        assert w.pool.ledger().quarantined == 1
+
+    simulate(scenario, quarantine_cap=0.1, quarantine_max_s=1000)
+
+
 def test_a_late_pull_is_quarantined_before_its_request_hears_of_it_and_returns_when_it_ends() -> None:
     async def scenario(w: World) -> None:
         task, destination = w.start("p0", 0, 1)

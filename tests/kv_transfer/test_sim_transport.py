@@ -58,6 +58,15 @@ def test_bytes_come_in_exactly() -> None:
     simulate(scenario)
 
 
+def test_a_part_of_a_block_touches_no_other_byte() -> None:
+    async def scenario(w: World) -> None:
+        await w.reader.connect(w.info)
+        assert await w.reader.pull("p0", PullOrder("good", (2,), (5,), 16, 24)).wait() is PullState.DONE
+        assert bytes(w.memory.block(5)) == bytes(16) + b"\3" * 8 + bytes(SIZE - 24)
+
+    simulate(scenario)
+
+
 def test_without_connection_or_lease_a_pull_fails() -> None:
     async def scenario(w: World) -> None:
         assert isinstance(w.pull(0).error, PeerLost)

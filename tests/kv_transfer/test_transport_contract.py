@@ -59,6 +59,26 @@ def test_pulled_blocks_are_byte_for_byte_what_was_lent(transport: str) -> None:
         asyncio.run(main())
 
 
+def test_a_part_of_each_block_comes_to_its_place_and_touches_no_other_byte(transport: str) -> None:
+    async def main() -> None:
+        async with reader((transport,)) as r:
+            lease, blocks = there.lend(3, part=(100, 1000))
+            destination = r.take(3)
+            for d in destination:
+                r.memory.block(d)[:] = b"\xa5" * 4096
+            await r.puller.pull(there.info, lease, blocks, destination, part=(100, 1000))
+            assert r.metrics.value("baton_verified_bytes_total") == 3 * 900
+            around = [bytes(r.memory.block(d)[:100]) + bytes(r.memory.block(d)[1000:]) for d in destination]
+            assert around == [b"\xa5" * (4096 - 900)] * 3
+            rest = PullOrder(lease, tuple(b.block_id for b in blocks), tuple(destination), start=1000)
+            assert await r.transports[transport].pull(there.info.worker_id, rest).wait() is PullState.DONE
+            assert [bytes(r.memory.block(d)[:100]) for d in destination] == [b"\xa5" * 100] * 3
+            assert all(bytes(r.memory.block(d)[960:1024]) == bytes(r.memory.block(d)[1024:1088]) for d in destination)
+
+    with lender((transport,)) as there:
+        asyncio.run(main())
+
+
 def test_pulls_at_the_same_time_do_not_mix(transport: str) -> None:
     async def main() -> None:
         async with reader((transport,), num_blocks=64) as r:
