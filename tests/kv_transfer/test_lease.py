@@ -115,6 +115,37 @@ def test_nothing_can_be_added_to_a_lease_that_has_ended() -> None:
     assert pool.ledger().lent == 0
 
 
+def test_a_block_that_is_published_in_parts_is_lent_once() -> None:
+    leases, pool = table()
+    lease = leases.grant(call(), "p", "b", now=0)
+    (block,) = lend(leases, pool, lease, 1)
+    leases.add(lease.lease_id, LentBlock(0, block, pool.generation(block), b"other layers", 16))
+    assert list(leases.lent()) == [block]
+    assert leases.metrics.value("baton_published_blocks_total") == 1
+    assert leases.release(lease.lease_id, now=1).good
+    assert pool.ledger().free == 8
+    again = leases.grant(call(), "p", "b", now=1)
+    lend(leases, pool, again, 1)
+    with pytest.raises(AssertionError, match="another owner"):
+        leases.add(again.lease_id, LentBlock(0, block, pool.generation(block) + 1, b"", 16))
+
+
+def test_whoever_asked_is_told_once_how_the_lease_ended_when_its_blocks_are_back() -> None:
+    leases, pool = table()
+    told: list[tuple[str, int]] = []
+    ids = []
+    for _ in range(3):
+        lease = leases.grant(call(), "p", "b", now=0, on_end=lambda end: told.append((end, pool.ledger().lent)))
+        lend(leases, pool, lease, 1)
+        ids.append(lease.lease_id)
+    leases.release(ids[0], now=1)
+    leases.release(ids[0], now=1)
+    leases.abandon(ids[1], now=1)
+    leases.expire(now=TTL)
+    leases.expire(now=9 * TTL)
+    assert told == [("released", 2), ("abandoned", 1), ("expired", 0)]
+
+
 def test_a_block_with_a_new_owner_makes_the_release_bad() -> None:
     class Forgetful(BlockPool):
         """A pool with the bug that generations guard against: it gives away a lent block."""
