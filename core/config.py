@@ -19,12 +19,15 @@ from baton.core.errors import ConfigError
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-TransportName = Literal["shm", "nixl", "tcp"]
+TransportName = Literal["shm", "nixl", "tcp", "ucx", "nccl"]
 
 
-def _each_once(names: tuple[TransportName, ...]) -> tuple[TransportName, ...]:
+def _fit_one_process(names: tuple[TransportName, ...]) -> tuple[TransportName, ...]:
     if len(set(names)) < len(names):
         raise ValueError("An entry is there twice")
+    if {"nixl", "ucx"} <= set(names):
+        raise ValueError("nixl and ucx each bring a UCX library of their own, and one process cannot hold both. "
+                         "Keep one of them")
     return names
 
 
@@ -67,7 +70,7 @@ class PoolConfig(_Tree):
 
 
 class HandoffConfig(_Tree):
-    transports: Annotated[tuple[TransportName, ...], Field(min_length=1), AfterValidator(_each_once)] = Field(
+    transports: Annotated[tuple[TransportName, ...], Field(min_length=1), AfterValidator(_fit_one_process)] = Field(
         ("shm", "nixl", "tcp"), description="Transports a worker offers; which one a pair uses is measured."
     )
     lease_ttl_s: Seconds = Field(10.0, description="A lease ends this long after its last renewal.")

@@ -53,6 +53,14 @@ async def _open(
     if name == "shm":
         return await ShmTransport.open(memory, leases.may_read, config)
     # Imported here: the package is an extra, and without it this transport is simply not there.
+    if name == "ucx":
+        from baton.kv_transfer.ucx import UcxTransport
+
+        return await UcxTransport.open(memory, leases.may_read, config, leases.metrics, announce)
+    if name == "nccl":
+        from baton.kv_transfer.nccl import NcclTransport
+
+        return await NcclTransport.open(memory, leases.may_read, config, leases.metrics, announce)
     from baton.kv_transfer.nixl import NixlTransport
 
     return await NixlTransport.open(f"{worker_id}:{boot_id}", memory, lambda: leases.num_live > 0)

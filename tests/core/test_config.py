@@ -69,7 +69,8 @@ def test_a_typo_names_the_field_and_the_nearest_right_one(document: Any, overrid
         "engine.block_size=17", "engine.threads=0", "engine.threads=1.5", "handoff.pull_timeout_s=0",
         "handoff.pull_timeout_s=NaN", "handoff.pull_timeout_s=Infinity", "handoff.quarantine_cap=NaN",
         "handoff.transports=tcp", 'handoff.transports=["pigeon"]', 'handoff.transports=[]',
-        'handoff.transports=["tcp","tcp"]', "engine.max_model_len=1", "router.http_port=65536", "cluster.pool=k8s",
+        'handoff.transports=["tcp","tcp"]', 'handoff.transports=["nixl","ucx","tcp"]', "engine.max_model_len=1",
+        "router.http_port=65536", "cluster.pool=k8s",
         "model.name=null", "router.assumed_bandwidth_bytes_per_s=-1",
     ],
 )
