@@ -368,6 +368,9 @@ class SimWorker:
         arguments = {"lease_id": lease_id, "release": release, "timeout_s": timeout_s}
         return cast(ReleaseAnswer, await self._unary("lease", arguments, timeout_s))
 
+    async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
+        return cast(WorkerStatus, await self._unary("drain", {"on": on, "timeout_s": timeout_s}, timeout_s))
+
     async def status(self, timeout_s: float) -> WorkerStatus:
         return cast(WorkerStatus, await self._unary("status", {"timeout_s": timeout_s}, timeout_s))
 

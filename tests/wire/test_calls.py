@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -89,6 +90,11 @@ class EchoWorker:
         self._fail()
         return ReleaseAnswer(release, f"{lease_id} within {timeout_s > 0}")
 
+    async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
+        self._fail()
+        assert timeout_s > 0
+        return dataclasses.replace(STATUS, load=WorkerLoad(draining=on, num_lent_out=2))
+
     async def status(self, timeout_s: float) -> WorkerStatus:
         self._fail()
         if timeout_s < 1:
@@ -144,6 +150,9 @@ def test_unary_calls_carry_their_values_both_ways() -> None:
         assert await client.status(5) == STATUS
         assert await client.lease("l-7", True, 5) == ReleaseAnswer(True, "l-7 within True")
         assert await client.lease("l-7", False, 5) == ReleaseAnswer(False, "l-7 within True")
+        for on in (True, False):
+            answer = await client.drain(on, 5)
+            assert answer == dataclasses.replace(STATUS, load=WorkerLoad(draining=on, num_lent_out=2))
 
     served(body)
 
@@ -176,7 +185,7 @@ def test_every_error_crosses_as_itself(code: str) -> None:
             await asyncio.Event().wait()
 
         worker.error = error
-        unary = (client.status(5), client.lease("l", False, 5))
+        unary = (client.status(5), client.lease("l", False, 5), client.drain(True, 5))
         for call in (*unary, anext(client.prefill(CALL)), _drained(client.stream(up()))):
             with pytest.raises(BatonError) as caught:
                 await call
