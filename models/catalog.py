@@ -16,8 +16,10 @@ from pathlib import Path
 from baton.core import config
 from baton.core.config import ModelConfig
 from baton.core.errors import SetupError
+from baton.models import hash_files
 from baton.models.convert import ModelFiles as ModelFiles
 from baton.models.convert import Progress, convert, locked
+from baton.models.hash_files import HashFiles
 
 DOWNLOAD_TIMEOUT_S = 600.0
 
@@ -140,12 +142,15 @@ def resolve(model: ModelConfig, progress: Progress = lambda _: None) -> Path:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, CATALOG, 1, 0.5)
-    hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(CATALOG)}; or give a .gguf file."
+    known = [*CATALOG, hash_files.NAME]
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}; or give a .gguf file."
     return f"there is no model {name!r}. {hint}"
 
 
-def open_model(model: ModelConfig, progress: Progress = lambda _: None) -> ModelFiles:
+def open_model(model: ModelConfig, progress: Progress = lambda _: None) -> ModelFiles | HashFiles:
     """The model on this host, pulled and converted if that was not done yet. Blocks; raises SetupError."""
+    if hash_files.is_hash(model.name):
+        return hash_files.open_hash(model.name, config.cache_dir(model))
     files = convert(resolve(model, progress), config.cache_dir(model), progress)
     return dataclasses.replace(files, name=model.name) if model.name in CATALOG else files

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from baton.core.errors import SetupError
 from baton.models.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ LOCK_TIMEOUT_S = 900.0
 _LOCK_POLL_S = 0.1
 
 Progress = Callable[[str], None]
+Files = TypeVar("Files")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +57,40 @@ def convert(source: Path, cache_dir: Path, progress: Progress = lambda _: None) 
     Safe to call from many processes at once. Raises SetupError, in one sentence, for anything wrong with the source.
     """
     directory = cache_dir / "models" / f"{model_name(source)}-{_stamp(source)}"
-    files = _opened(directory)
+
+    def build(building: Path) -> None:
+        progress(f"converting {source.name}")
+        _build(source, building)
+
+    return made_once(directory, _opened, build, f"convert {source}")
+
+
+def made_once(
+    directory: Path, opened: Callable[[Path], Files | None], build: Callable[[Path], None], what: str
+) -> Files:
+    """What `opened` finds in `directory`; if nothing, `build` makes it first, in a directory that is then renamed.
+
+    Safe to call from many processes at once. Raises SetupError if it cannot be written."""
+    files = opened(directory)
     if files is not None:
         return files
     # Not with_suffix: names such as `SmolLM2-135M.Q4_1-0a1b` have dots of their own.
     lock, building = (directory.with_name(directory.name + suffix) for suffix in (".lock", ".building"))
-    with locked(lock, f"another process to convert {source}"):
-        files = _opened(directory)
+    with locked(lock, f"another process to {what}"):
+        files = opened(directory)
         if files is not None:
             return files
-        progress(f"converting {source.name}")
         for stale in (building, directory):
             shutil.rmtree(stale, ignore_errors=True)
         try:
             building.mkdir()
-            _build(source, building)
+            build(building)
             building.rename(directory)
         except OSError as e:
             raise SetupError(f"cannot write the converted model to {building}: {e}. Set model.cache_dir.") from e
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    files = _opened(directory)
+    files = opened(directory)
     assert files is not None, directory
     return files
 

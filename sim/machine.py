@@ -22,15 +22,15 @@ from baton.core.step import Runner, Step, StepResult
 from baton.core.worker import Role, WorkerInfo
 from baton.decode_node.policy import decode_policy
 from baton.engine.block_pool import BlockPool
+from baton.engine.hash_runner import HashRunner, StepCosts
 from baton.engine.scheduler import Scheduler
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.puller import Puller
+from baton.models.hash_model import EOS, NUMERICS, layout
 from baton.prefill_node.policy import prefill_policy
-from baton.sim.hash_model import EOS
 from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.network import Conditions, SimNetwork
-from baton.sim.runner import Costs, SimRunner, layout
 from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, Lender, SimTransport, WireSpeed
 from baton.worker.node import NodeParts, WorkerNode
@@ -45,7 +45,7 @@ class Terms:
     max_model_len: int
     num_blocks: dict[Role, int]
     config: Config
-    costs: Costs = field(default_factory=Costs)
+    costs: StepCosts = field(default_factory=StepCosts)
     conditions: Conditions = field(default_factory=Conditions)
     speed: WireSpeed = field(default_factory=WireSpeed)
 
@@ -108,8 +108,8 @@ class _TracedRunner:
     def __init__(self, inner: Runner, trace: Trace, name: str) -> None:
         self._inner, self._trace, self._name = inner, trace, name
 
-    async def execute(self, step: Step) -> StepResult:
-        result = await self._inner.execute(step)
+    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
+        result = await self._inner.execute(step, on_layers)
         chunks = " ".join(f"{c.request_id}[{c.start}:{c.end}]" for c in step.chunks)
         self._trace.note(self._name, "step", step.step_id, chunks)
         return result
@@ -125,7 +125,7 @@ class Machine:
         self.boots = 0
         self.process: SimProcess | None = None
         self.node: WorkerNode | None = None
-        self.runner: SimRunner | None = None
+        self.runner: HashRunner | None = None
         self._site = site
         self._terms = terms
         self._builders = builders
@@ -185,11 +185,11 @@ class Machine:
         puller = self._builders.puller(memory, {transport.name: transport}, pool, config.handoff, metrics)
         capability = Capability(
             model="hash", model_fingerprint="hash-1", layout=shape, max_model_len=terms.max_model_len,
-            num_blocks=num_blocks, eos_token_ids=(EOS,), numerics="hash",
+            num_blocks=num_blocks, eos_token_ids=(EOS,), numerics=NUMERICS,
             transports=((transport.name, transport.advert),),
         )
         policy = (prefill_policy if self.role is Role.PREFILL else decode_policy)(config, capability.eos_token_ids)
-        self.runner = SimRunner(memory, terms.block_size, terms.costs)
+        self.runner = HashRunner(memory.buffer, shape, terms.costs)
         parts = NodeParts(
             pool, Scheduler(pool, policy.limits, HashScope.of(capability)),
             _TracedRunner(self.runner, site.trace, self.worker_id), memory, leases, puller,

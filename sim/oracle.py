@@ -1,6 +1,6 @@
 """What must hold in every simulated run, whatever happened in it.
 
-    each chunk      indexes contiguous, tokens a prefix of the pure function of the request (sim/hash_model.py)
+    each chunk      indexes contiguous, tokens a prefix of the pure function of the request (models/hash_model.py)
     each request    ends exactly once, by its deadline; a finished one has all its tokens and the right reason;
                     it fails only in ways its client, its deadline or a full fleet can explain
     each turn       the ledger of every worker that ran sums to its pool
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded
 from baton.core.messages import TokenChunk
 from baton.core.request import FinishReason
+from baton.models.hash_model import expected
 from baton.router.dispatch import PLACE_WAIT_S, NobodyReady
-from baton.sim.hash_model import expected
 from baton.sim.workload import Job
 from baton.worker.node import WorkerNode
 
@@ -67,8 +67,8 @@ class Oracle:
     # ---- clients -------------------------------------------------------------------------------------------------
 
     def begins(self, job: Job, now: float) -> Record:
-        tokens, finish = expected(job.request, self._max_model_len)
-        record = Record(job, now, tokens, finish)
+        (answer,) = expected(job.request, self._max_model_len)
+        record = Record(job, now, answer.token_ids, answer.finish)
         require(job.request.request_id not in self.records, f"{job.request.request_id} was asked twice")
         self.records[job.request.request_id] = record
         return record

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 from baton.core.request import Request, SamplingParams
-from baton.sim.hash_model import VOCABULARY, expected
+from baton.models.hash_model import VOCABULARY, expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Workload:
         )
         deadline_s = rng.uniform(0.05, 0.5) if hurried else shape.deadline_s
         request = Request(f"q{self._num_jobs}", self._prompt(), sampling, deadline_s=deadline_s)
-        self._past.append(request.prompt + expected(request, shape.max_model_len)[0])
+        self._past.append(request.prompt + expected(request, shape.max_model_len)[0].token_ids)
         kind = rng.random()
         after_s = rng.uniform(0.0, 0.6) if kind < shape.p_cancel / 2 else None
         after_tokens = rng.randint(0, 4) if shape.p_cancel / 2 <= kind < shape.p_cancel else None

@@ -21,6 +21,7 @@ from baton.core.config import Config, load
 from baton.core.errors import BatonError
 from baton.core.metrics import Metrics
 from baton.core.worker import Role
+from baton.engine.hash_runner import StepCosts
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.policy import CostPolicy
@@ -29,7 +30,6 @@ from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.machine import Builders, Machine, SimRegistry, Site, Terms
 from baton.sim.network import Conditions, SimNetwork
 from baton.sim.oracle import Oracle, OracleFailure, Record, require
-from baton.sim.runner import Costs
 from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, WireSpeed
 from baton.sim.workload import Job, Shape, Workload
@@ -76,7 +76,7 @@ def draw_plan(seed: int) -> Plan:
     ])
     conditions = Conditions(delay_s=rng.choice((0.0002, 0.002, 0.01)), loss=rng.choice((0.0, 0.01, 0.04)))
     speed = WireSpeed(bytes_per_s=rng.choice((2e4, 1e5, 5e5)), late_s=rng.uniform(1.0, 8.0))
-    costs = Costs(per_token_s=rng.choice((0.0008, 0.005)))
+    costs = StepCosts(per_token_s=rng.choice((0.0008, 0.005)))
     terms = Terms(block_size, max_model_len, num_blocks, config, costs, conditions, speed)
     shape = Shape(max_model_len=max_model_len, mean_gap_s=rng.choice((0.005, 0.02, 0.08)))
     return Plan(terms, shape, draw_faults(rng))

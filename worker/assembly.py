@@ -25,15 +25,18 @@ from baton.core.errors import SetupError
 from baton.core.layout import Capability, KVLayout
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
+from baton.core.step import Runner
 from baton.core.worker import WorkerInfo
 from baton.engine.block_pool import BlockPool
+from baton.engine.hash_runner import HashRunner, StepCosts
 from baton.engine.scheduler import Scheduler
-from baton.engine.torch_runner import TorchRunner
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.offer import open_transports
 from baton.kv_transfer.puller import Puller
-from baton.models.catalog import ModelFiles, open_model
+from baton.models.catalog import open_model
+from baton.models.convert import ModelFiles
+from baton.models.hash_files import HashFiles
 from baton.wire.client import GrpcDial
 from baton.wire.server import start_worker_server
 from baton.worker.node import NodeParts, WorkerNode
@@ -41,6 +44,9 @@ from baton.worker.policy import RolePolicy
 from baton.worker.registration import serve_registered
 
 STOP_GRACE_S = 2.0
+MAX_UNASKED_BLOCKS = 1 << 17
+"""Of a model with tiny blocks, the bookkeeping would be larger than the memory it books."""
+AnyFiles = ModelFiles | HashFiles
 PolicyFor = Callable[[Config, tuple[int, ...]], RolePolicy]
 
 
@@ -59,12 +65,13 @@ async def serve_worker(config: Config, worker_id: str, registry: Registry, polic
 
 
 async def open_node(
-    files: ModelFiles, config: Config, worker_id: str, policy: RolePolicy, dial: Dial, stack: contextlib.AsyncExitStack
+    files: AnyFiles, config: Config, worker_id: str, policy: RolePolicy, dial: Dial, stack: contextlib.AsyncExitStack
 ) -> WorkerNode:
     """A node with everything it needs, without an address yet; `stack` closes it. Raises SetupError when the pool
     could hold no request, or this machine not the pool."""
     layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
-    num_blocks = config.engine.num_blocks or max(1, config.engine.kv_memory_bytes // layout.block_bytes)
+    fitting = max(1, config.engine.kv_memory_bytes // layout.block_bytes)
+    num_blocks = config.engine.num_blocks or min(fitting, MAX_UNASKED_BLOCKS)
     metrics, boot_id = Metrics(), uuid.uuid4().hex[:12]
     memory = _memory(config, layout, num_blocks)
     stack.callback(memory.close)
@@ -75,11 +82,21 @@ async def open_node(
     puller = Puller(memory, transports, pool, config.handoff, metrics)
     stack.push_async_callback(puller.close)
     capability = _capability(config, files, layout, num_blocks, tuple((n, t.advert) for n, t in transports.items()))
-    runner = TorchRunner(files.directory, memory.buffer, num_blocks, layout, config.engine.threads)
+    runner = _runner(files, memory, layout, config.engine.threads)
     stack.push_async_callback(runner.close)
     scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
     info = WorkerInfo(worker_id, boot_id, policy.role, "", capability)
     return WorkerNode(info, NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics), policy, config)
+
+
+def _runner(files: AnyFiles, memory: KVMemory, layout: KVLayout, threads: int) -> Runner:
+    if isinstance(files, HashFiles):
+        costs = StepCosts(files.spec.step_s, files.spec.token_s, 0.0)
+        return HashRunner(memory.buffer, layout, costs)
+    # Imported here: torch takes seconds and 200 MB, and the hash model does without it.
+    from baton.engine.torch_runner import TorchRunner
+
+    return TorchRunner(files.directory, memory.buffer, memory.num_blocks, layout, threads)
 
 
 def _memory(config: Config, layout: KVLayout, num_blocks: int) -> KVMemory:
@@ -98,7 +115,7 @@ def _memory(config: Config, layout: KVLayout, num_blocks: int) -> KVMemory:
 
 
 def _capability(
-    config: Config, files: ModelFiles, layout: KVLayout, num_blocks: int, adverts: tuple[tuple[str, bytes], ...]
+    config: Config, files: AnyFiles, layout: KVLayout, num_blocks: int, adverts: tuple[tuple[str, bytes], ...]
 ) -> Capability:
     holds = num_blocks * layout.block_size
     limit = min(config.engine.max_model_len or files.spec.max_model_len, files.spec.max_model_len, holds)
@@ -114,5 +131,6 @@ def _capability(
         max_model_len=limit,
         num_blocks=num_blocks,
         eos_token_ids=files.spec.eos_token_ids,
+        numerics=files.spec.numerics,
         transports=adverts,
     )

@@ -16,8 +16,8 @@ from baton.core.messages import StepMessage, UpMessage, WorkerStatus
 from baton.core.request import FinishReason, Request, SamplingParams
 from baton.core.services import WorkerService
 from baton.core.worker import Role
+from baton.models.hash_model import expected
 from baton.router.dispatch import Dispatcher
-from baton.sim.hash_model import expected
 from baton.sim.loop import SimLoop, run
 from baton.sim.machine import Machine
 from baton.sim.network import Conditions
@@ -53,7 +53,7 @@ def request(
 
 def right(r: Request) -> list[int]:
     """What the request answers in an undisturbed run."""
-    return list(expected(r, MAX_MODEL_LEN)[0])
+    return list(expected(r, MAX_MODEL_LEN)[0].token_ids)
 
 
 @dataclass

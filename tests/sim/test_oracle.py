@@ -19,8 +19,8 @@ from baton.core.worker import Role
 from baton.engine.block_pool import BlockPool
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.puller import Link, Puller, _Transfer
+from baton.models.hash_model import expected
 from baton.sim.faults import BadPulls, Fault, Partition
-from baton.sim.hash_model import expected
 from baton.sim.machine import Builders
 from baton.sim.oracle import Oracle, OracleFailure
 from baton.sim.simulate import simulate
@@ -139,7 +139,7 @@ def test_one_block_bound_twice_is_caught() -> None:
 
 
 REQUEST = Request("q", (1, 2, 3), SamplingParams(max_tokens=4, ignore_eos=True))
-TOKENS = expected(REQUEST, 48)[0]
+TOKENS = expected(REQUEST, 48)[0].token_ids
 
 
 def watch(chunks: Iterable[TokenChunk], error: Exception | None = None, took_s: float = 1.0) -> None:

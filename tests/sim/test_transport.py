@@ -11,8 +11,8 @@ from baton.core.layout import Capability
 from baton.core.worker import Role, WorkerInfo
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.transport import Pull, PullOrder, PullState
+from baton.models.hash_model import layout
 from baton.sim.loop import SimLoop, SimProcess, run
-from baton.sim.runner import layout
 from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, Lender, PullFault, SimTransport, WireSpeed
 
