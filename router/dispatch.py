@@ -27,7 +27,6 @@ from baton.core.block_hash import BlockHash, HashScope, block_hashes
 from baton.core.config import Config
 from baton.core.errors import (
     BatonError,
-    Cancelled,
     DeadlineExceeded,
     Incompatible,
     IntegrityError,
@@ -40,7 +39,8 @@ from baton.core.layout import Capability
 from baton.core.messages import Cancel, Submit, TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import FinishReason, Request
-from baton.core.worker import Role, Route, Span
+from baton.core.worker import Role, Route
+from baton.router.delivery import Delivery
 from baton.router.fleet import Fleet, context_limit
 from baton.router.link import Subscription
 from baton.router.policy import Candidate, Candidates, Facts, Policy
@@ -72,7 +72,7 @@ class _Run:
     request: Request
     arrived: float
     deadline: float
-    delivered: list[int]
+    delivery: Delivery
     epoch: int = 0
     avoided: set[str] = field(default_factory=set)
     """Workers that refused or failed this request."""
@@ -87,62 +87,11 @@ class _Run:
     """Its dispatched work is shown by the workers' own reports."""
     capability: Capability | None = None
     """Of the last decode worker: what would have ended the request there."""
-    finish: FinishReason | None = None
-    cached_tokens: int = 0
-    spans: tuple[Span, ...] = ()
     ttft_s: float | None = None
     attempts: list[Attempt] = field(default_factory=list)
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.request.prompt) + len(self.delivered)
-
-    def accept(self, chunk: TokenChunk) -> TokenChunk | None:
-        """What of a chunk is new; None if nothing is. Raises PeerLost when tokens are missing before it."""
-        have = len(self.delivered)
-        end = chunk.first_index + len(chunk.token_ids)
-        if chunk.first_index > have or (chunk.finish is not None and end < have):
-            raise PeerLost(
-                f"request {self.request.request_id} has {have} tokens, its worker went on with "
-                f"[{chunk.first_index}, {end}). It is sent to another worker."
-            )
-        fresh = chunk.token_ids[have - chunk.first_index :]
-        self.delivered.extend(fresh)
-        self.finish = chunk.finish
-        self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
-        self.spans = chunk.spans or self.spans
-        if not fresh and chunk.finish is None:
-            return None
-        if len(fresh) == len(chunk.token_ids):
-            return chunk
-        return dataclasses.replace(chunk, first_index=have, token_ids=fresh)
-
-    def ended(self) -> FinishReason | None:
-        """How the delivered tokens already end the request, if they do: its last worker died before it could say."""
-        sampling, capability = self.request.sampling, self.capability
-        if capability is None or not self.delivered:
-            return None
-        eos = () if sampling.ignore_eos else capability.eos_token_ids
-        if self.delivered[-1] in (*sampling.stop_token_ids, *eos):
-            return FinishReason.STOP
-        room = capability.max_model_len - len(self.request.prompt)
-        return FinishReason.LENGTH if len(self.delivered) >= min(sampling.max_tokens, room) else None
-
-    def how_it_ended(self) -> str:
-        """Without an error: as its worker said, else by its reader, who had enough (a stop string) or went away."""
-        return Cancelled.code if self.finish is None else str(self.finish)
-
-    def last_chunk(self, finish: FinishReason) -> TokenChunk:
-        self.finish = finish
-        return TokenChunk(
-            self.request.request_id,
-            self.epoch,
-            len(self.delivered),
-            (),
-            finish,
-            cached_tokens=self.cached_tokens,
-            spans=self.spans,
-        )
+    def concluded(self) -> Iterator[TokenChunk]:
+        return self.delivery.conclude(self.epoch, self.capability) if self.capability is not None else iter(())
 
 
 class Dispatcher:
@@ -178,29 +127,30 @@ class Dispatcher:
         run = self._admit(request)
         outcome: str | None = None
         try:
-            while run.finish is None:
+            while run.delivery.is_open:
                 route = await self._place(run)
-                finish = run.ended()
-                if finish is not None:
-                    yield run.last_chunk(finish)
+                for chunk in run.concluded():
+                    yield chunk
+                if not run.delivery.is_open:
                     break
                 try:
                     with self._attempt(run, route) as chunks:
-                        while run.finish is None:
-                            chunk = self._take(run, route, await chunks.next())
-                            if chunk is not None:
-                                yield chunk
+                        while run.delivery.is_open:
+                            fresh = self._take(run, route, await chunks.next())
+                            if fresh is not None:
+                                yield fresh
                 except RETRYABLE as e:
-                    finish = self._after_failure(run, e)
-                    if finish is not None:
-                        yield run.last_chunk(finish)
+                    for chunk in run.concluded():
+                        yield chunk
+                    if run.delivery.is_open:
+                        self._after_failure(run, e)
         except BatonError as e:
             outcome = e.code
             raise
         finally:
             del self._live[request.request_id]
             self._line.leave(request.request_id)
-            self._record(run, outcome or run.how_it_ended())
+            self._record(run, outcome or run.delivery.how_it_ended())
 
     # ---- admission ----
 
@@ -211,7 +161,7 @@ class Dispatcher:
         if request.request_id in self._live:
             raise InvalidRequest(f"request {request.request_id} is running. Give each request an id.", "request_id")
         now = asyncio.get_running_loop().time()
-        run = _Run(request, now, now + request.deadline_s, list(request.delivered))
+        run = _Run(request, now, now + request.deadline_s, Delivery(request))
         self._check_length(run)
         self._live[request.request_id] = run
         return run
@@ -283,11 +233,11 @@ class Dispatcher:
             return [
                 c
                 for c in self._fleet.candidates(role, held)
-                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > run.num_tokens
+                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > run.delivery.longest
             ]
 
         candidates = Candidates(able(Role.DECODE), able(Role.PREFILL), self._fleet.fits)
-        return self._policy.price(Facts(run.num_tokens), candidates)
+        return self._policy.price(Facts(len(run.delivery.remaining(0).shared)), candidates)
 
     def _held_blocks(self, run: _Run) -> dict[str, int]:
         """Leading blocks of the prompt on each worker. Hashed once per request and way of hashing (one, in a fleet of
@@ -306,7 +256,7 @@ class Dispatcher:
 
     def _too_late(self, run: _Run) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"request {run.request.request_id} has {len(run.delivered)} tokens after its deadline of "
+            f"request {run.request.request_id} has {run.delivery.num_output_tokens} tokens after its deadline of "
             f"{run.request.deadline_s:g} s. Allow more time, ask for fewer tokens, or add workers."
         )
 
@@ -334,19 +284,19 @@ class Dispatcher:
             self._settle(run, route)
             if not chunks.ended:
                 self._fleet.send(route.decode, Cancel(*key))
-            outcome = outcome or run.how_it_ended()
+            outcome = outcome or run.delivery.how_it_ended()
             run.attempts.append(Attempt(run.epoch, route, start - run.arrived, loop.time() - run.arrived, outcome))
 
     def _submit(self, run: _Run, route: Route) -> None:
         key = (run.request.request_id, run.epoch)
         left_s = run.deadline - asyncio.get_running_loop().time()
-        request = dataclasses.replace(run.request, delivered=tuple(run.delivered), deadline_s=left_s)
+        request = run.delivery.remaining(left_s)
         self._fleet.send(route.decode, Submit(request, route, run.epoch))
         held = self._held_blocks(run)
         computing = route.prefill or self._fleet.info(route.decode)
         assert computing is not None, f"{route.decode} has a stream and no info"
         cached = held.get(computing.worker_id, 0) * computing.capability.layout.block_size
-        self._fleet.charge(computing.worker_id, key, max(1, run.num_tokens - cached))
+        self._fleet.charge(computing.worker_id, key, max(1, len(request.shared) - cached))
         if route.prefill is not None:
             self._fleet.charge(route.decode, key, 0)
         self._metrics.inc("baton_dispatches_total", prefill="remote" if route.prefill else "local")
@@ -369,7 +319,7 @@ class Dispatcher:
             if route.prefill is not None and isinstance(error, (PeerLost, Incompatible, IntegrityError)):
                 run.suspect = route.prefill.worker_id  # the decode worker is well enough to say so
             raise error
-        fresh = run.accept(chunk)
+        fresh = run.delivery.accept(chunk)
         if fresh is None:
             self._metrics.inc("baton_stale_chunks_total", reason="duplicate")
         elif fresh.token_ids:
@@ -380,12 +330,8 @@ class Dispatcher:
                 run.ttft_s = asyncio.get_running_loop().time() - run.arrived
         return fresh
 
-    def _after_failure(self, run: _Run, error: BatonError) -> FinishReason | None:
-        """None: go on with the next attempt. A finish: the tokens were complete, only the last word was lost. Raises
-        the error once attempts or patience are spent."""
-        finish = run.ended()
-        if finish is not None:
-            return finish
+    def _after_failure(self, run: _Run, error: BatonError) -> None:
+        """Raises the error once attempts or patience are spent; else the next attempt may go."""
         if isinstance(error, Overloaded):
             self._note_refusal(run, error)
         else:
@@ -394,7 +340,6 @@ class Dispatcher:
         log.info("request %s is sent again after attempt %d: %s", request_id, number, error.message)
         self._metrics.inc("baton_dispatch_retries_total", reason=error.code)
         run.avoided.add(run.suspect)
-        return None
 
     def _note_refusal(self, run: _Run, error: Overloaded) -> None:
         """A refusal costs no attempt: nothing was lost, and a place may be free in a moment. Raises it when the
@@ -429,11 +374,11 @@ class Dispatcher:
                 run.request.request_id,
                 outcome,
                 len(run.request.prompt),
-                len(run.delivered),
-                run.cached_tokens,
+                run.delivery.num_output_tokens,
+                run.delivery.cached_tokens,
                 run.ttft_s,
                 total_s,
                 tuple(run.attempts),
-                timeline(run.attempts, run.spans, run.ttft_s, total_s),
+                timeline(run.attempts, run.delivery.spans, run.ttft_s, total_s),
             )
         )

@@ -107,9 +107,9 @@ class CostPolicy:
         return Route(
             chosen.decode.info.worker_id,
             chosen.prefill.info if chosen.prefill else None,
-            sum(seconds for _, seconds in terms),
-            terms,
-            _reason(prices, chosen, terms, next_best),
+            cost_s=sum(seconds for _, seconds in terms),
+            terms=terms,
+            reason=_reason(prices, chosen, terms, next_best),
         )
 
 

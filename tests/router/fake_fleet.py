@@ -29,7 +29,7 @@ from baton.core.messages import (
     WorkerStatus,
 )
 from baton.core.metrics import Metrics
-from baton.core.request import FinishReason, Request, SamplingParams
+from baton.core.request import Choice, FinishReason, Request, SamplingParams
 from baton.core.services import WorkerService
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
 from baton.router.dispatch import Dispatcher
@@ -55,9 +55,9 @@ def capability(**changes: object) -> Capability:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def token(request_id: str, index: int) -> int:
+def token(request_id: str, index: int, choice: int = 0) -> int:
     """What every worker says at this index: never EOS."""
-    return hashlib.sha256(f"{request_id}/{index}".encode()).digest()[0]
+    return hashlib.sha256(f"{request_id}/{choice}/{index}".encode()).digest()[0]
 
 
 def request(
@@ -66,8 +66,13 @@ def request(
     return Request(request_id, tuple(prompt), SamplingParams(max_tokens=max_tokens), **fields)  # type: ignore[arg-type]
 
 
-def expected(r: Request) -> list[int]:
-    return [token(r.request_id, i) for i in range(r.sampling.max_tokens)]
+def expected(r: Request, choice: int = 0) -> list[int]:
+    return [token(r.request_id, i, choice) for i in range(r.sampling.max_tokens)]
+
+
+def with_delivered(r: Request, *delivered: Sequence[int]) -> Request:
+    """As a router sends it again: so much of each choice is with the client."""
+    return replace(r, choices=tuple(Choice(k, tuple(tokens)) for k, tokens in enumerate(delivered)))
 
 
 Act = TokenChunk | float | BatonError
@@ -76,12 +81,14 @@ Script = Callable[[Submit], Iterator[Act]]
 
 
 def speak(submit: Submit) -> Iterator[Act]:
-    """The well-behaved worker: from where the client is, a token every 10 ms, the last with the finish."""
-    r, first = submit.request, len(submit.request.delivered)
-    for i in range(first, r.sampling.max_tokens):
+    """The well-behaved worker: from where the client is, a token of each choice every 10 ms, the last with the
+    finish."""
+    r = submit.request
+    for i in range(min(len(c.delivered) for c in r.choices), r.sampling.max_tokens):
         yield 0.01
         finish = FinishReason.LENGTH if i == r.sampling.max_tokens - 1 else None
-        yield TokenChunk(r.request_id, submit.epoch, i, (token(r.request_id, i),), finish)
+        for choice in (c.index for c in r.choices if len(c.delivered) <= i):
+            yield TokenChunk(r.request_id, submit.epoch, i, (token(r.request_id, i, choice),), finish, choice)
 
 
 def refuse(code: str, message: str = "no") -> Script:
@@ -89,7 +96,7 @@ def refuse(code: str, message: str = "no") -> Script:
         yield TokenChunk(
             submit.request.request_id,
             submit.epoch,
-            len(submit.request.delivered),
+            0,
             (),
             FinishReason.ERROR,
             error_code=code,
@@ -207,6 +214,11 @@ class ScriptedWorker:
     async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
         return ReleaseAnswer(False, "no such lease")
 
+    async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
+        self.load = replace(self.load, draining=on)
+        self.say()
+        return await self.status(timeout_s)
+
     async def status(self, timeout_s: float) -> WorkerStatus:
         return WorkerStatus(self.info, self.load, LEDGER, ())
 
@@ -253,14 +265,20 @@ class ScriptedFleet:
 
     async def answer(self, r: Request) -> list[int]:
         """All tokens of a request; checks that the pieces fit and that the end is said once, at the end."""
-        tokens: list[int] = list(r.delivered)
-        finish = None
+        (tokens,) = (await self.answers(r)).values()
+        return tokens
+
+    async def answers(self, r: Request) -> dict[int, list[int]]:
+        """The same of each choice."""
+        tokens = {c.index: list(c.delivered) for c in r.choices}
+        unfinished = set(tokens)
         async for chunk in self.dispatcher.generate(r):
-            assert finish is None, f"{chunk} came after the end"
-            assert chunk.first_index == len(tokens), f"{chunk} does not follow {len(tokens)} tokens"
-            tokens += chunk.token_ids
-            finish = chunk.finish
-        assert finish is not None, "the tokens stopped without an end"
+            assert chunk.choice in unfinished, f"{chunk} came after the end"
+            assert chunk.first_index == len(tokens[chunk.choice]), f"{chunk} does not follow {tokens}"
+            tokens[chunk.choice] += chunk.token_ids
+            if chunk.finish is not None:
+                unfinished.remove(chunk.choice)
+        assert not unfinished, f"the tokens of {unfinished} stopped without an end"
         return tokens
 
 

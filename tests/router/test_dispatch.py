@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +38,7 @@ from tests.router.fake_fleet import (
     simulate,
     speak,
     token,
+    with_delivered,
 )
 
 # ---- the plain case --------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_worker_lost_at_any_token_costs_the_client_nothing(lost_after: int, sa
             submits = sorted((s for w in workers for s in w.submits), key=lambda s: s.epoch)
             retried = lost_after < 7
             assert [s.epoch for s in submits] == [1, 2][: 1 + retried]
-            assert submits[-1].request.delivered == tuple(expected(r)[:lost_after] if retried else ())
+            assert submits[-1].request.choices[0].delivered == tuple(expected(r)[:lost_after] if retried else ())
             assert fleet.metrics.value("baton_dispatch_retries_total", reason="peer_lost") == retried
 
     simulate(main, range(3))
@@ -219,7 +219,7 @@ def test_a_gap_is_a_lost_worker_and_the_attempt_is_cancelled_there() -> None:
             assert await fleet.answer(request()) == expected(request())
             first, second = sorted(workers, key=lambda w: w.submits[0].epoch)
             assert [(c.request_id, c.epoch) for c in first.cancels] == [("r", 1)]
-            assert second.submits[0].request.delivered == (token("r", 0),)
+            assert second.submits[0].request.choices[0].delivered == (token("r", 0),)
 
     simulate(main)
 
@@ -292,9 +292,9 @@ def test_a_request_taken_over_goes_on_with_the_next_index() -> None:
     async def main() -> None:
         r = request(max_tokens=6)
         async with ScriptedFleet(ScriptedWorker("d0")) as fleet:
-            some = replace(r, delivered=tuple(expected(r)[:4]))
+            some = with_delivered(r, expected(r)[:4])
             assert await fleet.answer(some) == expected(r)
-            whole = replace(r, delivered=tuple(expected(r)))
+            whole = with_delivered(r, expected(r))
             assert await fleet.answer(whole) == expected(r)
             assert len(fleet.workers["d0"].submits) == 1
 
