@@ -7,10 +7,11 @@ core.commit(step, result, now)         # pure
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.core.errors import BatonError
 from baton.core.request import FinishReason, SampledToken, SamplingParams
 
 
@@ -56,6 +57,9 @@ class StepResult:
     """Sampled tokens, aligned with Step.chunks, and within each with its `choices`."""
 
     tokens: tuple[tuple[SampledToken, ...], ...]
+    failed: Mapping[int, BatonError] = field(default_factory=dict)
+    """Index of a chunk that should have sampled and could not (its logits are no numbers) -> why. It has no tokens;
+    the other chunks are sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class Progress:
     num_output_tokens - 1; a sequence of several choices ends here, and each goes on as a sequence of its own."""
     num_output_tokens: int
     finish: FinishReason | None
+    error: BatonError | None = None
+    """Why, if `finish` is ERROR: this one sequence cannot go on."""
 
 
 class Runner(Protocol):

@@ -1,10 +1,15 @@
-"""Chooses the next token from logits. Counter-based: the same (seed, position) and logits give the same token, on any
-worker, in any batch, at any retry.
+"""Chooses next tokens from logits. Counter-based: the same seed, choice, position, history and logits give the same
+token, on any worker, in any batch, at any retry.
 
-Key = the request's seed; counter = (choice, position, draw). Today each token takes one draw of choice 0; parallel
-choices and draft verification take others without disturbing these.
+Key = the request's seed; counter = (choice, position, draw). Today each token takes one draw; draft verification will
+take others without disturbing these.
 
-Filters apply in the order temperature, top-k, top-p, min-p, each to what the one before it left.
+Life of a row of logits:
+    1. Its largest is looked at: NaN or infinite, and the row fails alone.
+    2. Log-probs are taken of it as it is.
+    3. logit_bias, then penalties for tokens that came before.
+    4. Greedy: the largest. Else temperature, top-k, top-p, min-p, each on what the one before it left, and one draw
+       for each choice.
 """
 
 from __future__ import annotations
@@ -16,37 +21,69 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from baton.core.request import SamplingParams
+from baton.core.errors import BatonError, InternalError
+from baton.core.request import SampledToken, SamplingParams, TokenLogprob
 
+Logits = NDArray[np.float32]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
+
+LARGEST = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True, slots=True)
 class SampledRow:
-    """How to sample one row of logits."""
+    """How to sample one row of logits, once for each choice."""
 
     sampling: SamplingParams
     seed: int
     position: int
     """Of the token to be sampled, in its sequence."""
+    choices: tuple[int, ...] = (0,)
+    history: tuple[int, ...] = ()
+    """All tokens before it, if sampling.needs_history."""
+    num_prompt_tokens: int = 0
+    """How many of them are the prompt."""
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[int]:
-    """logits [num_rows, vocab_size] fp32 -> one token per row. Ties go to the lower token id."""
+def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[SampledToken, ...] | BatonError]:
+    """logits [num_rows, vocab_size] fp32 -> one token for each choice of each row, or why a row has none. Ties go to
+    the lower token id."""
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
-    tokens = torch.argmax(logits, dim=-1).tolist()
-    for i, row in enumerate(rows):
-        if row.sampling.temperature > 0.0:
-            tokens[i] = _draw(logits[i].numpy(), row)
-    return [int(token) for token in tokens]
+    largest = torch.argmax(logits, dim=-1)  # NaN counts as larger than all
+    peaks = logits.gather(1, largest[:, None])[:, 0].tolist()
+    return [
+        _sample_row(logits[i], row, token) if np.isfinite(peak) else _not_finite(row, peak)
+        for i, (row, token, peak) in enumerate(zip(rows, largest.tolist(), peaks, strict=True))
+    ]
 
 
-def _draw(logits: NDArray[np.float32], row: SampledRow) -> int:
+def _not_finite(row: SampledRow, peak: float) -> BatonError:
+    return InternalError(
+        f"the logits of the token at position {row.position} are not finite (largest: {peak}). "
+        "The KV they were computed from is not used again."
+    )
+
+
+def _sample_row(logits: torch.Tensor, row: SampledRow, largest: int) -> tuple[SampledToken, ...]:
+    sampling = row.sampling
+    if sampling.temperature == 0.0 and sampling.logprobs is None and not _adjusts(sampling):
+        return (SampledToken(largest),) * len(row.choices)
+    raw: Logits = logits.numpy()
+    tokens = _choose(adjusted(raw, row) if _adjusts(sampling) else raw, row)
+    if sampling.logprobs is None:
+        return tuple(map(SampledToken, tokens))
+    return tuple(map(SampledToken, tokens, logprobs(raw, tokens, sampling.logprobs)))
+
+
+def _choose(logits: Logits | Floats, row: SampledRow) -> list[int]:
+    if row.sampling.temperature == 0.0:
+        return [int(logits.argmax())] * len(row.choices)
     ids, weights = candidates(logits, row.sampling)
     cumulative = np.cumsum(weights)
-    chosen = np.searchsorted(cumulative, uniform(row.seed, row.position) * cumulative[-1], side="right")
-    return int(ids[min(int(chosen), len(ids) - 1)])
+    draws = [uniform(row.seed, row.position, choice) * cumulative[-1] for choice in row.choices]
+    chosen = np.searchsorted(cumulative, draws, side="right")
+    return [int(ids[min(int(c), len(ids) - 1)]) for c in chosen]
 
 
 def uniform(seed: int, position: int, choice: int = 0, draw: int = 0) -> float:
@@ -57,7 +94,50 @@ def uniform(seed: int, position: int, choice: int = 0, draw: int = 0) -> float:
     return float(int(bits) >> 11) * 2.0**-53
 
 
-def candidates(logits: NDArray[np.float32], sampling: SamplingParams) -> tuple[Ids, Floats]:
+# ---- before the choice -----------------------------------------------------------------------------------------------
+
+
+def logprobs(raw: Logits, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Of each of `tokens`, and the same `num_top` likeliest for all (fewer only if the vocabulary is smaller)."""
+    wide = raw.astype(np.float64)
+    peak = wide.max()
+    total = peak + np.log(np.exp(wide - peak).sum())
+    likeliest = _top_k(wide, num_top) if num_top else np.empty(0, np.int64)
+    likeliest = likeliest[np.argsort(-wide[likeliest], kind="stable")]
+    # Rounded as the wire rounds, so that equal means equal on both sides of it.
+    top = tuple((int(t), float(np.float32(wide[t] - total))) for t in likeliest)
+    return [TokenLogprob(float(np.float32(wide[t] - total)), top) for t in tokens]
+
+
+def _adjusts(sampling: SamplingParams) -> bool:
+    return bool(sampling.logit_bias) or sampling.needs_history
+
+
+def adjusted(raw: Logits, row: SampledRow) -> Floats:
+    """The logits after logit_bias and penalties: repetition as Keskar et al. 2019 (section 4.1) and Hugging Face's
+    processor have it, over prompt and output; frequency and presence as OpenAI documents them, over the output."""
+    logits: Floats = raw.astype(np.float64)
+    sampling = row.sampling
+    for token, bias in sampling.logit_bias:
+        if token < len(logits):
+            logits[token] += bias
+    history: Ids = np.asarray(row.history, dtype=np.int64)
+    if sampling.repetition_penalty != 1.0:
+        seen = np.unique(history)
+        before = logits[seen]
+        with np.errstate(over="ignore"):
+            after = np.where(before > 0, before / sampling.repetition_penalty, before * sampling.repetition_penalty)
+        logits[seen] = np.minimum(after, LARGEST)  # infinity less infinity is no probability
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        said, counts = np.unique(history[row.num_prompt_tokens :], return_counts=True)
+        logits[said] -= counts * sampling.frequency_penalty + sampling.presence_penalty
+    return logits
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+
+
+def candidates(logits: Logits | Floats, sampling: SamplingParams) -> tuple[Ids, Floats]:
     """Token ids that survive the filters, ascending, and their weights (unnormalised probabilities, largest 1)."""
     ids: Ids = np.arange(len(logits))
     with np.errstate(over="ignore", under="ignore"):  # a tiny temperature: exp(-inf) = 0 is what is meant
@@ -74,10 +154,12 @@ def candidates(logits: NDArray[np.float32], sampling: SamplingParams) -> tuple[I
     return ids, weights
 
 
-def _top_k(weights: Floats, k: int) -> Ids:
-    """Ascending indices of the k largest; of equals the first."""
-    smallest = np.partition(weights, len(weights) - k)[len(weights) - k]
-    above, equal = np.flatnonzero(weights > smallest), np.flatnonzero(weights == smallest)
+def _top_k(values: Floats, k: int) -> Ids:
+    """Ascending indices of the k largest; of equals the first. All, if there are fewer."""
+    if k >= len(values):
+        return np.arange(len(values))
+    smallest = np.partition(values, len(values) - k)[len(values) - k]
+    above, equal = np.flatnonzero(values > smallest), np.flatnonzero(values == smallest)
     return np.sort(np.concatenate([above, equal[: k - len(above)]]))
 
 

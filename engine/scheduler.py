@@ -8,16 +8,19 @@ Life of a sequence:
     2. Admitted: leading full blocks found in the prefix map are taken over, and it runs.
     3. `schedule` puts a chunk of its uncomputed tokens into a step; they are in flight until `commit`.
     4. `commit`: the chunk's KV is in the blocks, full blocks enter the prefix map; a chunk that ended at the last
-       known token brought a new one. Back to 3, or finished: it keeps its blocks, and gets no more steps.
+       known token brought a new one. Back to 3, or finished: it keeps its blocks, and gets no more steps. One of
+       several choices (a *leader*) ends there with a token for each: they go on as sequences that bring blocks.
     5. Preempted when an older sequence needs a block: all blocks released, computed tokens forgotten (what it
        published stays cached, and is found again), back to waiting at its place by age.
-    6. `remove`, at any moment: blocks released, at once or when its last step in flight is committed.
+    6. Paused when its blocks are about to be lent: it keeps its place and its blocks, and takes no part in steps
+       until `resume`.
+    7. `remove`, at any moment: blocks released, at once or when its last step in flight is committed.
 
 Why it cannot get stuck: a sequence takes blocks only from younger ones, so that the oldest running one always gets
-on, unless all other blocks are pinned, promised or in flight, and those end by their own deadlines. Who fails to get
-a block keeps what he has, and nobody younger takes one in that step. Waiting sequences that hold blocks pass those
-that hold none, and can be preempted as if they ran. A sequence is admitted only when all its known tokens have room
-beside what the running ones still need for theirs: otherwise two prompts whose blocks are lent while they are
+on, unless all other blocks are pinned, promised, paused or in flight, and those end by their own deadlines. Who fails
+to get a block keeps what he has, and nobody younger takes one in that step. Waiting sequences that hold blocks pass
+those that hold none, and can be preempted as if they ran. A sequence is admitted only when all its known tokens have
+room beside what the running ones still need for theirs: otherwise two prompts whose blocks are lent while they are
 computed could wait for each other.
 """
 
@@ -31,8 +34,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from baton.core.block_hash import BlockHash, HashScope, extend
-from baton.core.errors import Overloaded
-from baton.core.request import FinishReason
+from baton.core.errors import BatonError, Overloaded
+from baton.core.request import FinishReason, SampledToken
 from baton.core.sequence import SequenceState
 from baton.core.step import Progress, ScheduledChunk, Step, StepResult
 from baton.engine.block_pool import BlockPool
@@ -89,6 +92,9 @@ class Scheduler:
         self._running: dict[str, SequenceState] = {}
         self._waiting: list[SequenceState] = []
         """By arrival. A sequence in neither of the two is finished, and waits for `remove`."""
+        self._paused: set[str] = set()
+        self._unscheduled: dict[str, float] = {}
+        """When those that were in no step yet were added, oldest first."""
         self._leaving: dict[int, SequenceState] = {}
         """Removed while in flight, by arrival: their blocks are still written."""
         self._flights: deque[tuple[Step, list[SequenceState]]] = deque()
@@ -98,7 +104,7 @@ class Scheduler:
 
     # ---- sequences come and go ----
 
-    def add(self, seq: SequenceState) -> None:
+    def add(self, seq: SequenceState, now: float) -> None:
         """Take a sequence in. One that brings blocks hands over one reference on each, and its `num_computed_tokens`
         are verified KV: the full blocks among them are published here. Raises Overloaded when the queue is full and
         the sequence has no blocks (one with blocks was let in when they were promised)."""
@@ -117,6 +123,7 @@ class Scheduler:
         self._num_arrivals += 1
         seq.arrival = self._num_arrivals
         self._held[seq.request_id] = seq
+        self._unscheduled[seq.request_id] = now
         self._waiting.append(seq)
         self._publish(seq, 0)
 
@@ -126,12 +133,29 @@ class Scheduler:
         seq = self._held.pop(request_id, None)
         if seq is None:
             return
+        self._paused.discard(request_id)
+        self._unscheduled.pop(request_id, None)
         if self._running.pop(request_id, None) is None:
             self._waiting = [s for s in self._waiting if s is not seq]
         if seq.num_tokens_in_flight:
             self._leaving[seq.arrival] = seq
         else:
             self._release(seq)
+
+    def pause(self, request_id: str) -> None:
+        """Keep a sequence out of further steps: its blocks are neither written nor preempted once it is settled. A
+        step in flight still brings its token, which may end it."""
+        assert request_id in self._held, f"request {request_id} is not here"
+        self._paused.add(request_id)
+
+    def resume(self, request_id: str) -> None:
+        """Let a paused sequence go on from its place. One that was removed meanwhile, or not paused, is ignored."""
+        self._paused.discard(request_id)
+
+    def is_settled(self, request_id: str) -> bool:
+        """It is in no step in flight: its tokens and blocks are those of a step boundary. A removed one never is."""
+        seq = self._held.get(request_id)
+        return seq is not None and not seq.num_tokens_in_flight
 
     def get(self, request_id: str) -> SequenceState | None:
         return self._held.get(request_id)
@@ -192,7 +216,12 @@ class Scheduler:
     def num_blocks_wanted(self) -> int:
         """Blocks that the first waiting sequence without any needs for its known tokens. New credits should leave
         that many available, or a stream of them keeps it waiting."""
-        return next((self._blocks_for(s.num_tokens) for s in self._waiting if not s.block_table.blocks), 0)
+        head = self._first_without_blocks()
+        return 0 if head is None else self._blocks_for(head.num_tokens)
+
+    def oldest_waiting_s(self, now: float) -> float:
+        """Age of the oldest sequence that has been in no step yet; `now` on the clock that `add` was told."""
+        return now - next(iter(self._unscheduled.values()), now)
 
     # ---- a step ----
 
@@ -200,11 +229,11 @@ class Scheduler:
         """The next step: decodes, then running prefills, then waiting sequences; None when nothing can run.
 
         May be called while one step is in flight: a sequence in the middle of its prompt gets its next chunk, one
-        whose next token is being sampled nothing. `now` is the caller's clock; nothing depends on it yet.
+        whose next token is being sampled nothing. `now` is the caller's clock; nothing here depends on it yet.
         """
         assert len(self._flights) < MAX_STEPS_IN_FLIGHT, f"{len(self._flights)} steps are in flight"
         plan = _Plan(self.limits.max_step_tokens)
-        by_age = sorted(self._running.values(), key=_arrival)
+        by_age = sorted((s for s in self._running.values() if s.request_id not in self._paused), key=_arrival)
         decodes = [s for s in by_age if s.num_uncomputed_tokens == 1]
         prefills = [s for s in by_age if s.num_uncomputed_tokens > 1]
         for seq in decodes + prefills:
@@ -228,14 +257,19 @@ class Scheduler:
         oldest, sequences = self._flights.popleft()
         assert oldest is step, f"step {step.step_id} committed before step {oldest.step_id}"
         progress = []
-        for chunk, seq, token in zip(step.chunks, sequences, result.token_ids, strict=True):
-            assert (token is not None) == chunk.samples, f"{seq.request_id}: samples={chunk.samples}, token {token}"
+        for index, (chunk, seq, tokens) in enumerate(zip(step.chunks, sequences, result.tokens, strict=True)):
+            error = result.failed.get(index)
+            expected = 0 if error else len(chunk.choices)
+            assert len(tokens) == expected, f"{seq.request_id}: {len(tokens)} tokens for {expected} choices"
             assert seq.num_computed_tokens == chunk.start, f"{seq.num_computed_tokens} computed, chunk at {chunk.start}"
             seq.num_tokens_in_flight -= len(chunk.token_ids)
             seq.num_computed_tokens = chunk.end
-            self._publish(seq, chunk.start)
+            if error is None:
+                self._publish(seq, chunk.start)
+            else:
+                self._unpublish(seq)
             if seq.arrival not in self._leaving:
-                progress.append(self._take_token(seq, chunk, token))
+                progress.append(self._take_tokens(seq, chunk, tokens, error))
             elif not seq.num_tokens_in_flight:
                 del self._leaving[seq.arrival]
                 self._release(seq)
@@ -243,13 +277,19 @@ class Scheduler:
 
     # ---- inside ----
 
-    def _take_token(self, seq: SequenceState, chunk: ScheduledChunk, token: int | None) -> Progress:
-        if token is not None:
-            seq.tokens.append(token)
-            seq.finish = self.finish_of(seq, token)
-            if seq.finish is not None:
-                del self._running[seq.request_id]
-        return Progress(seq.request_id, seq.epoch, chunk.start, chunk.end, token, seq.num_output_tokens, seq.finish)
+    def _take_tokens(
+        self, seq: SequenceState, chunk: ScheduledChunk, tokens: tuple[SampledToken, ...], error: BatonError | None
+    ) -> Progress:
+        if error is not None:
+            seq.finish = FinishReason.ERROR
+        elif tokens and len(seq.choices) == 1:
+            seq.tokens.append(tokens[0].token_id)
+            seq.finish = self.finish_of(seq, tokens[0].token_id)
+        if seq.finish is not None or len(tokens) > 1:
+            del self._running[seq.request_id]
+        return Progress(
+            seq.request_id, seq.epoch, chunk.start, chunk.end, tokens, seq.num_output_tokens, seq.finish, error
+        )
 
     def _publish(self, seq: SequenceState, start: int) -> None:
         """Publish the blocks that became full since `start`: only computed tokens count, never a token that was
@@ -259,6 +299,11 @@ class Scheduler:
         known = self.hashes(seq, num_full)
         for index in range(start // size, num_full):
             self._pool.publish(seq.block_table.blocks[index], known[index])
+
+    def _unpublish(self, seq: SequenceState) -> None:
+        """Its logits are no numbers: some of the KV they came from may be rubbish, and must not spoil others."""
+        for block in seq.block_table.blocks:
+            self._pool.unpublish(block)
 
     def _plan_chunk(self, plan: _Plan, seq: SequenceState) -> None:
         """Put the next chunk of a running sequence into the plan, as long as budget and blocks allow."""
@@ -270,11 +315,16 @@ class Scheduler:
         if num_tokens <= 0:
             return
         end = start + num_tokens
+        samples = end == seq.num_tokens
+        looks_back = samples and seq.request.sampling.needs_history
         plan.chunks.append(ScheduledChunk(
             request_id=seq.request_id, token_ids=tuple(seq.tokens[start:end]), start=start,
-            block_table=tuple(seq.block_table.blocks), samples=end == seq.num_tokens,
+            block_table=tuple(seq.block_table.blocks), choices=seq.choices if samples else (),
             sampling=seq.request.sampling, seed=seq.request.seed,
+            history=tuple(seq.tokens) if looks_back else (),
+            num_prompt_tokens=seq.num_prompt_tokens if looks_back else 0,
         ))
+        self._unscheduled.pop(seq.request_id, None)
         plan.sequences.append(seq)
         plan.budget_tokens -= num_tokens
         seq.num_tokens_in_flight += num_tokens
@@ -299,11 +349,11 @@ class Scheduler:
 
     def _admit(self, plan: _Plan, seq: SequenceState) -> None:
         """Let a waiting sequence run, if its blocks are here or there is room for them."""
-        if not seq.block_table.blocks:
-            # Age goes first: nobody without blocks passes one who waits for some.
-            older = next(s for s in self._waiting if not s.block_table.blocks)
-            if older is not seq or not self._take_prefix(seq):
-                return
+        if seq.request_id in self._paused:
+            return
+        # Age goes first: nobody without blocks passes one who waits for some.
+        if not seq.block_table.blocks and (self._first_without_blocks() is not seq or not self._take_prefix(seq)):
+            return
         self._waiting = [s for s in self._waiting if s is not seq]
         self._running[seq.request_id] = seq
         self._plan_chunk(plan, seq)
@@ -341,10 +391,10 @@ class Scheduler:
         return not self._pool.match(hashes[last.num_matched : last.num_matched + 1])
 
     def _youngest_after(self, seq: SequenceState) -> SequenceState | None:
-        """The youngest sequence that came after `seq`, is in no step, and has a block to give."""
+        """The youngest sequence that came after `seq`, is in no step, not paused, and has a block to give."""
         victims = (
             s for s in self._unfinished()
-            if s.arrival > seq.arrival and not s.num_tokens_in_flight
+            if s.arrival > seq.arrival and not s.num_tokens_in_flight and s.request_id not in self._paused
             and not all(self._pool.is_pinned(b) for b in s.block_table.blocks)
         )
         return max(victims, key=_arrival, default=None)
@@ -360,6 +410,10 @@ class Scheduler:
     def _release(self, seq: SequenceState) -> None:
         self._pool.release(seq.block_table.blocks)
         seq.block_table.blocks.clear()
+
+    def _first_without_blocks(self) -> SequenceState | None:
+        """Whose turn it is to get blocks."""
+        return next((s for s in self._waiting if not s.block_table.blocks and s.request_id not in self._paused), None)
 
     def _unfinished(self) -> Iterator[SequenceState]:
         return itertools.chain(self._running.values(), self._waiting)

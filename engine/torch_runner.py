@@ -6,13 +6,14 @@ owns a block, or why a chunk is in the step.
 Life of a step:
 1. `execute` hands it to the one compute thread, in which every torch call of the worker happens.
 2. The chunks become spans (kernels/reference.py); blocks that the step begins but does not fill are zeroed.
-3. The op list runs. After each layer's K and V are written, `num_layers_done` says so (any thread may read it).
-4. Rows with `samples` get logits and a token.
+3. The op list runs. After each layer's K and V are written, the event loop hears of it, if it asked to.
+4. Last rows of chunks that sample get logits, and a token for each choice.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from baton.core.errors import BatonError
 from baton.core.layout import KVLayout
+from baton.core.request import SampledToken
 from baton.core.step import ScheduledChunk, Step, StepResult
 from baton.engine.sampler import SampledRow, sample
 from baton.kernels import reference
@@ -53,6 +56,7 @@ class _Registers:
     rope: tuple[Tensor, Tensor]
     hidden: Tensor
     x: Tensor
+    on_layers: Callable[[int], None] | None
 
 
 class TorchRunner:
@@ -65,8 +69,6 @@ class TorchRunner:
         spec = open_converted(model_dir).spec
         assert layout == spec.layout(layout.block_size), (layout, spec)
         assert memory.nbytes >= num_blocks * layout.block_bytes, (memory.nbytes, num_blocks, layout.block_bytes)
-        self.num_layers_done = 0
-        """Layers whose K and V of the step now in execution are in the pool."""
         self._layout = layout
         self._ops = compile_spec(spec)
         self._theta = next(op.theta for op in self._ops if isinstance(op, RopeAndWriteKV))
@@ -76,9 +78,15 @@ class TorchRunner:
         # torch keeps the team's size per thread: it must be set in the thread that computes.
         self._thread = ThreadPoolExecutor(1, "baton-compute", torch.set_num_threads, (threads,))
 
-    async def execute(self, step: Step) -> StepResult:
+    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, step)
+        loop = asyncio.get_running_loop()
+
+        def tell(num_layers: int) -> None:
+            assert on_layers is not None, "told only if somebody listens"
+            loop.call_soon_threadsafe(on_layers, num_layers)
+
+        return await loop.run_in_executor(self._thread, self._run, step, tell if on_layers else None)
 
     async def close(self) -> None:
         """Wait for the step in execution, then let go of memory and weights."""
@@ -89,18 +97,26 @@ class TorchRunner:
         self._pool = torch.empty(0)
         self._weights = {}
 
-    def _run(self, step: Step) -> StepResult:
+    def _run(self, step: Step, on_layers: Callable[[int], None] | None) -> StepResult:
+        tokens: list[tuple[SampledToken, ...]] = [()] * len(step.chunks)
+        failed: dict[int, BatonError] = {}
+        sampling = [i for i, c in enumerate(step.chunks) if c.choices]
         with torch.inference_mode():
-            logits = self.logits(step.chunks)
-            asked = [SampledRow(c.sampling, c.seed, c.end) for c in step.chunks if c.samples]
-            tokens = iter(sample(logits, asked)) if logits is not None else iter(())
-        return StepResult(tuple(next(tokens) if c.samples else None for c in step.chunks))
+            logits = self.logits(step.chunks, on_layers)
+            rows = [_row_of(step.chunks[i]) for i in sampling]
+            for i, outcome in zip(sampling, [] if logits is None else sample(logits, rows), strict=True):
+                if isinstance(outcome, BatonError):
+                    failed[i] = outcome
+                else:
+                    tokens[i] = outcome
+        return StepResult(tuple(tokens), failed)
 
-    def logits(self, chunks: tuple[ScheduledChunk, ...]) -> Tensor | None:
+    def logits(
+        self, chunks: tuple[ScheduledChunk, ...], on_layers: Callable[[int], None] | None = None
+    ) -> Tensor | None:
         """Run the op list: [number of chunks that sample, vocab_size] in their order, or None if there is none.
 
         `execute` calls it in the compute thread; a test may call it while no step is in execution."""
-        self.num_layers_done = 0
         layout = self._layout
         spans = [reference.Span(c.start, len(c.token_ids), c.block_table) for c in chunks]
         plan = reference.plan_batch(spans, layout.num_layers, layout.num_kv_heads, layout.block_size)
@@ -108,12 +124,12 @@ class TorchRunner:
         ends, row = [], 0
         for chunk in chunks:
             row += len(chunk.token_ids)
-            if chunk.samples:
+            if chunk.choices:
                 ends.append(row - 1)
         rope = reference.rope_tables(plan.positions, layout.head_dim, self._theta)
         tokens = torch.tensor([t for c in chunks for t in c.token_ids])
         nothing = torch.empty(0)
-        registers = _Registers(tokens, plan, torch.tensor(ends, dtype=torch.int64), rope, nothing, nothing)
+        registers = _Registers(tokens, plan, torch.tensor(ends, dtype=torch.int64), rope, nothing, nothing, on_layers)
         for op in self._ops:
             self._apply(op, registers)
             if isinstance(op, KeepSampledRows) and not ends:
@@ -147,5 +163,10 @@ class TorchRunner:
         reference.rope_(heads[:, : num_heads + num_kv_heads], *r.rope)
         kv = heads[:, num_heads:].view(len(r.tokens), 2, num_kv_heads, -1)
         reference.write_kv(self._pool, op.layer, kv, r.plan)
-        self.num_layers_done = op.layer + 1
+        if r.on_layers is not None:
+            r.on_layers(op.layer + 1)
         return heads[:, :num_heads]
+
+
+def _row_of(chunk: ScheduledChunk) -> SampledRow:
+    return SampledRow(chunk.sampling, chunk.seed, chunk.end, chunk.choices, chunk.history, chunk.num_prompt_tokens)

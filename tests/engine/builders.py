@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.core.block_hash import HashScope
-from baton.core.request import Request, SamplingParams
+from baton.core.request import Choice, Request, SampledToken, SamplingParams
 from baton.core.sequence import SequenceState, new_sequence
 from baton.core.step import Progress, Step, StepResult
 from baton.engine.block_pool import BlockPool
@@ -20,15 +20,18 @@ SCOPE = HashScope("tiny", "u64", "slots")
 SEED_0 = SamplingParams(seed=0)
 
 
-def next_token(tokens: Sequence[int], seed: int = 0) -> int:
-    return hashlib.sha256(repr((list(tokens), seed)).encode()).digest()[0] % VOCABULARY
+def next_token(tokens: Sequence[int], seed: int = 0, choice: int = 0, border: int | None = None) -> int:
+    """`border`: where the prompt ends, if penalties are on."""
+    return hashlib.sha256(repr((list(tokens), seed, choice, border)).encode()).digest()[0] % VOCABULARY
 
 
-def undisturbed(prompt: Sequence[int], num_output_tokens: int, seed: int = 0) -> list[int]:
+def undisturbed(
+    prompt: Sequence[int], num_output_tokens: int, seed: int = 0, choice: int = 0, penalised: bool = False
+) -> list[int]:
     """Prompt and output of a run with nobody else around."""
     tokens = list(prompt)
     for _ in range(num_output_tokens):
-        tokens.append(next_token(tokens, seed))
+        tokens.append(next_token(tokens, seed, choice, len(prompt) if penalised else None))
     return tokens
 
 
@@ -41,9 +44,11 @@ def limits(
 
 def sequence(
     request_id: str, prompt: Sequence[int], max_output_tokens: int = 1, *, tenant: str = "",
-    sampling: SamplingParams = SEED_0, delivered: Sequence[int] = (),
+    sampling: SamplingParams = SEED_0, delivered: Sequence[int] = (), choices: Sequence[int] = (0,),
 ) -> SequenceState:
-    request = Request(request_id, tuple(prompt), sampling, tuple(delivered), tenant)
+    """`delivered` is of an only choice."""
+    asked = tuple(Choice(index, tuple(delivered)) for index in choices)
+    request = Request(request_id, tuple(prompt), sampling, asked, tenant)
     return new_sequence(request, 0, BLOCK_SIZE, max_output_tokens)
 
 
@@ -61,12 +66,18 @@ class SlotMemory:
         return [self.slots[table[p // BLOCK_SIZE], p % BLOCK_SIZE] for p in range(end)]
 
     def execute(self, step: Step) -> StepResult:
-        sampled: list[int | None] = []
+        sampled: list[tuple[SampledToken, ...]] = []
         for chunk in step.chunks:
             self.write(chunk.block_table, chunk.start, chunk.token_ids)
         for chunk in step.chunks:
             read = self.read(chunk.block_table, chunk.end)
-            sampled.append(next_token(read, chunk.seed) if chunk.samples else None)
+            border = None
+            if chunk.choices and chunk.sampling.needs_history:
+                assert list(chunk.history) == read, "penalties would look at other tokens"
+                border = chunk.num_prompt_tokens
+            else:
+                assert (chunk.history, chunk.num_prompt_tokens) == ((), 0), "nobody asked for these"
+            sampled.append(tuple(SampledToken(next_token(read, chunk.seed, c, border)) for c in chunk.choices))
         return StepResult(tuple(sampled))
 
 
@@ -90,7 +101,7 @@ class Bench:
 
     def add(self, *sequences: SequenceState) -> None:
         for seq in sequences:
-            self.scheduler.add(seq)
+            self.scheduler.add(seq, 0.0)
 
     def schedule(self) -> Step:
         step = self.scheduler.schedule(0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,16 +11,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.core.request import SamplingParams
+from baton.core.request import SampledToken, SamplingParams
 from baton.engine.sampler import SampledRow, candidates, sample, uniform
 
 GREEDY = SamplingParams(temperature=0.0)
 
 
+def sampled(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[SampledToken, ...]]:
+    """None of the rows may fail."""
+    outcomes = sample(logits, rows)
+    tokens = [outcome for outcome in outcomes if isinstance(outcome, tuple)]
+    assert len(tokens) == len(outcomes), outcomes
+    return tokens
+
+
+def ids(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    """Of the first choice of each row."""
+    return [tokens[0].token_id for tokens in sampled(logits, rows)]
+
+
 def draws(logits: list[float], sampling: SamplingParams, num: int) -> np.ndarray:
     """How often each token came, over `num` seeds."""
     rows = [SampledRow(sampling, seed, 3) for seed in range(num)]
-    return np.bincount(sample(torch.tensor([logits]).expand(num, -1), rows), minlength=len(logits))
+    return np.bincount(ids(torch.tensor([logits]).expand(num, -1), rows), minlength=len(logits))
 
 
 def naive(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
@@ -44,7 +58,7 @@ def naive(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
 
 def test_temperature_zero_takes_the_largest_and_of_equals_the_first() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [9.0, 1.0, 2.0]])
-    assert sample(logits, [SampledRow(GREEDY, 1, 1), SampledRow(GREEDY, 2, 2)]) == [1, 0]
+    assert ids(logits, [SampledRow(GREEDY, 1, 1), SampledRow(GREEDY, 2, 2)]) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +95,9 @@ def test_tokens_come_as_often_as_the_formula_says(sampling: SamplingParams) -> N
 )
 def test_filters_keep_what_a_naive_reference_keeps(whole: list[int], sampling: SamplingParams) -> None:
     logits = [float(x) for x in whole]  # few values: ties are common
-    ids, weights = candidates(np.array(logits, dtype=np.float32), sampling)
+    kept, weights = candidates(np.array(logits, dtype=np.float32), sampling)
     expected = naive(logits, sampling)
-    assert ids.tolist() == sorted(expected)
+    assert kept.tolist() == sorted(expected)
     np.testing.assert_allclose(weights / weights.sum(), [expected[i] for i in sorted(expected)], rtol=1e-9)
 
 
@@ -96,12 +110,12 @@ def test_a_large_vocabulary_is_filtered_as_the_reference_does() -> None:
 def test_seed_and_position_decide_and_nothing_else_does() -> None:
     logits = torch.zeros(1, 1000)
     row = SampledRow(SamplingParams(), 2**64 - 1, 17)
-    first = sample(logits, [row])
-    assert sample(logits, [row]) == first
+    first = ids(logits, [row])
+    assert ids(logits, [row]) == first
     others = [SampledRow(SamplingParams(), seed, 3) for seed in range(7)]
-    assert sample(logits.expand(8, -1), [*others[:4], row, *others[4:]])[4] == first[0]
-    assert sample(logits, [SampledRow(SamplingParams(), 2**64 - 1, 18)]) != first
-    assert sample(logits, [SampledRow(SamplingParams(), 2**64 - 2, 17)]) != first
+    assert ids(logits.expand(8, -1), [*others[:4], row, *others[4:]])[4] == first[0]
+    assert ids(logits, [SampledRow(SamplingParams(), 2**64 - 1, 18)]) != first
+    assert ids(logits, [SampledRow(SamplingParams(), 2**64 - 2, 17)]) != first
 
 
 def test_draws_of_all_counters_are_apart_and_uniform() -> None:
@@ -134,7 +148,7 @@ def test_the_random_numbers_are_philox_at_seed_and_position(seed: int) -> None:
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-3, 100.0])
 def test_extreme_temperatures_neither_fail_nor_warn(temperature: float) -> None:
     logits = torch.tensor([[1e30, -1e30, 5.0, 1e30]])
-    token = sample(logits, [SampledRow(SamplingParams(temperature=temperature, top_p=0.5, top_k=2), 1, 1)])[0]
+    token = ids(logits, [SampledRow(SamplingParams(temperature=temperature, top_p=0.5, top_k=2), 1, 1)])[0]
     assert token in (0, 3)
 
 

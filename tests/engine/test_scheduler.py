@@ -9,7 +9,7 @@ import pytest
 
 from baton.core.block_hash import BlockHash
 from baton.core.errors import Overloaded
-from baton.core.request import FinishReason, SamplingParams
+from baton.core.request import FinishReason, SampledToken, SamplingParams
 from baton.core.step import StepResult
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import Scheduler, SchedulerLimits
@@ -25,7 +25,7 @@ def test_decodes_go_first_then_running_prompts_then_waiting_ones() -> None:
     bench.add(sequence("late", [1, 1, 1], 2))
     step = bench.schedule()
     assert [(c.request_id, c.start, c.end) for c in step.chunks] == [("short", 1, 2), ("long", 4, 8), ("late", 0, 1)]
-    assert [c.samples for c in step.chunks] == [True, False, False]
+    assert [c.choices for c in step.chunks] == [(0,), (), ()]
 
 
 def test_no_step_and_no_chunk_is_longer_than_its_budget() -> None:
@@ -90,7 +90,7 @@ def test_a_third_step_and_a_commit_out_of_order_are_bugs() -> None:
     with pytest.raises(AssertionError, match="2 steps are in flight"):
         bench.scheduler.schedule(0.0)
     with pytest.raises(AssertionError, match="committed before"):
-        bench.scheduler.commit(second, StepResult((None,)), 0.0)
+        bench.scheduler.commit(second, StepResult(((),)), 0.0)
 
 
 def test_blocks_of_a_sequence_removed_in_flight_return_with_its_last_step() -> None:
@@ -116,7 +116,7 @@ def test_a_request_can_come_back_while_its_removed_self_is_in_flight() -> None:
     new = bench.schedule()
     assert bench.commit(old) == ()
     (progress,) = bench.commit(new)
-    assert progress.new_token == undisturbed([0, 1, 1], 1)[-1]
+    assert progress.new_tokens == (SampledToken(undisturbed([0, 1, 1], 1)[-1]),)
 
 
 # ---- the prefix map ----

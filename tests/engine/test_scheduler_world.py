@@ -62,7 +62,7 @@ class World:
         num_delivered = rnd.randint(0, num_output - 1)
         delivered = tokens[len(prompt) : len(prompt) + num_delivered]
         try:
-            self.bench.scheduler.add(sequence(name, prompt, num_output, delivered=delivered))
+            self.bench.scheduler.add(sequence(name, prompt, num_output, delivered=delivered), 0.0)
         except Overloaded:
             self.unfinished.remove(name)
 
@@ -83,7 +83,7 @@ class World:
         bench.memory.write(blocks, 0, tokens[:num_computed])
         seq.block_table.blocks.extend(blocks)
         seq.num_computed_tokens = num_computed
-        bench.scheduler.add(seq)
+        bench.scheduler.add(seq, 0.0)
 
     def cancel(self, rnd: Random) -> None:
         if self.unfinished:

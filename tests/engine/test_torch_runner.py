@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton.core.request import SamplingParams
+from baton.core.request import SampledToken, SamplingParams
 from baton.core.step import Step
 from baton.engine.torch_runner import TorchRunner
 from baton.models.convert import convert, open_converted
@@ -77,7 +77,7 @@ def test_decodes_and_prefills_of_all_lengths_in_one_step_do_not_see_each_other(t
             if context:
                 runner.logits((chunk(prompt[:context], 0, blocks, samples=False),))
         chunks = [chunk(p[c:], c, t) for p, c, t in zip(prompts, contexts, tables, strict=True)]
-        chunks[6] = dataclasses.replace(chunks[6], samples=False)
+        chunks[6] = dataclasses.replace(chunks[6], choices=())
         together = runner.logits(tuple(chunks))
     assert together is not None
     torch.testing.assert_close(together, alone[[0, 1, 2, 3, 4, 5, 7]], atol=1e-5, rtol=1e-5)
@@ -117,7 +117,7 @@ def test_tokens_come_only_for_chunks_that_sample_and_in_order(tiny_model_dir: Pa
         expected = [int(every_logit(runner, TOKENS[:n], t)[-1].argmax()) for n, t in cases]
         step = Step(1, tuple(chunk(TOKENS[:n], 0, t, samples=n != 11) for n, t in cases))
         result = asyncio.run(runner.execute(step))
-    assert result.token_ids == (expected[0], None, expected[2])
+    assert result.tokens == ((SampledToken(expected[0]),), (), (SampledToken(expected[2]),))
 
 
 def test_a_sampled_token_does_not_depend_on_the_rest_of_the_batch(tiny_model_dir: Path) -> None:
@@ -127,9 +127,9 @@ def test_a_sampled_token_does_not_depend_on_the_rest_of_the_batch(tiny_model_dir
     other = chunk(TOKENS[40:60], 0, tables[1], sampling, seed=3)
     with open_runner(tiny_model_dir, 12) as runner:
 
-        async def run() -> tuple[list[int | None], list[int | None]]:
-            alone = [(await runner.execute(Step(0, (c,)))).token_ids[0] for c in mine]
-            crowded = [(await runner.execute(Step(0, (other, c, other)))).token_ids[1] for c in mine]
+        async def run() -> tuple[list[SampledToken], list[SampledToken]]:
+            alone = [(await runner.execute(Step(0, (c,)))).tokens[0][0] for c in mine]
+            crowded = [(await runner.execute(Step(0, (other, c, other)))).tokens[1][0] for c in mine]
             return alone, crowded
 
         alone, crowded = asyncio.run(run())
@@ -137,11 +137,35 @@ def test_a_sampled_token_does_not_depend_on_the_rest_of_the_batch(tiny_model_dir
     assert len(set(alone)) > 3, "seeds must matter"
 
 
-def test_layers_done_counts_the_layers_whose_kv_is_in_the_pool(tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("samples", [True, False])
+def test_each_layer_is_told_once_its_kv_is_in_the_blocks(tiny_model_dir: Path, samples: bool) -> None:
+    """Told in the compute thread first, so that what is in the blocks can be looked at before more is written."""
+    layout = open_converted(tiny_model_dir).spec.layout(16)
+    memory = bytearray(2 * layout.block_bytes)
+    blocks = torch.frombuffer(memory, dtype=torch.float32).view(2, *layout.block_shape)
+    runner = TorchRunner(tiny_model_dir, memoryview(memory), 2, layout, threads=1)
+    seen: list[tuple[int, list[bool]]] = []
+    piece = chunk(TOKENS[:18], 0, (1, 0), samples=samples)
+
+    def look(num_layers: int) -> None:
+        seen.append((num_layers, [bool(blocks[1, layer].all()) for layer in range(2)]))
+
+    with torch.inference_mode():
+        runner.logits((piece,), look)
+    assert seen == [(1, [True, False]), (2, [True, True])]
+    asyncio.run(runner.close())
+
+
+def test_the_event_loop_hears_of_layers_in_order_and_before_the_result(tiny_model_dir: Path) -> None:
+    async def run(runner: TorchRunner) -> list[tuple[int, bool]]:
+        heard: list[tuple[int, bool]] = []
+        loop = asyncio.get_running_loop()
+        step = Step(0, (chunk(TOKENS[:5], 0, (2,)), chunk(TOKENS[:9], 0, (1,), samples=False)))
+        await runner.execute(step, lambda n: heard.append((n, asyncio.get_running_loop() is loop)))
+        return heard
+
     with open_runner(tiny_model_dir, 4) as runner:
-        assert runner.num_layers_done == 0
-        runner.logits((chunk(TOKENS[:5], 0, (2,), samples=False),))
-        assert runner.num_layers_done == 2
+        assert asyncio.run(run(runner)) == [(1, True), (2, True)]
 
 
 def test_close_waits_for_the_step_and_lets_go_of_the_memory(tiny_model_dir: Path) -> None:
@@ -156,7 +180,7 @@ def test_close_waits_for_the_step_and_lets_go_of_the_memory(tiny_model_dir: Path
         await asyncio.sleep(0)
         assert held() is not None
         await runner.close()
-        assert (await step).token_ids[0] is not None
+        assert len((await step).tokens[0]) == 1
 
     asyncio.run(run())
     assert held() is None

@@ -91,7 +91,7 @@ def chunk(
     tokens: Sequence[int], start: int, blocks: tuple[int, ...], sampling: SamplingParams = GREEDY, seed: int = 0,
     samples: bool = True,
 ) -> ScheduledChunk:
-    return ScheduledChunk(f"r{blocks}", tuple(tokens), start, blocks, samples, sampling, seed)
+    return ScheduledChunk(f"r{blocks}", tuple(tokens), start, blocks, (0,) if samples else (), sampling, seed)
 
 
 def every_logit(runner: TorchRunner, tokens: Sequence[int], blocks: tuple[int, ...]) -> Tensor:
@@ -114,14 +114,13 @@ def generate(
                 piece = prompt[start : start + chunk_tokens]
                 last = start + len(piece) == len(prompt)
                 result = await runner.execute(Step(0, (chunk(piece, start, blocks, samples=last),)))
-            outputs.append([token for token in result.token_ids if token is not None])
+            outputs.append([token.token_id for token in result.tokens[0]])
         for _ in range(num_tokens - 1):
             chunks = tuple(
                 chunk(out[-1:], len(prompt) + len(out) - 1, blocks)
                 for prompt, out, blocks in zip(prompts, outputs, tables, strict=True))
-            for out, token in zip(outputs, (await runner.execute(Step(0, chunks))).token_ids, strict=True):
-                assert token is not None
-                out.append(token)
+            for out, (token,) in zip(outputs, (await runner.execute(Step(0, chunks))).tokens, strict=True):
+                out.append(token.token_id)
         return outputs
 
     return asyncio.run(run())
