@@ -34,7 +34,7 @@ def status(
     router: Address = None, as_json: AsJson = False, config: ConfigFile = None, override: Overrides = None
 ) -> None:
     """Workers, pairs and counters of a running stack."""
-    answer = asyncio.run(fleet_status(router or _address(read_config(config, override))))
+    answer = asyncio.run(fleet_status(router or router_address(read_config(config, override))))
     if as_json:
         print(MessageToJson(answer, always_print_fields_with_no_presence=True))
         return
@@ -50,7 +50,7 @@ def trace(
     override: Overrides = None,
 ) -> None:
     """The waterfall of one request, and why it went where it went."""
-    answer = asyncio.run(request_trace(router or _address(read_config(config, override)), request_id))
+    answer = asyncio.run(request_trace(router or router_address(read_config(config, override)), request_id))
     if as_json:
         print(MessageToJson(answer, always_print_fields_with_no_presence=True))
         return
@@ -81,7 +81,7 @@ async def _reached(call: Awaitable[Answer], address: str) -> Answer:
         ) from e
 
 
-def _address(config: Config) -> str:
+def router_address(config: Config) -> str:
     return f"{config.router.host}:{config.router.grpc_port}"
 
 

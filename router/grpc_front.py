@@ -11,16 +11,21 @@ from typing import Any
 from baton.core.errors import InvalidRequest, NotFound
 from baton.core.metrics import Metrics, rendered
 from baton.core.request import FinishReason, SamplingParams
-from baton.core.worker import Role
+from baton.core.services import Dial
+from baton.core.worker import Role, WorkerLoad
 from baton.router.dispatch import Dispatcher
 from baton.router.exposition import worker_samples
 from baton.router.fleet import Fleet, WorkerView
 from baton.router.generation import GenerateCall, Generation, Prompt, Usage, new_request_id, shown
+from baton.router.link import WorkerState
 from baton.router.trace import TraceRecord
 from baton.wire import admin_pb2, admin_pb2_grpc, codec, inference_pb2, inference_pb2_grpc
 
 DEFAULT_MAX_TOKENS = 128
 """As proto/baton/wire/inference.proto documents it."""
+
+DRAIN_TIMEOUT_S = 3.0
+"""For a worker's answer. It answers at once, or something is wrong with it."""
 
 FINISH = {
     FinishReason.STOP: inference_pb2.GenerateResponse.STOP,
@@ -103,12 +108,13 @@ class Identity:
 
 
 class AdminFront(admin_pb2_grpc.AdminServicer):
-    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, metrics: Metrics,
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, metrics: Metrics, dial: Dial,
                  identity: Callable[[], Identity]) -> None:
         """`identity` is asked at each call: the ports are known only once both servers listen."""
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._dial = dial
         self._identity = identity
 
     async def Status(self, request: admin_pb2.FleetStatusRequest, context: Any) -> admin_pb2.FleetStatus:
@@ -129,6 +135,27 @@ class AdminFront(admin_pb2_grpc.AdminServicer):
             asked = f"request {shown(request.request_id)}" if request.request_id else "any request"
             raise NotFound(f"no trace of {asked}: only the newest finished ones are kept.", "request_id")
         return _trace(record)
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainProgress:
+        views = {view.info.worker_id: view for view in self._fleet.workers()}
+        view = views.get(request.worker_id)
+        if view is None:
+            raise NotFound(f"there is no worker {shown(request.worker_id)}; this router knows "
+                           f"{', '.join(views) or 'none'}.", "worker_id")
+        worker = self._dial(view.info)
+        status = await (worker.drain(request.on, DRAIN_TIMEOUT_S) if request.HasField("on")
+                        else worker.status(DRAIN_TIMEOUT_S))
+        peers = sum(other.info.role is view.info.role and other.state is WorkerState.READY
+                    for other in views.values() if other is not view)
+        return _progress(request.worker_id, status.load, view.num_requests, peers)
+
+
+def _progress(worker_id: str, load: WorkerLoad, ours: int, peers: int) -> admin_pb2.DrainProgress:
+    """`ours`: requests of this router there; one that just arrived is not in the worker's own count yet."""
+    requests = max(load.num_running + load.num_waiting, ours)
+    return admin_pb2.DrainProgress(
+        worker_id=worker_id, draining=load.draining, requests=requests, leases=load.num_lent_out, peers=peers,
+        drained=load.draining and not requests and not load.num_lent_out)
 
 
 def _worker(view: WorkerView) -> admin_pb2.FleetWorker:

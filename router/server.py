@@ -97,7 +97,7 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
         stack.push_async_callback(http.stop)
         identity: list[Identity] = []
         grpc = await start_router_server(
-            InferenceFront(generation), AdminFront(fleet, dispatcher, metrics, lambda: identity[0]), host,
+            InferenceFront(generation), AdminFront(fleet, dispatcher, metrics, dial, lambda: identity[0]), host,
             config.router.grpc_port)
         stack.push_async_callback(_both, http, grpc)
         where = f"[{host}]" if ":" in host else host

@@ -15,11 +15,13 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     READY: _ClassVar[WorkerState]
     SUSPECT: _ClassVar[WorkerState]
     DEAD: _ClassVar[WorkerState]
+    DRAINING: _ClassVar[WorkerState]
 WORKER_STATE_UNSPECIFIED: WorkerState
 CONNECTING: WorkerState
 READY: WorkerState
 SUSPECT: WorkerState
 DEAD: WorkerState
+DRAINING: WorkerState
 
 class FleetWorker(_message.Message):
     __slots__ = ("info", "state", "load", "ledger", "silent_s", "in_flight", "index_blocks")
@@ -110,3 +112,27 @@ class RequestTrace(_message.Message):
     output_tokens: int
     finished: bool
     def __init__(self, request_id: _Optional[str] = ..., attempts: _Optional[_Iterable[_Union[TraceAttempt, _Mapping]]] = ..., spans: _Optional[_Iterable[_Union[_worker_pb2.Span, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("worker_id", "on")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    on: bool
+    def __init__(self, worker_id: _Optional[str] = ..., on: _Optional[bool] = ...) -> None: ...
+
+class DrainProgress(_message.Message):
+    __slots__ = ("worker_id", "draining", "requests", "leases", "drained", "peers")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    draining: bool
+    requests: int
+    leases: int
+    drained: bool
+    peers: int
+    def __init__(self, worker_id: _Optional[str] = ..., draining: _Optional[bool] = ..., requests: _Optional[int] = ..., leases: _Optional[int] = ..., drained: _Optional[bool] = ..., peers: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,11 @@ class AdminStub:
                 request_serializer=baton_dot_wire_dot_admin__pb2.TraceRequest.SerializeToString,
                 response_deserializer=baton_dot_wire_dot_admin__pb2.RequestTrace.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/baton.wire.Admin/Drain',
+                request_serializer=baton_dot_wire_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=baton_dot_wire_dot_admin__pb2.DrainProgress.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -64,6 +69,15 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """A worker is going to leave, or stays after all. From then on it takes nothing new, and what runs on it moves to its
+        peers with its KV. Answers at once with what is left on it; it may go when it is drained. NOT_FOUND for a worker
+        that this router does not know.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +90,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Trace,
                     request_deserializer=baton_dot_wire_dot_admin__pb2.TraceRequest.FromString,
                     response_serializer=baton_dot_wire_dot_admin__pb2.RequestTrace.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=baton_dot_wire_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=baton_dot_wire_dot_admin__pb2.DrainProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +151,33 @@ class Admin:
             '/baton.wire.Admin/Trace',
             baton_dot_wire_dot_admin__pb2.TraceRequest.SerializeToString,
             baton_dot_wire_dot_admin__pb2.RequestTrace.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.wire.Admin/Drain',
+            baton_dot_wire_dot_admin__pb2.DrainRequest.SerializeToString,
+            baton_dot_wire_dot_admin__pb2.DrainProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -176,6 +176,13 @@ class GrpcAdmin:
             answer: admin_pb2.RequestTrace = await self._admin.Trace(request, timeout=timeout_s)
             return answer
 
+    async def drain(self, worker_id: str, on: bool | None, timeout_s: float) -> admin_pb2.DrainProgress:
+        """`on` None changes nothing and only asks."""
+        async with rebuilt_errors(self._peer):
+            request = admin_pb2.DrainRequest(worker_id=worker_id, on=on)
+            answer: admin_pb2.DrainProgress = await self._admin.Drain(request, timeout=timeout_s)
+            return answer
+
     async def close(self) -> None:
         await self._channel.close()
 

@@ -60,8 +60,9 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One generation, streamed. The last message has `finish_reason` and `usage`; a request that fails ends with a
-        status instead.
+        """One prompt and its answers, streamed. The messages of several answers come interleaved, each naming its `choice`;
+        the last one of each has its `finish_reason`, the very last also `usage`. A request that fails ends with a status
+        instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -483,7 +483,7 @@ class RunningAttempt(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class PrefillCall(_message.Message):
-    __slots__ = ("request", "epoch", "reader", "held_blocks", "lease_ttl_s", "mode", "running")
+    __slots__ = ("request", "epoch", "reader", "held_blocks", "lease_ttl_s", "mode", "running", "holder")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     READER_FIELD_NUMBER: _ClassVar[int]
@@ -491,6 +491,7 @@ class PrefillCall(_message.Message):
     LEASE_TTL_S_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     request: Request
     epoch: int
     reader: str
@@ -498,7 +499,8 @@ class PrefillCall(_message.Message):
     lease_ttl_s: float
     mode: LendMode
     running: RunningAttempt
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., epoch: _Optional[int] = ..., reader: _Optional[str] = ..., held_blocks: _Optional[int] = ..., lease_ttl_s: _Optional[float] = ..., mode: _Optional[_Union[LendMode, str]] = ..., running: _Optional[_Union[RunningAttempt, _Mapping]] = ...) -> None: ...
+    holder: WorkerInfo
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., epoch: _Optional[int] = ..., reader: _Optional[str] = ..., held_blocks: _Optional[int] = ..., lease_ttl_s: _Optional[float] = ..., mode: _Optional[_Union[LendMode, str]] = ..., running: _Optional[_Union[RunningAttempt, _Mapping]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("lease",)

@@ -68,7 +68,8 @@ async def open_both(
 
         fleet = Fleet(nobody, dial, config, world.metrics, "router-test")
         dispatcher = Dispatcher(fleet, CostPolicy(config.router, random.Random(1)), config, world.metrics)
-        admin = AdminFront(fleet, dispatcher, world.metrics, lambda: Identity("router-test", world.url, "here", MODEL))
+        who = Identity("router-test", world.url, "here", MODEL)
+        admin = AdminFront(fleet, dispatcher, world.metrics, dial, lambda: who)
         server = await start_router_server(InferenceFront(world.generation), admin, "127.0.0.1", 0)
         stack.push_async_callback(server.stop, 0.0)
         stranger = await asyncio.to_thread(Stranger, f"127.0.0.1:{server.port}")
