@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "cli": EVERYTHING,
     "sim": EVERYTHING,
     "bench": EVERYTHING,
+    "chaos": EVERYTHING,
 }
 ROOMS = sorted(MAY_IMPORT)
 
