@@ -18,7 +18,15 @@ import grpc
 from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.messages import StepMessage, UpMessage, WorkerStatus
 from baton.core.worker import WorkerInfo
-from baton.wire import admin_pb2, admin_pb2_grpc, codec, worker_pb2, worker_pb2_grpc
+from baton.wire import (
+    admin_pb2,
+    admin_pb2_grpc,
+    codec,
+    inference_pb2,
+    inference_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 from baton.wire.calls import CLIENT_OPTIONS, closing, rebuilt_errors
 
 _CLOSE_GRACE_S = 2.0
@@ -153,6 +161,29 @@ class GrpcDial:
         workers = list(self._workers.values())
         self._workers.clear()
         await asyncio.gather(*self._closing, *(w.close() for w in workers), return_exceptions=True)
+
+
+class GrpcInference:
+    """A router's public API. Answers are the wire's own messages. Not safe to share between event loops."""
+
+    def __init__(self, address: str) -> None:
+        self._peer = f"router at {address}"
+        self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Closing the iterator cancels the request. Raises what the router refused or ended it with, and PeerLost when
+        the router cannot be reached or its connection breaks."""
+        async with rebuilt_errors(self._peer):
+            call = self._stub.Generate(request)
+            try:
+                async for message in call:
+                    yield message
+            finally:
+                call.cancel()
+
+    async def close(self) -> None:
+        await self._channel.close()
 
 
 class GrpcAdmin:
