@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from baton.core.errors import Incompatible
 from baton.core.layout import HANDOFF_VERSION
 from baton.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprob
-from baton.core.worker import Span
+from baton.core.worker import Span, WorkerInfo
 
 
 class LendMode(enum.StrEnum):
@@ -90,6 +90,8 @@ class PrefillCall:
     mode: LendMode = LendMode.COMPUTE
     running: RunningAttempt | None = None
     """Set with TAKE_OVER."""
+    holder: WorkerInfo | None = None
+    """With COMPUTE: who has more of the prompt's KV than the lender, which pulls it from there first."""
 
 
 @dataclass(frozen=True, slots=True)

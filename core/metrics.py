@@ -58,6 +58,7 @@ TABLE = (
     _c("baton_fallbacks_total", "Something slower was done instead; each also logs one line.", "kind"),
     _c("baton_refusals_total", "Submits and prefills refused.", "reason"),
     _g("baton_blocks", "The block ledger; the sum is the pool.", "state"),
+    _g("baton_ledger_broken", "1: some block has no owner, or too many. The log says which."),
     # hand-off
     _c("baton_leases_total", "Leases by how they ended.", "end"),
     _c("baton_published_blocks_total", "Blocks lent."),

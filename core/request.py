@@ -92,7 +92,8 @@ class SamplingParams:
         ]
         for name, good, rule in rules:
             if not good:
-                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it {rule}.", param=name)
+                value = repr(getattr(self, name))
+                raise InvalidRequest(f"{name} is {value[:77] + '...' * (len(value) > 77)}; it {rule}.", param=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ class WorkerService(Protocol):
     def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
         """Lend the KV of a request, by `call.mode`: Accepted, then Published / FirstToken / Alive, then HandoffState.
 
-        Raises Overloaded when refused, NotFound for a take-over of what does not run here. If the caller goes away before HandoffState, the work stops and the lease ends;
-        afterwards the lease lives until `lease` releases it or it expires.
+        Raises Overloaded when refused, NotFound for a take-over of what does not run here. If the caller goes away
+        before HandoffState, the work stops and the lease ends; afterwards the lease lives until `lease` releases it or
+        it expires. A take-over's call stays open until then: closing it gives the request back to the lender.
         """
         ...
 

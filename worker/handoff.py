@@ -1,48 +1,85 @@
-"""One hand-off, seen from the decode side: the Prefill call of an `Intake`, its pulls, and the lease behind them.
+"""One hand-off, seen from the reader: the Prefill call, its pulls, and the lease behind them. The same for all three
+modes (core/handoff.py, LendMode).
 
  1. the call is made; the lender accepts and grants a lease, which is renewed as long as this lives
- 2. each publish is checked (new blocks, inside our table) and pulled while the next chunk is computed
- 3. the first token and the state go to the intake as they come
- 4. whole? every block below num_computed_tokens verified, the tokens as sent; then the lease is released, and the
-    answer says whether it was good throughout
+ 2. each publish is checked by the arrival and pulled while the lender goes on
+ 3. first tokens and the state go to the listener as they come
+ 4. `run` returns when all is here and verified; then `release` asks whether the lease was good throughout
 
-Whatever fails, the lender hears of it in the background, and the intake knows which blocks are verified.
+Whatever fails, the lender hears of it in the background, and the arrival knows which blocks are verified.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from baton.core.errors import BatonError, DeadlineExceeded, IntegrityError, PeerLost
+from baton.core.errors import BatonError, DeadlineExceeded, Incompatible, IntegrityError, PeerLost
 from baton.core.handoff import (
     Accepted,
     Alive,
     FirstToken,
     HandoffState,
     Lease,
+    LendMode,
     PrefillCall,
     PrefillEvent,
     Published,
 )
+from baton.core.layout import difference
 from baton.core.services import WorkerService
 from baton.core.worker import WorkerInfo
-
-if TYPE_CHECKING:
-    from baton.worker.intake import Intake, IntakeParts
+from baton.worker.arrival import Arrival
+from baton.worker.parts import WorkerParts
 
 log = logging.getLogger(__name__)
 
 
-class Handoff:
-    """The Prefill call of one Intake: reads its events, pulls what is published, renews the lease, releases it."""
+class Listener(Protocol):
+    """Who called: hears things while they happen."""
 
-    def __init__(self, intake: Intake, parts: IntakeParts, lender: WorkerInfo) -> None:
-        self._intake = intake
+    def published(self) -> None:
+        """Something may be pulled now."""
+
+    def first_token(self, event: FirstToken) -> None: ...
+
+    def state_came(self, state: HandoffState, called_s: float) -> None: ...
+
+    def span(self, name: str, start_s: float, detail: str = "") -> None: ...
+
+
+class Silent:
+    """A listener for calls that nobody waits for token by token."""
+
+    def published(self) -> None:
+        """Nobody to tell."""
+
+    def first_token(self, event: FirstToken) -> None:
+        raise IntegrityError(f"a first token of choice {event.choice}, of a call that computes nothing")
+
+    def state_came(self, state: HandoffState, called_s: float) -> None:
+        """Nobody to tell."""
+
+    def span(self, name: str, start_s: float, detail: str = "") -> None:
+        """Nobody to tell."""
+
+
+class Handoff:
+    def __init__(
+        self, parts: WorkerParts, lender: WorkerInfo, call: PrefillCall, arrival: Arrival, listener: Listener
+    ) -> None:
+        """Raises Incompatible when the two workers do not fit, whatever the router thought."""
+        why = difference(lender.capability, parts.capability)
+        if why is not None:
+            raise Incompatible(f"{parts.worker_id} cannot use KV of {lender.worker_id}: {why}")
+        self.broke = False
+        """The connection to the lender broke under the call."""
         self._parts = parts
         self._lender = lender
+        self._call = call
+        self._arrival = arrival
+        self._listener = listener
         self._service: WorkerService = parts.dial(lender)
         self._lease: Lease | None = None
         self._state: HandoffState | None = None
@@ -50,76 +87,124 @@ class Handoff:
         self._moved_on_s = self._called_s
         """When the lender's engine was last seen to do something."""
         self._lender_steps = -1
-        self._published: set[int] = set()
         self._verified_bytes = 0
+        self._events = self._service.prefill(call)
 
-    async def run(self) -> None:
-        """Until the sequence's KV is here, verified and released. Raises the BatonError that broke the hand-off; the
-        intake then knows what was verified."""
-        parts, intake, submit = self._parts, self._intake, self._intake.submit
-        call = PrefillCall(submit.request, submit.epoch, parts.worker_id, intake.num_held, parts.lease_ttl_s)
+    async def run(self) -> HandoffState:
+        """Until everything is here and verified. Raises the BatonError that broke the hand-off; the lease is released
+        then, and the arrival knows what was verified."""
         try:
-            failure = await self._drive(self._service.prefill(call))
+            failure = await self._drive()
             if failure is not None:
                 raise failure
-            state, lease = self._complete()
-            await self._release(lease)
-            intake.seq.num_computed_tokens = state.num_computed_tokens
+            return self._complete()
         except BaseException:
-            parts.spawn(self._release_quietly())  # in the background: a lost lender must not hold up the fallback
+            self.give_up()
             raise
 
-    def _complete(self) -> tuple[HandoffState, Lease]:
+    def give_up(self) -> None:
+        """Let the lender know that we want no more, without waiting for it. The end of a take-over's call resumes the
+        request there; a release would be the acknowledgement."""
+        if self._call.mode is LendMode.TAKE_OVER:
+            self._parts.spawn(self._close())
+        else:
+            self._parts.spawn(self._release_quietly())
+
+    async def release(self) -> None:
+        """Learn whether the lease was good throughout: raises PeerLost if not, and the arrival forgets what came. A
+        lost lender leaves the digests to decide."""
+        assert self._lease is not None, "only a complete hand-off is released"
+        try:
+            answer = await self._service.lease(self._lease.lease_id, True, self._parts.handoff.release_timeout_s)
+        except (PeerLost, DeadlineExceeded) as e:
+            self._parts.metrics.inc("baton_fallbacks_total", kind="release_unanswered")
+            log.warning("%s did not answer the release (%s); every digest was right", self._lender.worker_id, e.message)
+            return
+        except BaseException:
+            self.give_up()
+            raise
+        finally:
+            self._parts.spawn(self._close())
+        if not answer.good:
+            self._arrival.distrust()
+            self._parts.metrics.inc("baton_integrity_failures_total", reason="lease")
+            raise PeerLost(f"the lease at {self._lender.worker_id} was not good throughout: {answer.reason}")
+
+    def _complete(self) -> HandoffState:
         """Raise IntegrityError unless what was handed over is whole: a lender that leaves something out is caught
         here, not by wrong tokens."""
-        state, seq = self._state, self._intake.seq
+        state, call, request = self._state, self._call, self._call.request
         assert state is not None, "the stream was read to its end"
-        num_known = seq.num_prompt_tokens + len(self._intake.submit.request.delivered)
-        needed = -(-num_known // seq.block_table.block_size)
+        size, num_shared = self._parts.pool.block_size, len(request.shared)
+        covered = state.num_computed_tokens
+        asked = [c.index for c in request.choices]
         faults = [
             ("no lease", self._lease is None),
-            (f"{state.num_computed_tokens} of {num_known} tokens", state.num_computed_tokens != num_known),
-            ("not every block", not self._intake.is_verified(needed)),
-            ("other output tokens than it sent", list(state.output) != seq.tokens[seq.num_prompt_tokens :]),
+            ("not every block", self._arrival.num_verified() < self._parts.blocks_for(covered)),
+            ("another prompt", state.num_prompt_tokens != len(request.prompt) or state.tenant != request.tenant),
+            ("other parameters", state.sampling != request.sampling),
         ]
+        if call.mode is LendMode.CACHED:
+            faults.append((f"{covered} of {num_shared} tokens", covered % size != 0 or covered > num_shared))
+        else:
+            told = [c.output[: len(d.delivered)] == d.delivered
+                    for c, d in zip(state.choices, request.choices, strict=False)]
+            faults += [
+                ("other choices", [c.index for c in state.choices] != asked),
+                ("other tokens than were delivered", not all(told)),
+            ]
+        if call.mode is LendMode.COMPUTE:
+            faults.append((f"{covered} of {num_shared} tokens", covered != num_shared))
+        if call.mode is LendMode.TAKE_OVER:
+            known = state.num_prompt_tokens + sum(len(c.output) for c in state.choices)
+            faults.append((f"{covered} of {known} tokens", not covered < known))
         wrong = [what for what, is_so in faults if is_so]
-        if wrong or self._lease is None:
-            raise IntegrityError(f"{self._lender.worker_id} handed over {', '.join(wrong)}. It is computed again here.")
-        return state, self._lease
+        if wrong:
+            self._parts.metrics.inc("baton_integrity_failures_total", reason="incomplete")
+            raise IntegrityError(f"{self._lender.worker_id} handed over {', '.join(wrong)}. It is not used.")
+        return state
 
-    async def _drive(self, events: AsyncIterator[PrefillEvent]) -> BatonError | None:
+    async def _drive(self) -> BatonError | None:
         """Read, pull and renew side by side; the first failure ends them all and is returned."""
         failure: BatonError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 renewal = tasks.create_task(self._renew())
                 async with asyncio.TaskGroup() as pulls:
-                    await self._read(events, pulls)
+                    await self._read(pulls)
                 renewal.cancel()
         except* BatonError as group:
             failure = _first(group)
         return failure
 
-    async def _read(self, events: AsyncIterator[PrefillEvent], tasks: asyncio.TaskGroup) -> None:
-        """All events until HandoffState, each within peer_timeout_s of the one before."""
+    async def _read(self, tasks: asyncio.TaskGroup) -> None:
+        """All events until HandoffState, each within peer_timeout_s of the one before. A take-over's call stays open
+        until the release."""
+        silence_s = self._parts.handoff.peer_timeout_s
         try:
             while self._state is None:
                 try:
-                    async with asyncio.timeout(self._parts.peer_timeout_s):
-                        event = await anext(events)
+                    async with asyncio.timeout(silence_s):
+                        event = await anext(self._events)
                 except TimeoutError:
-                    silent = f"{self._lender.worker_id} said nothing for {self._parts.peer_timeout_s} s"
-                    raise DeadlineExceeded(silent) from None
+                    raise DeadlineExceeded(f"{self._lender.worker_id} said nothing for {silence_s} s") from None
                 except StopAsyncIteration:
-                    raise PeerLost(f"{self._lender.worker_id} ended the prefill without its state") from None
+                    raise PeerLost(f"{self._lender.worker_id} ended the call without its state") from None
+                except PeerLost:
+                    self.broke = True
+                    raise
                 self._on_event(event, tasks)
         finally:
-            close = getattr(events, "aclose", None)
-            if close is not None:
-                await close()
+            if self._state is None or self._call.mode is not LendMode.TAKE_OVER:
+                await self._close()
+
+    async def _close(self) -> None:
+        close = getattr(self._events, "aclose", None)
+        if close is not None:
+            await close()
 
     def _on_event(self, event: PrefillEvent, tasks: asyncio.TaskGroup) -> None:
-        now = self._parts.clock()
+        now, stall_s = self._parts.clock(), self._parts.handoff.stall_timeout_s
         if not isinstance(event, Alive) or event.steps != self._lender_steps:
             self._moved_on_s = now
         match event:
@@ -128,75 +213,56 @@ class Handoff:
             case Published():
                 self._on_published(event, tasks)
             case FirstToken():
-                self._intake.first_token(event)
+                self._listener.first_token(event)
             case HandoffState():
                 event.check()
                 self._state = event
-                self._intake.foreign_spans(event, self._called_s)
+                self._listener.state_came(event, self._called_s)
             case Alive(steps):
                 self._lender_steps = steps
-                if now - self._moved_on_s > self._parts.stall_timeout_s:
-                    raise PeerLost(
-                        f"{self._lender.worker_id} lives, but completed no step for {self._parts.stall_timeout_s} s"
-                    )
+                if now - self._moved_on_s > stall_s:
+                    raise PeerLost(f"{self._lender.worker_id} lives, but completed no step for {stall_s} s")
 
     def _on_published(self, event: Published, tasks: asyncio.TaskGroup) -> None:
-        intake = self._intake
-        if not intake.is_bound():
-            intake.bind()
-        indices = {b.index for b in event.blocks}
-        room = range(intake.num_held, len(intake.seq.block_table.blocks))
-        if len(indices) < len(event.blocks) or indices & self._published or any(i not in room for i in indices):
-            raise IntegrityError(
-                f"{self._lender.worker_id} published blocks {sorted(indices)}, expected new ones in {room}"
-            )
-        self._published |= indices
+        destination = self._arrival.announce(event)
+        self._listener.published()
         if event.last:
             self._parts.metrics.inc("baton_verified_before_last_chunk_bytes_total", self._verified_bytes)
         if event.blocks:
-            tasks.create_task(self._pull(event))
+            tasks.create_task(self._pull(event, destination))
 
-    async def _pull(self, event: Published) -> None:
-        table, started = self._intake.seq.block_table.blocks, self._parts.clock()
-        destination = [table[b.index] for b in event.blocks]
-        transport = await self._parts.puller.connect(self._lender)
-        await self._parts.puller.pull(self._lender, event.lease_id, event.blocks, destination)
-        self._intake.verified({b.index for b in event.blocks})
-        self._verified_bytes += self._parts.block_bytes * len(event.blocks)
-        self._intake.span("transfer", started, f"{len(event.blocks)} blocks over {transport}")
+    async def _pull(self, event: Published, destination: list[int]) -> None:
+        parts, started = self._parts, self._parts.clock()
+        part = parts.part_of(event.layers.start, event.layers.end) if event.layers else None
+        transport = await parts.puller.connect(self._lender)
+        await parts.puller.pull(self._lender, event.lease_id, event.blocks, destination, part)
+        self._arrival.verified(event)
+        num_bytes = parts.memory.block_bytes if part is None else part[1] - part[0]
+        self._verified_bytes += num_bytes * len(event.blocks)
+        layers = f", layers {event.layers.start} to {event.layers.end}" if event.layers else ""
+        self._listener.span("transfer", started, f"{len(event.blocks)} blocks over {transport}{layers}")
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(self._parts.lease_ttl_s / 3)
+            await asyncio.sleep(self._call.lease_ttl_s / 3)
             if self._lease is not None:
+                timeout_s = self._parts.handoff.release_timeout_s
                 try:
-                    answer = await self._service.lease(self._lease.lease_id, False, self._parts.release_timeout_s)
+                    answer = await self._service.lease(self._lease.lease_id, False, timeout_s)
                 except BatonError as e:
                     log.info("renewing a lease at %s failed: %s", self._lender.worker_id, e.message)
                     continue
                 if not answer.good:
                     raise PeerLost(f"{self._lender.worker_id} ended the lease: {answer.reason}")
 
-    async def _release(self, lease: Lease) -> None:
-        """Learn whether the lease was good throughout. A lost lender leaves the digests to decide."""
-        try:
-            answer = await self._service.lease(lease.lease_id, True, self._parts.release_timeout_s)
-        except (PeerLost, DeadlineExceeded) as e:
-            self._parts.metrics.inc("baton_fallbacks_total", kind="release_unanswered")
-            log.warning("%s did not answer the release (%s); every digest was right", self._lender.worker_id, e.message)
-            return
-        if not answer.good:
-            self._intake.forget_received()
-            self._parts.metrics.inc("baton_integrity_failures_total", reason="lease")
-            raise PeerLost(f"the lease at {self._lender.worker_id} was not good throughout: {answer.reason}")
-
     async def _release_quietly(self) -> None:
         """After a failure the lender should not wait for its lease to expire."""
-        if self._lease is not None:
-            try:
-                await self._service.lease(self._lease.lease_id, True, self._parts.release_timeout_s)
-            except BatonError as e:
-                log.info("releasing a lease at %s failed: %s", self._lender.worker_id, e.message)
+        if self._lease is None:
+            return
+        try:
+            await self._service.lease(self._lease.lease_id, True, self._parts.handoff.release_timeout_s)
+        except BatonError as e:
+            log.info("releasing a lease at %s failed: %s", self._lender.worker_id, e.message)
 
 
 def _first(group: BaseExceptionGroup[BatonError]) -> BatonError:

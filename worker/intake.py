@@ -1,144 +1,135 @@
 """The decode side of a request: one `Intake` per submit (docs/protocol.md, "Request on the decode worker").
 
- 1. submitted: the cached prefix is pinned and credit for the rest reserved, or the submit is refused
- 2. called: Prefill goes to the routed worker
- 3. bound: at the first publish the credit becomes destination blocks; chunks are pulled while the next is computed
- 4. the first token is forwarded as soon as it comes
- 5. handed: all blocks verified, the lease released as good: they enter the prefix map
- 6. running: the scheduler has the sequence; each step's token goes to the router
+ 1. submitted: the cached prefix is held and the rest reserved, or the submit is refused
+ 2. fetched, if another holder has more of the prefix; called: Prefill goes to the routed worker, then to the spares
+ 3. bound: at the first publish the credit becomes destination blocks; parts are pulled while the rest is computed
+ 4. first tokens are forwarded as soon as they come
+ 5. handed: all verified, the lease released as good: several choices fork, an only one goes on in its blocks
+ 6. running: the scheduler has the sequences; each step's tokens go to the router
  7. ended: `end` is the one way out, whatever happened
 
-When prefill or a pull fails, the verified prefix is kept and the sequence goes to our own scheduler: a counted
-fallback with the same tokens. Without a prefill worker in the route steps 2 to 5 do not happen.
+A planned move replaces 2 to 5: the request that runs on a peer is taken over with its KV, its prefix first while it
+still runs there. When every prefill worker of the route has failed, the router is asked to choose again; what was
+verified stays in the cache. Without a prefill worker in the route, the prompt is computed here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, InternalError, Overloaded
-from baton.core.handoff import FirstToken, HandoffState
+from baton.core.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    IntegrityError,
+    InternalError,
+    NotFound,
+    RetryRoute,
+)
+from baton.core.handoff import FirstToken, HandoffState, PrefillCall
+from baton.core.machines import DECODE_REQUEST, Life
 from baton.core.messages import Submit, TokenChunk
-from baton.core.metrics import Metrics
-from baton.core.request import FinishReason
-from baton.core.sequence import SequenceState
-from baton.core.services import Dial
+from baton.core.request import Choice, FinishReason, Request, SampledToken, TokenLogprob
+from baton.core.sequence import SequenceState, fork_sequence, new_sequence
 from baton.core.step import Progress
 from baton.core.worker import Span, WorkerInfo
-from baton.engine.block_pool import BlockPool, Credit
-from baton.kv_transfer.puller import Puller
+from baton.worker.answer import Answer
+from baton.worker.arrival import Arrival
+from baton.worker.fetch import fetch_prefix
 from baton.worker.handoff import Handoff
 from baton.worker.outbox import Outbox
-from baton.worker.steps import StepLoop
+from baton.worker.parts import WorkerParts
+from baton.worker.taking import Taken, take_over
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class IntakeParts:
-    """What every Intake of a worker shares."""
-
-    worker_id: str
-    steps: StepLoop
-    pool: BlockPool
-    block_bytes: int
-    puller: Puller
-    dial: Dial
-    metrics: Metrics
-    clock: Callable[[], float]
-    peer_timeout_s: float
-    stall_timeout_s: float
-    lease_ttl_s: float
-    release_timeout_s: float
-    strict: bool
-    ended: Callable[[Intake], None]
-    """Called once, when the intake holds nothing any more."""
-    spawn: Callable[[Coroutine[None, None, None]], None]
-    """Run to completion in the background, owned by the node."""
 
 
 class Intake:
     """From submit to the last chunk. `begin` starts it; `end` may be called at any moment, once or often."""
 
-    def __init__(self, parts: IntakeParts, submit: Submit, seq: SequenceState, outbox: Outbox) -> None:
+    def __init__(
+        self, parts: WorkerParts, submit: Submit, leader: SequenceState, outbox: Outbox, ended: Callable[[Intake], None]
+    ) -> None:
+        """`leader`: what all choices begin with; of an only choice, its sequence. `ended` is called once, when nothing
+        is held any more."""
         self.submit = submit
-        self.seq = seq
         self.outbox = outbox
+        self.life = Life(DECODE_REQUEST)
         self._parts = parts
+        self._leader = leader
+        self._ended = ended
+        sampling = dataclasses.replace(submit.request.sampling, seed=submit.request.seed)
+        self.request: Request = dataclasses.replace(submit.request, sampling=sampling)
+        """As others hear of it: with the seed that is used."""
+        self.answers = {c.index: Answer(c) for c in submit.request.choices}
+        self._arrivals: list[Arrival] = []
         self._started_s = parts.clock()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         """The request's deadline."""
-        self._ended = False
-        self._credit: Credit | None = None
-        self.in_scheduler = False
-        """The scheduler holds the blocks from here on."""
-        self._delivered = len(submit.request.delivered)
-        self._said_last = False
-        self._verified: set[int] = set()
-        """Indices in the block table whose KV is ours: held before, or pulled and verified."""
-        self._num_held = 0
+        self._lost_lenders: list[str] = []
         self._spans: list[Span] = []
-        self._handed = False
-        self._remote_cached = 0
+        self._num_held = 0
+        self._remote_cached: int | None = None
         self._decode_started_s: float | None = None
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Raises Overloaded when there is no credit or no place in the queue; nothing is held then."""
-        if self.submit.route.prefill is None:
-            self._to_scheduler()
+        """Raises Overloaded when there is no room or no place in the queue; nothing is held then."""
+        submit, loop = self.submit, asyncio.get_running_loop()
+        if submit.take_from is not None:
+            self.life.on("take")
+            self._task = loop.create_task(take_over(self, self._parts, submit.take_from))
+        elif submit.route.prefill is not None:
+            arrival = self.arrive(self._leader)
+            self._num_held = arrival.num_held
+            self.life.on("call")
+            self._task = loop.create_task(self._hand_over(arrival))
+        elif submit.route.holder is not None:
+            self.life.on("fetch")
+            self._task = loop.create_task(self._fetch_and_run(submit.route.holder))
         else:
-            self._call(self.submit.route.prefill)
+            self._run_leader()
+        if self._task is not None:
+            self._task.add_done_callback(self._on_task_done)
         late = DeadlineExceeded("the request's deadline passed before it was finished")
-        self._timer = asyncio.get_running_loop().call_later(self.submit.request.deadline_s, self.end, late)
+        self._timer = loop.call_later(submit.request.deadline_s, self.end, late)
 
-    def _call(self, lender: WorkerInfo) -> None:
-        parts, seq = self._parts, self.seq
-        hashes = parts.steps.scheduler.hashes(seq, (seq.num_tokens - 1) // parts.pool.block_size)
-        held = parts.pool.match(hashes)
-        parts.pool.acquire(held)
-        needed = -(-(seq.num_tokens + 1) // parts.pool.block_size) - len(held)
-        # Sequences that already wait for blocks come first, or a stream of credits would starve them.
-        if needed + parts.steps.scheduler.num_blocks_wanted <= parts.pool.num_available:
-            self._credit = parts.pool.reserve(needed)
-        if self._credit is None:
-            parts.pool.release(held)
-            raise Overloaded(
-                f"{parts.worker_id} has {parts.pool.num_available} blocks available, the prompt needs {needed}. "
-                "Try again later, or add decode workers."
-            )
-        seq.block_table.blocks.extend(held)
-        self._num_held = len(held)
-        self._verified.update(range(len(held)))
-        self._task = asyncio.get_running_loop().create_task(self._hand_over(lender))
-        self._task.add_done_callback(self._on_task_done)
+    def arrive(self, seq: SequenceState, may_grow: bool = False) -> Arrival:
+        """Room for a sequence, and for what its choices need beside it once they go apart: a copy of the partial tail
+        for each but one, or a first block of their own."""
+        arrival = Arrival(self._parts, seq, may_grow)
+        is_aligned = seq.num_tokens % self._parts.pool.block_size == 0
+        arrival.reserve(len(seq.choices) - (0 if is_aligned else 1))
+        self._arrivals.append(arrival)
+        return arrival
 
-    def end(self, error: BatonError | None = None, finish: FinishReason | None = None) -> None:
+    def end(self, error: BatonError | None = None, event: str = "end") -> None:
         """The one path for end, cancel, deadline, lost router and bugs: everything held goes back, and the router
         hears the last word (unless its stream is closed)."""
-        if self._ended:
+        if self.life.ended:
             return
-        self._ended = True
+        self.life.on(event)
         if self._timer is not None:
             self._timer.cancel()
-        parts = self._parts
-        if self.seq.finish is not None:
-            error, finish = None, self.seq.finish  # all its tokens are out, only their KV was still moving
         if self._task is not None:
             self._task.cancel()
-        if self.in_scheduler:
-            parts.steps.remove(self.seq.request_id)
-        self._last_word(error, finish)
-        if self._task is None or self._task.done():
+        for request_id in self._engine_ids():
+            self._parts.steps.remove(request_id)
+        self._last_words(error)
+        if self._task is None or self._task.done() or self._task is asyncio.current_task():
             self._give_back()
 
+    def _engine_ids(self) -> list[str]:
+        """Everything the scheduler may know of us; it ignores the rest."""
+        return [self._leader.request_id, *(a.seq.request_id for a in self.answers.values() if a.seq is not None)]
+
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        if self._ended:
+        if self.life.ended:
             self._give_back()
         if not task.cancelled() and task.exception() is not None:
             request_id = self.submit.request.request_id
@@ -146,177 +137,364 @@ class Intake:
             self.end(InternalError(f"the hand-off of {request_id} failed; the worker's log says why."))
 
     def _give_back(self) -> None:
-        """Blocks and credit, unless the scheduler has the sequence and gives them back itself. Destinations of pulls
-        that are not terminal are in quarantine by now: giving our reference back does not free them."""
-        if not self.in_scheduler:
-            self._parts.pool.release(self.seq.block_table.blocks)
-            self.seq.block_table.blocks.clear()
-            self._drop_credit()
-            self._parts.steps.wake()
-        self._parts.ended(self)
+        """What the scheduler does not have. Destinations of pulls that are not terminal are in quarantine by now:
+        giving our reference back does not free them."""
+        for arrival in self._arrivals:
+            arrival.give_back()
+        self._arrivals.clear()
+        self._ended(self)
 
-    def _drop_credit(self) -> None:
-        if self._credit is not None:
-            self._parts.pool.drop(self._credit)
-            self._credit = None
+    # ---- local prefill -------------------------------------------------------------------------------------------
+
+    async def _fetch_and_run(self, holder: WorkerInfo) -> None:
+        try:
+            await fetch_prefix(self._parts, self.request, self.submit.epoch, holder)
+            self.life.on("fetched")
+            self._run_leader()
+        except BatonError as e:
+            self.end(e)
+
+    def _run_leader(self) -> None:
+        """What all choices begin with is computed here. Raises Overloaded."""
+        only = self._only()
+        self._parts.steps.add(self._leader, self._on_progress_of(only) if only else self._on_leader_progress)
+        if only is not None:
+            only.seq = self._leader
+        self.life.on("run")
+        self._decode_started_s = self._parts.clock()
+
+    def _on_leader_progress(self, progress: Progress, started: float) -> None:
+        if progress.error is not None:
+            self.end(progress.error)
+            return
+        self._local_chunk(progress, started)
+        if not progress.new_tokens:
+            return
+        for answer, token in zip(self.answers.values(), progress.new_tokens, strict=True):
+            if not answer.choice.delivered:
+                self._first(answer, token)
+        self._fork(self._leader, self._leader.block_table.blocks)
+        self._parts.steps.remove(self._leader.request_id)
+        self._end_if_over()
 
     # ---- remote prefill ------------------------------------------------------------------------------------------
 
-    async def _hand_over(self, lender: WorkerInfo) -> None:
+    async def _hand_over(self, arrival: Arrival) -> None:
+        """Try the route's prefill workers in turn, with what was verified kept."""
+        route = self.submit.route
+        assert route.prefill is not None, "nobody to call"
         failure: BatonError | None = None
-        try:
-            await Handoff(self, self._parts, lender).run()
-        except BatonError as e:
-            failure = e
-        if self._ended:
-            return  # a task group that is cancelled while it fails raises the failure: `_on_task_done` cleans up
-        if failure is not None:
-            self._fall_back(failure)
-            return
-        if self.seq.finish is None:
-            self._to_scheduler()
-            return
-        # The first token was the last: the KV still serves whoever asks next.
-        full = self.seq.num_computed_tokens // self._parts.pool.block_size
-        for index, block_hash in enumerate(self._parts.steps.scheduler.hashes(self.seq, full)):
-            if index >= self._num_held:
-                self._parts.pool.publish(self.seq.block_table.blocks[index], block_hash)
-        self.end(finish=self.seq.finish)
+        for lender in (route.prefill, *route.spares):
+            try:
+                if failure is not None:
+                    self._try_next(arrival, failure)
+                await self._hand_over_from(lender, arrival)
+            except BatonError as e:
+                if self.life.ended:
+                    return  # a task group that is cancelled while it fails raises the failure
+                failure = e
+                self.life.on("bad" if self.life.at("handed") else "fail")
+                if self._is_complete() or len(self._lost_lenders) >= self.submit.crashes_left or not self._arrivals:
+                    break
+            else:
+                return
+        assert failure is not None, "the loop ends with a return or a failure"
+        self._on_no_lender_left(arrival, failure)
 
-    def _fall_back(self, cause: BatonError) -> None:
-        """Prefill here, from the verified prefix on. The blocks after it go back (those still being written to are in
-        quarantine and stay there)."""
-        parts, seq = self._parts, self.seq
-        if seq.finish is not None:
-            self.end(finish=seq.finish)  # the first token was the last: nothing is left to compute
+    def _try_next(self, arrival: Arrival, cause: BatonError) -> None:
+        request_id = self.submit.request.request_id
+        self._parts.metrics.inc("baton_fallbacks_total", kind=f"spare_{cause.code}")
+        log.warning("request %s: another prefill worker is called: %s", request_id, cause.message)
+        self.life.on("spare")
+        try:
+            arrival.start_over()
+        except BatonError:
+            self._arrivals.remove(arrival)
+            raise
+
+    async def _hand_over_from(self, lender: WorkerInfo, arrival: Arrival) -> None:
+        parts = self._parts
+        call = PrefillCall(
+            self.request, self.submit.epoch, parts.worker_id, arrival.num_held, parts.handoff.lease_ttl_s,
+            holder=self.submit.route.holder,
+        )
+        handoff = Handoff(parts, lender, call, arrival, self)
+        try:
+            state = await handoff.run()
+        except BatonError:
+            if handoff.broke:
+                self._lost_lenders.append(lender.boot_id)
+            raise
+        self._check_output(state)
+        self.life.on("hand")
+        await handoff.release()
+        self.life.on("good")
+        self._leader.num_computed_tokens = state.num_computed_tokens
+        arrival.publish()
+        self._start_answers(arrival)
+
+    def _check_output(self, state: HandoffState) -> None:
+        """The lender's state must be what it streamed."""
+        for choice in state.choices:
+            if len(choice.output) != self.answers[choice.index].sent:
+                raise IntegrityError(f"choice {choice.index} was handed over with other tokens than were sent")
+
+    def _on_no_lender_left(self, arrival: Arrival, cause: BatonError) -> None:
+        """The router chooses again; a route without prefill worker is always taken."""
+        if self._is_complete():
+            self._end_if_over()  # the first tokens were the last: nothing is left to compute
             return
-        kind = f"local_prefill_{cause.code}"
-        parts.metrics.inc("baton_fallbacks_total", kind=kind)
-        log.warning("request %s: prefill falls back to this worker: %s", self.submit.request.request_id, cause.message)
-        if parts.strict:
+        self._parts.metrics.inc("baton_fallbacks_total", kind=f"reroute_{cause.code}")
+        log.warning("request %s: no prefill worker is left: %s", self.submit.request.request_id, cause.message)
+        if arrival in self._arrivals:
+            arrival.publish()  # what was verified serves the next attempt from the cache
+        if self._parts.handoff.strict:
             self.end(cause)
             return
-        good, limit = 0, min(len(seq.block_table.blocks), (seq.num_tokens - 1) // parts.pool.block_size)
-        while good < limit and good in self._verified:
-            good += 1
-        parts.pool.release(seq.block_table.blocks[good:])
-        del seq.block_table.blocks[good:]
-        self._drop_credit()
-        seq.num_computed_tokens = good * parts.pool.block_size
-        self._to_scheduler()
+        self.end(RetryRoute(f"every prefill worker of the route failed; the last: {cause.message}"), "retry")
 
-    def _to_scheduler(self) -> None:
-        try:
-            self._parts.steps.add(self.seq, self._on_progress)
-        except Overloaded as e:
-            if self._task is None:
-                raise
-            self.end(e)
-            return
-        self.in_scheduler = True
+    def _start_answers(self, arrival: Arrival) -> None:
+        """Everything is here and ours."""
         self._decode_started_s = self._parts.clock()
-        self._parts.steps.wake()
+        only = self._only()
+        if only is None:
+            self._fork(self._leader, arrival.blocks)
+        elif only.finish is None:
+            self._arrivals.remove(arrival)
+            arrival.hand_out()
+            only.seq = self._leader
+            self._parts.steps.add(self._leader, self._on_progress_of(only))
+        self._end_if_over()
+        if arrival in self._arrivals:
+            self._arrivals.remove(arrival)
+            arrival.give_back()
+
+    def _fork(self, leader: SequenceState, blocks: list[int]) -> None:
+        """Each choice goes on as a sequence of its own: full blocks shared, the partial tail the first one's, copied
+        for the others into blocks that were reserved for it. Without one, the tail is computed again."""
+        parts, size, computed = self._parts, self._parts.pool.block_size, leader.num_computed_tokens
+        full = computed // size
+        reserved = list(blocks[full:])
+        tail = reserved.pop(0) if computed % size else None
+        for number, answer in enumerate(a for a in self.answers.values() if a.finish is None):
+            own = list(blocks[:full])
+            if tail is not None and number == 0:
+                own.append(tail)
+            elif reserved:
+                own.append(reserved.pop())
+            parts.pool.acquire(own)
+            if tail is not None and len(own) == full:
+                own.extend(parts.pool.allocate(1) or ())
+            choice = Choice(answer.choice.index, (*answer.choice.delivered, *answer.first))
+            answer.seq = seq = fork_sequence(leader, choice, own, leader.max_output_tokens)
+            if tail is not None and len(own) == full:
+                seq.num_computed_tokens = full * size
+            elif tail is not None and own[full] != tail:
+                parts.memory.block(own[full])[:] = parts.memory.block(tail)
+            try:
+                parts.steps.add(seq, self._on_progress_of(answer))
+            except BatonError as e:
+                parts.pool.release(own)
+                self.end(e)
+                return
+
+    # ---- planned move: here from a peer (worker/taking.py) -------------------------------------------------------
+
+    def sequence_of(self, answer: Answer) -> SequenceState:
+        """As which one answer runs here, if it begins apart from the others."""
+        if self._only() is not None:
+            return self._leader
+        leader, index = self._leader, answer.choice.index
+        request_id = f"{leader.request_id}.{index}"
+        request = dataclasses.replace(leader.request, choices=(answer.choice,), request_id=request_id)
+        return new_sequence(request, leader.epoch, self._parts.pool.block_size, leader.max_output_tokens)
+
+    def adopt(self, taken: Sequence[Taken]) -> None:
+        """The peer has forgotten them: they are ours now. The router is told what the client may not have yet."""
+        self.life.on("hand")
+        self.life.on("good")
+        self._decode_started_s = self._parts.clock()
+        for one in taken:
+            answer, seq, (came,) = one.answer, one.arrival.seq, one.state.choices
+            seq.tokens[seq.num_prompt_tokens :] = came.output
+            seq.num_computed_tokens = one.state.num_computed_tokens
+            answer.seq = seq
+            answer.came_with(came.output, came.logprobs)
+            self._arrivals.remove(one.arrival)
+            one.arrival.hand_out()
+            self._parts.steps.add(seq, self._on_progress_of(answer))
+            if came.output[answer.sent :]:
+                self._say(answer, came.output[answer.sent :], answer.logprobs_from(answer.sent))
+        self.outbox.flush()
+
+    # ---- planned move: from here to a peer (worker/giving.py) ----------------------------------------------------
+
+    def running(self, choice: int) -> Answer:
+        """The answer with that index, if it runs here. Raises NotFound."""
+        answer = self.answers.get(choice)
+        if answer is None or answer.seq is None or answer.finish is not None or answer.paused:
+            raise NotFound(f"choice {choice} of request {self.submit.request.request_id} does not run here now")
+        return answer
+
+    async def pause(self, answer: Answer) -> bool:
+        """Stop it at the next step boundary; False: it ended before. `given` follows."""
+        assert answer.seq is not None, "only what runs is paused"
+        if self.life.at("running"):
+            self.life.on("move")
+        answer.paused = True
+        return await self._parts.steps.pause(answer.seq.request_id) and answer.finish is None
+
+    def given(self, answer: Answer, acknowledged: bool) -> None:
+        """The lease of a paused answer has ended. With the last one that the peer acknowledged the request is gone from
+        here; if one was not, all go on."""
+        if not self.life.at("moving_out") or not answer.paused:
+            return
+        answer.given = acknowledged
+        if not acknowledged:
+            self.life.on("abandon")
+            for one in self.answers.values():
+                if one.paused and one.seq is not None:
+                    one.paused = one.given = False
+                    self._parts.steps.resume(one.seq.request_id)
+        elif all(a.given or a.said_last for a in self.answers.values()):
+            for one in self.answers.values():
+                one.said_last = True  # the peer speaks for it now
+            self.end(event="release")
 
     # ---- called by the hand-off ----------------------------------------------------------------------------------
 
-    def bind(self) -> None:
-        """First publish: credit becomes blocks."""
-        assert self._credit is not None, "bound twice"
-        self.seq.block_table.blocks.extend(self._parts.pool.bind(self._credit))
-        self._credit = None
-
-    def is_bound(self) -> bool:
-        return self._credit is None
-
-    @property
-    def num_held(self) -> int:
-        return self._num_held
-
-    def verified(self, indices: set[int]) -> None:
-        self._verified |= indices
-
-    def is_verified(self, num_blocks: int) -> bool:
-        """Every one of the first blocks is ours."""
-        return self._verified.issuperset(range(num_blocks))
-
-    def forget_received(self) -> None:
-        """The lease was not good: only what we held before is ours."""
-        self._verified = set(range(self._num_held))
+    def published(self) -> None:
+        if self.life.at("called"):
+            self.life.on("publish")
 
     def first_token(self, event: FirstToken) -> None:
         """Forward it at once, before the KV is in. Whether it was the last is known here, too: the lender may be gone
         before it can say so."""
-        if event.index != self._delivered or event.index != self.seq.num_output_tokens:
-            raise InternalError(f"first token has index {event.index}, expected {self._delivered}")
-        self.seq.tokens.append(event.token_id)
-        self._emit(event.index, (event.token_id,))
+        answer = self.answers.get(event.choice)
+        if answer is not None and answer.first:
+            return  # a spare's: the same token again
+        if answer is None or event.index != answer.sent:
+            raise IntegrityError(f"a first token of choice {event.choice} at index {event.index} was not asked for")
+        if self._only() is answer:
+            self._leader.tokens.append(event.token.token_id)
+        self._first(answer, event.token)
         self._parts.steps.wake()
         self.outbox.flush()
-        self.seq.finish = self._parts.steps.scheduler.finish_of(self.seq, event.token_id)
+
+    def state_came(self, state: HandoffState, called_s: float) -> None:
+        """The lender's bars, moved to our time line by when we called, and what it had cached beyond our own."""
+        offset = called_s - self._started_s
+        self._spans += [Span(s.name, s.start_s + offset, s.end_s + offset, s.detail) for s in state.spans]
+        self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
+        for answer in self.answers.values():  # an answer may be complete; only its KV still moves
+            if answer.finish is not None:
+                self._say_last(answer)
+        self.outbox.flush()
 
     def span(self, name: str, start_s: float, detail: str = "") -> None:
         """Record a bar from loop time `start_s` until now."""
         self._spans.append(Span(name, start_s - self._started_s, self._parts.clock() - self._started_s, detail))
 
-    def foreign_spans(self, state: HandoffState, called_s: float) -> None:
-        """The lender's bars, moved to our time line by when we called, and what it had cached beyond our own."""
-        self._handed = True
-        offset = called_s - self._started_s
-        self._spans += [Span(s.name, s.start_s + offset, s.end_s + offset, s.detail) for s in state.spans]
-        self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
-        if self.seq.finish is not None:
-            self._last_word(None, self.seq.finish)  # the answer is complete; only its KV still moves
-
     # ---- tokens --------------------------------------------------------------------------------------------------
 
-    def _on_progress(self, progress: Progress, started: float) -> None:
-        if progress.new_token is None:
-            self.span("prefill chunk (local)", started, f"{progress.num_computed_tokens - progress.start} tokens")
-            return
-        if progress.finish is None:
-            self._emit(progress.num_output_tokens - 1, (progress.new_token,))
-        else:
-            self.end(finish=progress.finish)
+    def _only(self) -> Answer | None:
+        """The answer, if there is just one."""
+        return next(iter(self.answers.values())) if len(self.answers) == 1 else None
 
-    def _emit(self, first_index: int, token_ids: tuple[int, ...]) -> None:
+    def _is_complete(self) -> bool:
+        return all(a.finish is not None for a in self.answers.values())
+
+    def _first(self, answer: Answer, token: SampledToken) -> None:
+        """The first token of a choice, from a prompt that was computed here or elsewhere."""
+        finish = self._parts.steps.scheduler.finish_of(self._leader, token.token_id)
+        if finish is None and len(answer.choice.delivered) + 1 >= self._leader.max_output_tokens:
+            finish = FinishReason.LENGTH
+        answer.finish, answer.first = finish, (token.token_id,)
+        answer.sampled(token)
+        self._say(answer, answer.first, (token.logprob,) if token.logprob else ())
+
+    def _on_progress_of(self, answer: Answer) -> Callable[[Progress, float], None]:
+        def listen(progress: Progress, started: float) -> None:
+            if progress.error is not None:
+                self.end(progress.error)
+            elif not progress.new_tokens:
+                self._local_chunk(progress, started)
+            else:
+                (token,) = progress.new_tokens
+                answer.sampled(token)
+                answer.finish = progress.finish
+                logprobs = (token.logprob,) if token.logprob else ()
+                if answer.finish is None:
+                    self._say(answer, (token.token_id,), logprobs)
+                    return
+                self._parts.steps.remove(progress.request_id)
+                self._say_last(answer, (token.token_id,), logprobs)
+                self._end_if_over()
+
+        return listen
+
+    def _local_chunk(self, progress: Progress, started: float) -> None:
+        self.span("prefill chunk (local)", started, f"{progress.num_computed_tokens - progress.start} tokens")
+
+    def _end_if_over(self) -> None:
+        for answer in self.answers.values():
+            if answer.finish is not None:
+                self._say_last(answer)
+        if all(a.said_last for a in self.answers.values()):
+            self.end()
+
+    def _say(
+        self, answer: Answer, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = (),
+        finish: FinishReason | None = None, error: BatonError | None = None,
+    ) -> None:
+        is_last_word = finish is not None and (error is not None or all(a.said_last for a in self.answers.values()))
         self.outbox.put(
             TokenChunk(
                 self.submit.request.request_id,
                 self.submit.epoch,
-                first_index,
+                answer.sent,
                 token_ids,
-                cached_tokens=self._cached_tokens(),
-            )
-        )
-        self._delivered = first_index + len(token_ids)
-
-    def _cached_tokens(self) -> int:
-        held = self._num_held * self._parts.pool.block_size
-        cached = held + self._remote_cached if self._handed else max(held, self.seq.num_cached_tokens)
-        return min(cached, self.seq.num_prompt_tokens)
-
-    def _last_word(self, error: BatonError | None, finish: FinishReason | None) -> None:
-        if self._said_last:
-            return
-        self._said_last = True
-        if self._decode_started_s is not None:
-            steps = self.seq.num_output_tokens - len(self.submit.request.delivered)
-            self.span("decode", self._decode_started_s, f"{steps} tokens")
-        first = self._delivered
-        rest = tuple(self.seq.tokens[self.seq.num_prompt_tokens + first :]) if finish is not None else ()
-        if error is not None:
-            finish = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
-        self.outbox.put(
-            TokenChunk(
-                self.submit.request.request_id,
-                self.submit.epoch,
-                first,
-                rest,
                 finish,
+                answer.choice.index,
+                logprobs,
+                lost_lenders=tuple(self._lost_lenders) if error else (),
                 error_code=error.code if error else "",
                 error_message=error.message if error else "",
                 cached_tokens=self._cached_tokens(),
-                spans=tuple(self._spans),
+                spans=tuple(self._spans) if is_last_word else (),
             )
         )
+        answer.sent += len(token_ids)
+
+    def _say_last(
+        self, answer: Answer, token_ids: tuple[int, ...] = (), logprobs: tuple[TokenLogprob, ...] = ()
+    ) -> None:
+        if answer.said_last:
+            return
+        answer.said_last = True
+        if self._decode_started_s is not None:
+            steps = answer.sent + len(token_ids) - len(answer.choice.delivered)
+            self.span("decode", self._decode_started_s, f"{steps} tokens")
+        self._say(answer, token_ids, logprobs, answer.finish)
+
+    def _last_words(self, error: BatonError | None) -> None:
+        """Of an end that is none of the answers' own."""
+        unsaid = [a for a in self.answers.values() if not a.said_last]
+        for answer in unsaid:
+            if answer.finish is not None:
+                self._say_last(answer)
+        left = [a for a in unsaid if not a.said_last]
+        if left:
+            assert error is not None, f"{self.submit.request.request_id} ends with answers under way, and no reason"
+            finish = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
+            self._say(left[0], (), (), finish, error)
+            for answer in left:
+                answer.said_last = True
         self.outbox.flush()
+
+    def _cached_tokens(self) -> int:
+        held = self._num_held * self._parts.pool.block_size
+        cached = held + self._remote_cached if self._remote_cached is not None else max(
+            held, self._leader.num_cached_tokens
+        )
+        return min(cached, self._leader.num_prompt_tokens)

@@ -1,66 +1,127 @@
-"""The prefill side of a hand-off: one `Lending` per Prefill call (docs/protocol.md, "Request on the prefill worker").
+"""The lender's side of a hand-off, one object per Prefill call (docs/protocol.md, "Lending on the lender").
 
- 1. accepted: the sequence waits in the scheduler; an empty lease is granted
- 2. computing: after each committed chunk its full blocks are lent and published, with digest and generation
- 3. the first token is sampled: it goes out before anything else; the tail block is published; HandoffState follows
+`ComputeLending`: a prompt computed here, published as it grows.
+ 1. accepted: an empty lease is granted; a prefix that another holder has may be pulled first; the sequence waits
+ 2. computing: after each committed chunk its full blocks are lent and published, with digest and generation; of the
+    last chunk, the layers as they are done
+ 3. first tokens are sampled: they go out before anything else; the rest is published; HandoffState follows
  4. lent: the sequence has left the scheduler, the lease alone holds the blocks until release or expiry
 
-If the reader goes away before step 3 is out, the sequence is removed and the lease abandoned.
+`CachedLending`: what the prefix map has, published in slices; nothing is computed.
+
+If the reader goes away before HandoffState is out, the work ends and the lease is abandoned.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 
 from baton.core.errors import BatonError, DeadlineExceeded
 from baton.core.handoff import (
-    HANDOFF_VERSION,
     Accepted,
     Alive,
+    ChoiceState,
     FirstToken,
     HandoffState,
+    Layers,
     Lease,
     LentBlock,
     PrefillCall,
     PrefillEvent,
     Published,
 )
-from baton.core.request import FinishReason
+from baton.core.layout import HANDOFF_VERSION
+from baton.core.request import Choice, FinishReason, SampledToken
 from baton.core.sequence import SequenceState
-from baton.core.step import Progress
-from baton.core.worker import Span
-from baton.engine.block_pool import BlockPool
+from baton.core.step import Progress, ScheduledChunk
+from baton.core.worker import Span, WorkerInfo
 from baton.kv_transfer.digest import digest
-from baton.kv_transfer.lease import LeaseTable
-from baton.kv_transfer.memory import KVMemory
-from baton.worker.steps import StepLoop
+from baton.worker.fetch import fetch_prefix
+from baton.worker.parts import WorkerParts
+
+SLICE_BLOCKS = 32
+"""Blocks whose digests are computed in one turn of the event loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class LenderParts:
-    """What every Lending of a worker shares."""
+class LentSequence:
+    """The part that all lendings share: blocks of one sequence go out under one lease, each once per layer."""
 
-    steps: StepLoop
-    pool: BlockPool
-    memory: KVMemory
-    leases: LeaseTable
-    clock: Callable[[], float]
-    alive_interval_s: float
+    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
+        self.parts = parts
+        self.call = call
+        self.seq = seq
+        self.lease = lease
+        self.arrived_s = parts.clock()
+        self.num_published = call.held_blocks
+        """Leading blocks that are published whole, or that the reader has."""
+        self._layers_out = 0
+        """Of the blocks behind these, layers that are published already."""
+
+    def publish(self, num_tokens: int, span: Span, last: bool) -> Published | None:
+        """KV of the first `num_tokens` is complete: the full blocks of it go, with `last` also the tail. None when that
+        is no news. Raises NotFound when the lease has ended."""
+        end = self.parts.blocks_for(num_tokens) if last else num_tokens // self.parts.pool.block_size
+        layers = Layers(self._layers_out, self.parts.num_layers) if self._layers_out else None
+        blocks = self._lend(end, num_tokens, layers)
+        self.num_published, self._layers_out = max(end, self.num_published), 0
+        if not blocks and not last:
+            return None
+        return Published(self.lease.lease_id, 0, blocks, span, last, layers if blocks else None)
+
+    def publish_layers(self, num_tokens: int, num_layers: int, span: Span) -> Published | None:
+        """KV of the first `num_tokens`, tail included, is complete in layers [0, num_layers)."""
+        layers = Layers(self._layers_out, num_layers)
+        blocks = self._lend(self.parts.blocks_for(num_tokens), num_tokens, layers)
+        self._layers_out = num_layers
+        return Published(self.lease.lease_id, 0, blocks, span, last=False, layers=layers) if blocks else None
+
+    def _lend(self, end: int, num_tokens: int, layers: Layers | None) -> tuple[LentBlock, ...]:
+        parts, size = self.parts, self.parts.pool.block_size
+        lo, hi = parts.part_of(layers.start, layers.end) if layers else (0, parts.memory.block_bytes)
+        lent = []
+        for index in range(self.num_published, end):
+            block = self.seq.block_table.blocks[index]
+            one = LentBlock(
+                index=index,
+                block_id=block,
+                generation=parts.pool.generation(block),
+                digest=digest(parts.memory.block(block)[lo:hi]),
+                num_tokens=min(size, num_tokens - index * size),
+            )
+            parts.leases.add(self.lease.lease_id, one)
+            lent.append(one)
+        return tuple(lent)
+
+    def state(
+        self, choices: tuple[ChoiceState, ...], num_computed_tokens: int, cached_tokens: int, spans: tuple[Span, ...]
+    ) -> HandoffState:
+        request, used_s = self.call.request, self.parts.clock() - self.arrived_s
+        return HandoffState(
+            version=HANDOFF_VERSION,
+            request_id=request.request_id,
+            epoch=self.call.epoch,
+            tenant=request.tenant,
+            sampling=request.sampling,
+            num_prompt_tokens=len(request.prompt),
+            choices=choices,
+            num_computed_tokens=num_computed_tokens,
+            cached_tokens=cached_tokens,
+            deadline_s=max(0.0, request.deadline_s - used_s),
+            spans=spans,
+        )
 
 
-class Lending:
-    def __init__(self, parts: LenderParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
+class ComputeLending:
+    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
         self._parts = parts
         self._call = call
         self._seq = seq
-        self._lease = lease
-        self._arrived_s = parts.clock()
+        self._out = LentSequence(parts, call, seq, lease)
         self._events: asyncio.Queue[PrefillEvent | BatonError] = asyncio.Queue()
-        self._published_blocks = call.held_blocks
         self._first_start: int | None = None
         self._spans: list[Span] = []
+        self._step_started_s = 0.0
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
         """The Prefill stream. Closing it before HandoffState ends the work and the lease."""
@@ -68,9 +129,13 @@ class Lending:
         # A timer that speaks through the queue: a timeout around a yield would cancel whoever reads us.
         late = DeadlineExceeded(f"prefill of {self._call.request.request_id} took longer than its deadline")
         timer = asyncio.get_running_loop().call_later(self._call.request.deadline_s, self._events.put_nowait, late)
+        fetching: asyncio.Task[None] | None = None
         try:
-            parts.steps.add(self._seq, self._on_progress)
-            yield Accepted(self._lease)
+            if self._call.holder is None:
+                self._begin()
+            else:
+                fetching = asyncio.get_running_loop().create_task(self._fetch_and_begin(self._call.holder))
+            yield Accepted(self._out.lease)
             while not handed:
                 event = await self._next_event()
                 if isinstance(event, BatonError):
@@ -79,67 +144,122 @@ class Lending:
                 yield event
         finally:
             timer.cancel()
+            if fetching is not None:
+                fetching.cancel()
             parts.steps.remove(self._seq.request_id)
             if not handed:
-                parts.leases.abandon(self._lease.lease_id, parts.clock())
+                parts.leases.abandon(self._out.lease.lease_id, parts.clock())
+
+    def _begin(self) -> None:
+        self._parts.steps.add(self._seq, self._on_progress, self._on_layers)
+
+    async def _fetch_and_begin(self, holder: WorkerInfo) -> None:
+        await fetch_prefix(self._parts, self._call.request, self._call.epoch, holder)
+        try:
+            self._begin()
+        except BatonError as e:
+            self._events.put_nowait(e)
 
     async def _next_event(self) -> PrefillEvent | BatonError:
         try:
-            async with asyncio.timeout(self._parts.alive_interval_s):
+            async with asyncio.timeout(self._parts.handoff.alive_interval_s):
                 return await self._events.get()
         except TimeoutError:
             return Alive(self._parts.steps.steps)
 
+    def _on_layers(self, chunk: ScheduledChunk, num_layers: int) -> None:
+        """The last chunk's KV is in these layers: they may go, in `layer_parts` parts. The last part waits for the
+        commit."""
+        total, parts = self._parts.num_layers, self._parts.handoff.layer_parts
+        if num_layers >= total or num_layers * parts // total == (num_layers - 1) * parts // total:
+            return
+        self._send(lambda: self._out.publish_layers(
+            chunk.end, num_layers,
+            Span(f"layers to {num_layers}", self._parts.clock() - self._out.arrived_s,
+                 self._parts.clock() - self._out.arrived_s),
+        ))
+
     def _on_progress(self, progress: Progress, started: float) -> None:
-        start_s, now_s = started - self._arrived_s, self._parts.clock() - self._arrived_s
+        start_s, now_s = started - self._out.arrived_s, self._parts.clock() - self._out.arrived_s
+        if progress.error is not None:
+            self._events.put_nowait(progress.error)
+            return
         if self._first_start is None:
             self._first_start = progress.start
             self._spans.append(Span("prefill queue", 0.0, start_s))
         tokens = progress.num_computed_tokens - progress.start
         span = Span("prefill chunk", start_s, now_s, f"{tokens} tokens from {progress.start}")
         self._spans.append(span)
-        done = progress.new_token is not None
+        if not progress.new_tokens:
+            self._send(lambda: self._out.publish(progress.num_computed_tokens, span, last=False))
+            return
+        fresh = self._fresh(progress)
+        for choice, token in fresh:
+            self._events.put_nowait(FirstToken(choice.index, len(choice.delivered), token))
+        self._send(lambda: self._out.publish(progress.num_computed_tokens, span, last=True))
+        self._events.put_nowait(self._state(progress, fresh))
+        self._parts.steps.remove(self._seq.request_id)
+
+    def _send(self, make: Callable[[], Published | None]) -> None:
         try:
-            blocks = self._lend(progress.num_computed_tokens, include_tail=done)
+            event = make()
         except BatonError as e:
             self._events.put_nowait(e)
-            return
-        if progress.new_token is not None:
-            self._events.put_nowait(FirstToken(progress.num_output_tokens - 1, progress.new_token))
-        if blocks or done:
-            self._events.put_nowait(Published(self._lease.lease_id, 0, tuple(blocks), span, last=done))
-        if done:
-            self._events.put_nowait(self._state(progress))
-            self._parts.steps.remove(self._seq.request_id)
+        else:
+            if event is not None:
+                self._events.put_nowait(event)
 
-    def _lend(self, num_computed_tokens: int, include_tail: bool) -> list[LentBlock]:
-        """Lend the blocks that this chunk completed. Raises when the lease has ended meanwhile."""
-        parts, size = self._parts, self._parts.pool.block_size
-        end = -(-num_computed_tokens // size) if include_tail else num_computed_tokens // size
-        lent = []
-        for index in range(self._published_blocks, end):
-            block = self._seq.block_table.blocks[index]
-            one = LentBlock(
-                index=index,
-                block_id=block,
-                generation=parts.pool.generation(block),
-                digest=digest(parts.memory.block(block)),
-                num_tokens=min(size, num_computed_tokens - index * size),
-            )
-            parts.leases.add(self._lease.lease_id, one)
-            lent.append(one)
-        self._published_blocks = max(end, self._published_blocks)
-        return lent
+    def _fresh(self, progress: Progress) -> list[tuple[Choice, SampledToken]]:
+        """First tokens that are news: when several answers go on, those that have begun only need the prompt."""
+        choices = self._call.request.choices
+        pairs = zip(choices, progress.new_tokens, strict=True)
+        return [(c, t) for c, t in pairs if len(choices) == 1 or not c.delivered]
 
-    def _state(self, progress: Progress) -> HandoffState:
-        return HandoffState(
-            version=HANDOFF_VERSION,
-            request_id=self._call.request.request_id,
-            epoch=self._call.epoch,
-            num_prompt_tokens=self._seq.num_prompt_tokens,
-            output=tuple(self._seq.tokens[self._seq.num_prompt_tokens :]),
-            num_computed_tokens=progress.num_computed_tokens,
-            finish=progress.finish if progress.finish is FinishReason.STOP else None,
-            cached_tokens=self._first_start or 0,
-            spans=tuple(self._spans),
+    def _state(self, progress: Progress, fresh: list[tuple[Choice, SampledToken]]) -> HandoffState:
+        scheduler, news = self._parts.steps.scheduler, {choice.index: token for choice, token in fresh}
+        choices = []
+        for choice in self._call.request.choices:
+            token = news.get(choice.index)
+            if token is None:
+                choices.append(ChoiceState(choice.index, choice.delivered))
+                continue
+            logprobs = (token.logprob,) if token.logprob else ()
+            stops = scheduler.finish_of(self._seq, token.token_id) is FinishReason.STOP
+            finish = FinishReason.STOP if stops else None  # whether the length is used up, the reader knows
+            choices.append(ChoiceState(choice.index, (*choice.delivered, token.token_id), logprobs, finish=finish))
+        return self._out.state(
+            tuple(choices), progress.num_computed_tokens, self._first_start or 0, tuple(self._spans)
         )
+
+
+class CachedLending:
+    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
+        self._parts = parts
+        self._seq = seq
+        self._out = LentSequence(parts, call, seq, lease)
+
+    async def events(self) -> AsyncGenerator[PrefillEvent, None]:
+        parts, seq, handed = self._parts, self._seq, False
+        size = parts.pool.block_size
+        blocks = parts.pool.match(parts.steps.scheduler.hashes(seq, seq.num_tokens // size))
+        parts.pool.acquire(blocks)
+        seq.block_table.blocks.extend(blocks)
+        parts.hold(seq)
+        try:
+            yield Accepted(self._out.lease)
+            while self._out.num_published < len(blocks):
+                started_s = parts.clock() - self._out.arrived_s
+                end = min(self._out.num_published + SLICE_BLOCKS, len(blocks))
+                span = Span("lend cached", started_s, started_s, f"{end - self._out.num_published} blocks")
+                event = self._out.publish(end * size, span, last=end == len(blocks))
+                assert event is not None, "there are blocks to publish"
+                yield event
+                await asyncio.sleep(0)
+            handed = True
+            yield self._out.state((), self._out.num_published * size, 0, ())
+        finally:
+            parts.let_go(seq)
+            parts.pool.release(seq.block_table.blocks)
+            seq.block_table.blocks.clear()
+            if not handed:
+                parts.leases.abandon(self._out.lease.lease_id, parts.clock())

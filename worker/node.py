@@ -1,6 +1,6 @@
-"""One worker: the four calls that both roles serve, around one step loop.
+"""One worker: the five calls that both roles serve, around one step loop.
 
-Owns the requests on this worker (an `Intake` per submit, a `Lending` per prefill call), the streams of the routers
+Owns the requests on this worker (an `Intake` per submit, a lending per prefill call), the streams of the routers
 and the timers. Does not know its role (a `RolePolicy` is injected), text, or how calls reach it (`wire/` or the
 simulated network adapt it).
 
@@ -14,12 +14,12 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
 
 from baton.core.config import Config
-from baton.core.errors import BatonError, Cancelled, InvalidRequest, Overloaded
-from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
+from baton.core.errors import BatonError, Cancelled, InvalidRequest, NotFound, Overloaded
+from baton.core.handoff import LendMode, PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.messages import (
     Cancel,
     Hello,
@@ -42,14 +42,19 @@ from baton.engine.scheduler import Scheduler
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.puller import Puller
-from baton.worker.intake import Intake, IntakeParts
+from baton.worker.giving import Giving
+from baton.worker.intake import Intake
 from baton.worker.ledger import check_ledger
-from baton.worker.lending import LenderParts, Lending
+from baton.worker.lending import CachedLending, ComputeLending
 from baton.worker.outbox import Outbox
+from baton.worker.parts import WorkerParts
 from baton.worker.policy import RolePolicy
 from baton.worker.steps import StepLoop
 
 log = logging.getLogger(__name__)
+
+LEDGER_SUM_S = 1.0
+LEDGER_SCAN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +85,14 @@ class WorkerNode:
         self._intakes: dict[tuple[Outbox, str, int], Intake] = {}
         self._outboxes: dict[Outbox, None] = {}
         self._background: set[asyncio.Task[None]] = set()
-        handoff = config.handoff
-        self._lender = LenderParts(
-            self._steps, parts.pool, parts.memory, parts.leases, loop.time, handoff.alive_interval_s
-        )
-        self._intake_parts = IntakeParts(
-            worker_id=info.worker_id,
-            steps=self._steps,
-            pool=parts.pool,
-            block_bytes=parts.memory.block_bytes,
-            puller=parts.puller,
-            dial=parts.dial,
-            metrics=parts.metrics,
-            clock=loop.time,
-            peer_timeout_s=handoff.peer_timeout_s,
-            stall_timeout_s=handoff.stall_timeout_s,
-            lease_ttl_s=handoff.lease_ttl_s,
-            release_timeout_s=handoff.release_timeout_s,
-            strict=handoff.strict,
-            ended=self._forget,
-            spawn=self._spawn,
+        self._num_calls = 0
+        """Prefill calls open."""
+        self._draining = False
+        self._broken_ledger = ""
+        """What is wrong with it, once something is."""
+        self._shared = WorkerParts(
+            info.worker_id, info.boot_id, info.capability, self._steps, parts.pool, parts.memory, parts.leases,
+            parts.puller, parts.dial, parts.metrics, loop.time, config.handoff, self._spawn,
         )
 
     def become(self, policy: RolePolicy) -> None:
@@ -113,6 +106,7 @@ class WorkerNode:
                 tasks.create_task(self._steps.run())
                 tasks.create_task(self.parts.puller.run())
                 tasks.create_task(self._expire_leases())
+                tasks.create_task(self._watch_ledger())
         finally:
             for intake in list(self._intakes.values()):
                 intake.end(Cancelled(f"{self.info.worker_id} is shutting down"))
@@ -140,19 +134,43 @@ class WorkerNode:
                 intake.end(Cancelled("the router's stream ended"))
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
-        seq = self._sequence(call.request, call.epoch, max_output_tokens=len(call.request.delivered) + 1)
-        now = asyncio.get_running_loop().time()
-        lease = self.parts.leases.grant(call, self.info.worker_id, self.info.boot_id, now)
-        lending = Lending(self._lender, call, seq, lease)
-        events = lending.events()
+        self._num_calls += 1
+        events: AsyncGenerator[PrefillEvent, None] | None = None
         try:
+            events = self._lending(call).events()
             async for event in events:
                 yield event
         except Overloaded:
             self.parts.metrics.inc("baton_refusals_total", reason="prefill_queue_full")
             raise
         finally:
-            await events.aclose()
+            self._num_calls -= 1
+            if events is not None:
+                await events.aclose()
+
+    def _lending(self, call: PrefillCall) -> ComputeLending | CachedLending | Giving:
+        """Raises Overloaded and InvalidRequest for what cannot be computed here, NotFound for what does not run
+        here."""
+        parts, now = self._shared, asyncio.get_running_loop().time()
+        if call.mode is LendMode.TAKE_OVER:
+            return Giving(parts, call, self._running_intake(call))
+        if call.mode is LendMode.COMPUTE and self._draining:
+            raise self._drained_away()
+        num_delivered = max(len(c.delivered) for c in call.request.choices)
+        seq = self._sequence(call.request, call.epoch, max_output_tokens=num_delivered + 1)
+        lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, now)
+        if call.mode is LendMode.CACHED:
+            return CachedLending(parts, call, seq, lease)
+        return ComputeLending(parts, call, seq, lease)
+
+    def _running_intake(self, call: PrefillCall) -> Intake:
+        running = call.running
+        for (outbox, request_id, epoch), intake in self._intakes.items():
+            if running is not None and (outbox.router_id, request_id, epoch) == (
+                running.router_id, call.request.request_id, running.epoch
+            ):
+                return intake
+        raise NotFound(f"request {call.request.request_id} does not run on {self.info.worker_id} (any more)")
 
     async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
         now = asyncio.get_running_loop().time()
@@ -161,6 +179,20 @@ class WorkerNode:
         answer = self.parts.leases.release(lease_id, now)
         self._steps.wake()
         return answer
+
+    async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
+        if on != self._draining:
+            log.info("%s %s", self.info.worker_id, "is draining" if on else "takes requests again")
+        self._draining = on
+        for outbox in self._outboxes:
+            outbox.flush(even_empty=True)
+        return await self.status(timeout_s)
+
+    @property
+    def is_drained(self) -> bool:
+        """Nothing runs here and nobody pulls from here."""
+        busy = self._intakes or self._num_calls or self.parts.leases.num_live or self.parts.scheduler.has_work
+        return self._draining and not busy
 
     async def status(self, timeout_s: float) -> WorkerStatus:
         self._gauge_ledger()
@@ -174,7 +206,7 @@ class WorkerNode:
                 match message:
                     case Hello():
                         self._broadcast_events()
-                        outbox.greet(self.parts.pool.snapshot())
+                        outbox.greet(message.router_id, self.parts.pool.snapshot())
                     case Submit():
                         self._submit(message, outbox)
                     case Cancel():
@@ -193,37 +225,37 @@ class WorkerNode:
         try:
             if key in self._intakes:
                 raise InvalidRequest(f"request {request.request_id} attempt {submit.epoch} is already here")
+            if self._draining:
+                raise self._drained_away()
             seq = self._sequence(request, submit.epoch, request.sampling.max_tokens)
-            intake = Intake(self._intake_parts, submit, seq, outbox)
+            intake = self._intakes[key] = Intake(self._shared, submit, seq, outbox, self._forget)
             intake.begin()
         except BatonError as e:
+            self._intakes.pop(key, None)
             if isinstance(e, Overloaded):
-                self.parts.metrics.inc(
-                    "baton_refusals_total", reason="no_credit" if submit.route.prefill else "queue_full"
-                )
+                reason = "draining" if self._draining else "no_credit" if submit.route.prefill else "queue_full"
+                self.parts.metrics.inc("baton_refusals_total", reason=reason)
+            first, choice = len(request.choices[0].delivered), request.choices[0].index
             outbox.put(
                 TokenChunk(
-                    request.request_id,
-                    submit.epoch,
-                    len(request.delivered),
-                    (),
-                    FinishReason.ERROR,
-                    error_code=e.code,
-                    error_message=e.message,
+                    request.request_id, submit.epoch, first, (), FinishReason.ERROR, choice,
+                    error_code=e.code, error_message=e.message,
                 )
             )
             outbox.flush()
-            return
-        self._intakes[key] = intake
+
+    def _drained_away(self) -> Overloaded:
+        return Overloaded(f"{self.info.worker_id} is draining. Try another worker.")
 
     def _sequence(self, request: Request, epoch: int, max_output_tokens: int) -> SequenceState:
         """The engine's id is this worker's own: attempts, routers and clients may bring the same request id at once.
         The sampler's key stays the request's. Raises InvalidRequest when no token of output fits."""
         limit = self.info.capability.max_model_len
         output = min(max_output_tokens, limit - len(request.prompt))
-        if output <= len(request.delivered):
+        num_delivered = max(len(c.delivered) for c in request.choices)
+        if output <= num_delivered:
             raise InvalidRequest(
-                f"{len(request.prompt)} prompt tokens, {len(request.delivered)} tokens delivered and {output} allowed: "
+                f"{len(request.prompt)} prompt tokens, {num_delivered} tokens delivered and {output} allowed: "
                 f"nothing is left to generate. This worker holds {limit} tokens of prompt and output together."
             )
         sampling = dataclasses.replace(request.sampling, seed=request.seed)
@@ -272,6 +304,9 @@ class WorkerNode:
             prefill_tokens_per_s=self._steps.prefill_tokens_per_s,
             decode_step_s=self._steps.decode_step_s,
             steps=self._steps.steps,
+            oldest_waiting_s=s.oldest_waiting_s(asyncio.get_running_loop().time()),
+            draining=self._draining,
+            num_lent_out=self.parts.leases.num_live,
             pair_bandwidth=self.parts.puller.bandwidths(),
         )
 
@@ -286,18 +321,51 @@ class WorkerNode:
                 self._steps.wake()
             self._broadcast_events()
 
+    async def _watch_ledger(self) -> None:
+        """The alarm: a block without an owner, or with two, is a bug that must be seen before it is felt. The sum every
+        second, all owners every LEDGER_SCAN_S."""
+        scan_at = LEDGER_SCAN_S
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while not self._broken_ledger:
+            await asyncio.sleep(LEDGER_SUM_S)
+            self._gauge_ledger()
+            ledger = self.parts.pool.ledger()
+            if ledger.total != self.parts.pool.num_blocks:
+                self._broken_ledger = f"{ledger} sums to {ledger.total}, the pool has {self.parts.pool.num_blocks}"
+            elif loop.time() - started >= scan_at:
+                scan_at += LEDGER_SCAN_S
+                try:
+                    self.check_ledger()
+                except AssertionError as e:
+                    self._broken_ledger = str(e)
+        self.parts.metrics.set("baton_ledger_broken", 1)
+        log.error("%s must be drained and restarted: its block ledger is broken: %s",
+                  self.info.worker_id, self._broken_ledger)
+
+    def unhealthy(self) -> str | None:
+        """Why no requests should come here, or None: judged by what the engine gets done, not by whether we answer."""
+        stall_s = self._config.handoff.stall_timeout_s
+        if self._broken_ledger:
+            return f"the block ledger is broken: {self._broken_ledger}"
+        if self._steps.stalled_s > stall_s:
+            return f"there is work, and no engine step was completed for {self._steps.stalled_s:.0f} s"
+        waiting_s = self.parts.scheduler.oldest_waiting_s(asyncio.get_running_loop().time())
+        if waiting_s > 2 * stall_s:
+            return f"a request has waited {waiting_s:.0f} s for its first step"
+        return None
+
     def _gauge_ledger(self) -> None:
         for state, count in dataclasses.asdict(self.parts.pool.ledger()).items():
             self.parts.metrics.set("baton_blocks", count, state=state)
 
     def check_ledger(self) -> None:
-        """Full scan, for tests and the simulator: every reference in the pool has exactly one owner we can name."""
-        check_ledger(self.parts.pool, self._tables(), self.parts.leases.lent(), self.parts.puller.quarantined_blocks())
-
-    def _tables(self) -> Sequence[Sequence[int]]:
+        """Full scan: every reference in the pool has exactly one owner we can name. O(pool)."""
         in_scheduler = [s.block_table.blocks for s in self.parts.scheduler.sequences()]
-        arriving = [i.seq.block_table.blocks for i in self._intakes.values() if not i.in_scheduler]
-        return in_scheduler + arriving
+        outside = [s.block_table.blocks for s in self._shared.outside.values()]
+        check_ledger(
+            self.parts.pool, in_scheduler + outside, self.parts.leases.lent(), self.parts.puller.quarantined_blocks()
+        )
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -28,11 +28,14 @@ class Outbox:
         self._events: list[KVEvents] = []
         self._snapshot: KVSnapshot | None = None
         self._ready = asyncio.Event()
+        self.router_id = ""
+        """Who reads it, once it said so."""
         self.greeted = False
         self.closed = False
 
-    def greet(self, snapshot: KVSnapshot) -> None:
+    def greet(self, router_id: str, snapshot: KVSnapshot) -> None:
         """The router said Hello: it gets the whole prefix map first, events after `snapshot.seq` later."""
+        self.router_id = router_id
         self.greeted = True
         self._snapshot = snapshot
         self._events.clear()
@@ -56,9 +59,9 @@ class Outbox:
             self._events.clear()
             self.close()
 
-    def flush(self) -> None:
-        """Send what is pending as one message."""
-        if self._chunks or self._events or self.closed:
+    def flush(self, even_empty: bool = False) -> None:
+        """Send what is pending as one message; `even_empty`: the load alone is news."""
+        if self._chunks or self._events or self.closed or even_empty:
             self._ready.set()
 
     def close(self) -> None:

@@ -21,21 +21,45 @@ if TYPE_CHECKING:  # the simulator brings its own, and needs no Redis client to 
 
 log = logging.getLogger(__name__)
 
+DRAIN_POLL_S = 0.05
 REGISTER_POLLS = 4
 """A worker registers again every so many registry polls; an entry outlives several of them."""
 
 
 async def serve_registered(node: WorkerNode, registry: Registry, config: Config) -> None:
-    """Run a node, registered, until cancelled."""
+    """Run a node, registered, until cancelled; then drain it for at most cluster.drain_timeout_s. Cancelled again, it
+    ends at once."""
+    life = asyncio.get_running_loop().create_task(_live(node, registry, config))
     try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(node.run())
-            tasks.create_task(_stay_registered(node.info, registry, config))
-            if node.info.role is Role.DECODE:
-                tasks.create_task(_meet_peers(node, registry, config))
+        await asyncio.wait([life])
+    except asyncio.CancelledError:
+        await _drain(node, life, config.cluster.drain_timeout_s)
+        raise
     finally:
+        life.cancel()
+        await asyncio.wait([life])
         with contextlib.suppress(BatonError):
             await registry.deregister(node.info.worker_id, node.info.boot_id)
+    life.result()
+
+
+async def _live(node: WorkerNode, registry: Registry, config: Config) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(node.run())
+        tasks.create_task(_stay_registered(node.info, registry, config))
+        if node.info.role is Role.DECODE:
+            tasks.create_task(_meet_peers(node, registry, config))
+
+
+async def _drain(node: WorkerNode, life: asyncio.Task[None], timeout_s: float) -> None:
+    """Nothing new comes; the routers move away what runs here, and readers take what is lent."""
+    await node.drain(True, timeout_s)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while not node.is_drained and not life.done():
+                await asyncio.wait([life], timeout=DRAIN_POLL_S)
+    if not node.is_drained:
+        log.warning("%s leaves with work aboard that did not move away within %g s", node.info.worker_id, timeout_s)
 
 
 async def _stay_registered(info: WorkerInfo, registry: Registry, config: Config) -> None:

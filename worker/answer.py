@@ -1,0 +1,46 @@
+"""One choice of a request on the decode worker: what of it the router was told, and the sequence it runs as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.core.request import Choice, FinishReason, SampledToken, TokenLogprob
+from baton.core.sequence import SequenceState
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    choice: Choice
+    seq: SequenceState | None = None
+    """Set while it runs on its own: from the fork of several choices, or from the start of an only one."""
+    first: tuple[int, ...] = ()
+    """Its first token, if that was sampled with the others' at the end of the prompt."""
+    sent: int = 0
+    """Output tokens that the router was told, by us or before."""
+    finish: FinishReason | None = None
+    """Its last token is known; the word may not be out yet."""
+    said_last: bool = False
+    paused: bool = False
+    """It is being given to a peer."""
+    given: bool = False
+    """The peer has acknowledged it."""
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens sampled since it came here, if asked for."""
+    _first_logprob: int = 0
+
+    def __post_init__(self) -> None:
+        self.sent = self._first_logprob = len(self.choice.delivered)
+
+    def sampled(self, token: SampledToken) -> None:
+        """Keep its log-prob: whoever takes over tells it again where the client did not get it."""
+        if token.logprob is not None:
+            self._logprobs.append(token.logprob)
+
+    def came_with(self, output: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
+        """It comes from another worker, which sampled these tokens; `logprobs` are of the last ones."""
+        self._logprobs = list(logprobs)
+        self._first_logprob = len(output) - len(logprobs)
+
+    def logprobs_from(self, index: int) -> tuple[TokenLogprob, ...]:
+        """Of the output tokens from `index` on."""
+        return tuple(self._logprobs[max(0, index - self._first_logprob) :])

@@ -1,0 +1,69 @@
+"""The target's side of a planned move: a request that runs on a peer comes here, KV and all.
+
+ 1. its prefix is fetched from the peer's cache, while it still runs there
+ 2. TAKE_OVER: the peer pauses it and lends the rest; it is pulled and verified
+ 3. the release is the acknowledgement: the peer forgets it. Now it goes on here, with the next index
+
+All choices or none: the peer forgets the request with the last of their leases. Whatever fails before, it runs on
+there, and the attempt here ends with an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from baton.core.errors import BatonError
+from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
+from baton.core.messages import TakeFrom
+from baton.worker.answer import Answer
+from baton.worker.arrival import Arrival
+from baton.worker.fetch import fetch_prefix
+from baton.worker.handoff import Handoff, Silent
+from baton.worker.parts import WorkerParts
+
+if TYPE_CHECKING:
+    from baton.worker.intake import Intake
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One choice, whole and verified, not yet acknowledged."""
+
+    answer: Answer
+    arrival: Arrival
+    handoff: Handoff
+    state: HandoffState
+
+
+async def take_over(intake: Intake, parts: WorkerParts, source: TakeFrom) -> None:
+    """Ends the intake if it fails."""
+    taken: list[Taken] = []
+    try:
+        for answer in intake.answers.values():
+            taken.append(await _take(intake, parts, answer, source))
+        for one in taken:
+            await one.handoff.release()
+    except BaseException as e:
+        for one in taken:
+            one.handoff.give_up()
+        if not isinstance(e, BatonError):
+            raise
+        intake.end(e)
+        return
+    if not intake.life.ended:
+        intake.adopt(taken)
+
+
+async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: TakeFrom) -> Taken:
+    request = dataclasses.replace(intake.request, choices=(answer.choice,))
+    epoch, ttl_s = intake.submit.epoch, parts.handoff.lease_ttl_s
+    await fetch_prefix(parts, request, epoch, source.worker)
+    arrival = intake.arrive(intake.sequence_of(answer), may_grow=True)
+    running = RunningAttempt(intake.outbox.router_id, source.epoch, answer.choice.index)
+    call = PrefillCall(
+        request, epoch, parts.worker_id, arrival.num_held, ttl_s, LendMode.TAKE_OVER, running
+    )
+    handoff = Handoff(parts, source.worker, call, arrival, Silent())
+    return Taken(answer, arrival, handoff, await handoff.run())
