@@ -1,13 +1,15 @@
 """What two workers say to each other on a data connection, over TCP or a Unix socket, and who waits for what.
 
-Owns the frames, the reader's end of a connection (OrderLink) and the lender's listener (OrderListener). Does not know
-how bytes of blocks travel: both ends are given a coroutine for that.
+Owns the frames, the reader's end of a connection (OrderLink), the lender's listener (OrderListener), and what is left
+of a transport once these two are given (OrderTransport). Does not know how bytes of blocks travel: both ends are given
+coroutines for that.
 
     reader                              lender
     HELLO version, token          ->    (a wrong token: closed without a word)
                                   <-    WELCOME version, bytes per block
     ORDER id, lease, byte range, block ids  ->    any number, without waiting for answers
-                                  <-    ANSWER id, OK: what follows is the transport's; or ANSWER id, REFUSED, text
+                                  <-    ANSWER id, OK, n: the next n blocks of the order, in the transport's own way;
+                                        as many answers as it takes; or ANSWER id, REFUSED, text
 
 Orders are answered in the order they came. A frame that is out of bounds, or that nobody asked for, closes the
 connection. The token is 16 random bytes per boot out of the lender's advert: so a connection is always to the boot
@@ -17,6 +19,7 @@ it was meant for, and somebody who found the port gets nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hmac
 import itertools
@@ -25,10 +28,11 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from baton.core.errors import Incompatible, PeerLost
+from baton.core.worker import WorkerInfo
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.transport import MayRead, Pull, PullOrder, PullRefused, PullState, failed
 
@@ -39,12 +43,14 @@ TOKEN_BYTES = 16
 MAX_LEASE_BYTES = 512
 MAX_ORDER_BLOCKS = 1 << 16
 MAX_TEXT_BYTES = 1024
+BATCH_BYTES = 1 << 20
+"""The lease is checked before each batch of blocks; small blocks share an answer."""
 MAX_CONNECTIONS = 256
 
 _HELLO = struct.Struct(f"<4sI{TOKEN_BYTES}s")
 _WELCOME = struct.Struct("<4sIQ")
 _ORDER = struct.Struct("<IHxxIQQ")
-_ANSWER = struct.Struct("<IHH")
+_ANSWER = struct.Struct("<IHxxI")
 _MAGIC = b"BtKV"
 OK, REFUSED = 0, 1
 
@@ -106,9 +112,9 @@ def check_welcome(frame: bytes, peer_id: str, memory: KVMemory) -> None:
 
 WELCOME_BYTES = _WELCOME.size
 
-Take = Callable[[socket.socket, Pull], Awaitable[None]]
-"""Called for each OK answer to a pull: bring in what it announces and advance pull.moved_blocks. Raises ConnectionError
-or PullRefused. When cancelled it must not return before the last byte that can land has landed."""
+Take = Callable[[Pull, int], Awaitable[None]]
+"""Called for each OK answer to a pull: bring in the next so many blocks and advance pull.moved_blocks. Raises
+ConnectionError. When cancelled it must not return before the last byte that can land has landed."""
 
 
 class OrderLink:
@@ -124,7 +130,8 @@ class OrderLink:
         self, sock: socket.socket, peer_id: str, boot_id: str, block_bytes: int, take: Take,
         release: Callable[[], None] | None = None,
     ) -> None:
-        """`release` is called once nothing is received any more: what `take` used can be given back."""
+        """`block_bytes` are ours. `release` is called once nothing is received any more: what `take` used can be given
+        back."""
         self.peer_id = peer_id
         self.boot_id = boot_id
         self._sock = sock
@@ -182,20 +189,20 @@ class OrderLink:
             self._reason = str(e)
 
     async def _receive_answer(self) -> None:
-        number, status, text_bytes = _ANSWER.unpack(await receive(self._sock, _ANSWER.size))
-        if not self._pending or number != self._pending[0][0] or text_bytes > MAX_TEXT_BYTES or status > REFUSED:
+        number, status, size = _ANSWER.unpack(await receive(self._sock, _ANSWER.size))
+        if not self._pending or number != self._pending[0][0] or status > REFUSED:
             raise FrameError(f"{self.peer_id} sent an answer nobody asked for")
-        text = (await receive(self._sock, text_bytes)).decode(errors="replace")
         pull = self._pending[0][1]
-        try:
-            if status == REFUSED:
-                raise PullRefused(f"{self.peer_id} declined to lend: {text}")
-            await self._take(self._sock, pull)
-        except PullRefused as e:
+        missing = len(pull.order.source) - pull.moved_blocks
+        if size > (MAX_TEXT_BYTES if status == REFUSED else missing) or (status == OK and size == 0):
+            raise FrameError(f"{self.peer_id} sent an answer of {size}, with {missing} blocks missing")
+        if status == REFUSED:
+            text = (await receive(self._sock, size)).decode(errors="replace")
             self._pending.popleft()
-            pull.set_failed(e)
+            pull.set_failed(PullRefused(f"{self.peer_id} declined to lend: {text}"))
             return
-        if pull.moved_blocks == len(pull.order.source):
+        await self._take(pull, size)
+        if size == missing:
             self._pending.popleft()
             pull.set_done()
 
@@ -228,29 +235,35 @@ class ReadRequest:
     part: slice
     """Of each block's bytes; inside the block."""
 
-    def granted(self) -> bytes:
-        """The ANSWER frame OK."""
-        return _ANSWER.pack(self.number, OK, 0)
+    def granted(self, num_blocks: int) -> bytes:
+        """The ANSWER frame OK: the next `num_blocks` follow."""
+        return _ANSWER.pack(self.number, OK, num_blocks)
+
+    def batches(self) -> Iterator[tuple[int, ...]]:
+        """The blocks, so many at a time that their parts have up to BATCH_BYTES, but at least one."""
+        count = max(1, BATCH_BYTES // (self.part.stop - self.part.start))
+        for i in range(0, len(self.blocks), count):
+            yield self.blocks[i : i + count]
 
 
-Give = Callable[[socket.socket, ReadRequest], Awaitable[None]]
+Give = Callable[[ReadRequest], Awaitable[None]]
 """Answer one order: raise PullRefused to decline (also half-way), OSError when the connection is broken."""
 
-Greet = Callable[[socket.socket, bytes], Awaitable[None]]
-"""Send the WELCOME frame, and whatever else the transport sends with it."""
+Serve = Callable[[socket.socket, bytes], contextlib.AbstractAsyncContextManager[Give]]
+"""(connection, WELCOME frame) -> what answers its orders while the context is open. Entering it sends the frame, and
+whatever else the transport sends with it."""
 
 
 class OrderListener:
     """The lender's listener and the connections of its readers, one task each."""
 
     def __init__(
-        self, sock: socket.socket, token: bytes, memory: KVMemory, give: Give, timeout_s: float, greet: Greet = send
+        self, sock: socket.socket, token: bytes, memory: KVMemory, serve: Serve, timeout_s: float
     ) -> None:
         """Takes the bound, listening, non-blocking socket. `timeout_s` bounds a reader's HELLO and each answer."""
         self._sock = sock
         self._token = token
-        self._give = give
-        self._greet = greet
+        self._serve = serve
         self._timeout_s = timeout_s
         self._block_bytes = memory.block_bytes
         self._welcome = _WELCOME.pack(_MAGIC, VERSION, memory.block_bytes)
@@ -283,7 +296,7 @@ class OrderListener:
                 sock.close()
                 continue
             number = next(self._numbers)
-            task = asyncio.create_task(self._serve(sock), name=f"reader {number}")
+            task = asyncio.create_task(self._attend(sock), name=f"reader {number}")
             self._connections[number] = task
             task.add_done_callback(functools.partial(self._forget, number))
             task.add_done_callback(log_bug)
@@ -291,15 +304,16 @@ class OrderListener:
     def _forget(self, number: int, _: asyncio.Task[None]) -> None:
         del self._connections[number]
 
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _attend(self, sock: socket.socket) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                magic, version, token = _HELLO.unpack(await receive(sock, _HELLO.size))
-                if magic != _MAGIC or version != VERSION or not hmac.compare_digest(token, self._token):
-                    raise FrameError("a reader without this boot's token was turned away")
-                await self._greet(sock, self._welcome)
-            while True:
-                await self._answer(sock, await self._read_order(sock))
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(self._timeout_s):
+                    magic, version, token = _HELLO.unpack(await receive(sock, _HELLO.size))
+                    if magic != _MAGIC or version != VERSION or not hmac.compare_digest(token, self._token):
+                        raise FrameError("a reader without this boot's token was turned away")
+                    give = await stack.enter_async_context(self._serve(sock, self._welcome))
+                while True:
+                    await self._answer(sock, give, await self._read_order(sock))
         except FrameError as e:
             log.warning("%s", e)
         except (OSError, TimeoutError) as e:
@@ -323,13 +337,67 @@ class OrderListener:
             raise FrameError("a lease id that is not text: malformed") from None
         return ReadRequest(number, lease_id, struct.unpack(f"<{count}I", body[lease_bytes:]), slice(start, end))
 
-    async def _answer(self, sock: socket.socket, request: ReadRequest) -> None:
+    async def _answer(self, sock: socket.socket, give: Give, request: ReadRequest) -> None:
         try:
-            await self._give(sock, request)
+            await give(request)
         except PullRefused as e:
             text = e.message.encode()[:MAX_TEXT_BYTES]
             async with asyncio.timeout(self._timeout_s):
                 await send(sock, _ANSWER.pack(request.number, REFUSED, len(text)) + text)
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+Dial = Callable[[WorkerInfo], Awaitable[OrderLink]]
+"""Connect to this boot of a peer. Raises OSError when it does not answer, Incompatible when it never will."""
+
+
+class OrderTransport:
+    """A Transport (transport.py) out of its two ends. Closed by whoever opened it."""
+
+    def __init__(
+        self, name: str, advert: bytes, dial: Dial, listener: OrderListener,
+        closed: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`closed` is called when no connection is left, to give back what both ends shared."""
+        self.name = name
+        self.advert = advert
+        self._dial = dial
+        self._listener = listener
+        self._closed = closed
+        self._links: dict[str, OrderLink] = {}
+
+    async def connect(self, peer: WorkerInfo) -> None:
+        link = self._links.get(peer.worker_id)
+        if link is not None and link.alive and link.boot_id == peer.boot_id:
+            return
+        await self.fence(peer.worker_id)
+        try:
+            link = await self._dial(peer)
+        except OSError as e:
+            raise PeerLost(f"{peer.worker_id} does not answer over {self.name}: {e}") from None
+        if peer.worker_id in self._links:  # another caller was quicker
+            await link.close()
+        else:
+            self._links[peer.worker_id] = link
+
+    def pull(self, peer_id: str, order: PullOrder) -> Pull:
+        link = self._links.get(peer_id)
+        if link is None:
+            return failed(order, PeerLost(f"there is no {self.name} connection to {peer_id}"))
+        return link.submit(order)
+
+    async def fence(self, peer_id: str) -> None:
+        link = self._links.pop(peer_id, None)
+        if link is not None:
+            await link.close()
+
+    async def close(self) -> None:
+        await self._listener.close()
+        for peer_id in list(self._links):
+            await self.fence(peer_id)
+        if self._closed is not None:
+            await self._closed()
 
 
 def check_lent(may_read: MayRead, lease_id: str, blocks: tuple[int, ...]) -> None:

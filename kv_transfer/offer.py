@@ -11,8 +11,8 @@ from baton.core.config import HandoffConfig
 from baton.core.errors import SetupError
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory
-from baton.kv_transfer.shm import ShmTransport
-from baton.kv_transfer.tcp import TcpTransport
+from baton.kv_transfer.shm import open_shm
+from baton.kv_transfer.tcp import open_tcp
 from baton.kv_transfer.transport import Transport
 
 log = logging.getLogger("baton.kv_transfer")
@@ -49,14 +49,14 @@ async def _open(
     announce: str | None,
 ) -> Transport:
     if name == "tcp":
-        return await TcpTransport.open(memory, leases.may_read, config, leases.metrics, announce)
+        return await open_tcp(memory, leases.may_read, config, leases.metrics, announce)
     if name == "shm":
-        return await ShmTransport.open(memory, leases.may_read, config)
+        return await open_shm(memory, leases.may_read, config)
     # Imported here: the package is an extra, and without it this transport is simply not there.
     if name == "ucx":
-        from baton.kv_transfer.ucx import UcxTransport
+        from baton.kv_transfer.ucx import open_ucx
 
-        return await UcxTransport.open(memory, leases.may_read, config, leases.metrics, announce)
+        return await open_ucx(memory, leases.may_read, config, leases.metrics, announce)
     if name == "nccl":
         from baton.kv_transfer.nccl import NcclTransport
 

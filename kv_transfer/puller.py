@@ -4,9 +4,9 @@ verified, or not at all.
 Owns every pull of this worker, the quarantine, and what was measured about each peer. Does not know requests,
 sequences or what the blocks mean.
 
-Life of a pull (and of its destination blocks):
+Life of a pull and of its destination blocks (core/machines.py, PULL):
 1. MOVING: the transport may write at any time; the blocks belong to the pull.
-2. DONE by the transport -> digests are compared in the same loop turn -> verified: the blocks are the caller's.
+2. DONE by the transport -> CHECKING, in the same loop turn -> VERIFIED: the blocks are the caller's.
 3. FAILED by the transport, or a digest differs: terminal too; the caller throws the blocks away.
 4. deadline or cancellation while the transport is still MOVING: the blocks enter quarantine *before* the caller
    hears of it, because late bytes may land in them for as long as the peer is frozen.
@@ -20,12 +20,13 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.core.config import HandoffConfig
 from baton.core.errors import BatonError, DeadlineExceeded, Incompatible, IntegrityError, PeerLost
 from baton.core.handoff import LentBlock
+from baton.core.machines import PULL, Life
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.choose import Figure, Handshake
@@ -73,7 +74,16 @@ class _Transfer:
     pull: Pull
     peer_id: str
     transport: str
-    quarantined_at: float | None = None
+    life: Life = field(default_factory=lambda: Life(PULL))
+    quarantined_at: float = 0.0
+    """Loop time; only while it is quarantined."""
+
+    def hear(self) -> bool:
+        """Whether the transport has ended it; then its life goes on."""
+        if self.pull.state is PullState.MOVING:
+            return False
+        self.life.on("land" if self.pull.state is PullState.DONE else "error")
+        return True
 
 
 class Puller:
@@ -174,7 +184,7 @@ class Puller:
                 name = link.transport
                 transfer = self._start(peer.worker_id, name, order)
                 if self._never_began(transfer.pull):
-                    self._let_go(transfer, end)
+                    self._let_go(transfer, "failed")
                     self._fall_back(link, transfer.pull)
                     link = await self._link(peer)
                     name = link.transport
@@ -224,6 +234,7 @@ class Puller:
     def _outcome(self, transfer: _Transfer, blocks: Sequence[LentBlock], link: Link) -> str:
         """Of a terminal pull: 'verified', or raises its error. No await between DONE and the comparison."""
         pull = transfer.pull
+        transfer.hear()
         if pull.state is PullState.FAILED:
             error = pull.error or PeerLost(f"the pull from {transfer.peer_id} failed")
             if not isinstance(error, PullRefused) and self._links.get(link.peer_id) is link:
@@ -236,6 +247,7 @@ class Puller:
             b.block_id for b, d in zip(blocks, pull.order.destination, strict=True)
             if digest(self._memory.block(d)[start:end]) != b.digest
         ]
+        transfer.life.on("differ" if wrong else "equal")
         if wrong:
             self._metrics.inc("baton_integrity_failures_total", len(wrong), reason="digest")
             raise IntegrityError(
@@ -247,9 +259,18 @@ class Puller:
 
     def _let_go(self, transfer: _Transfer, end: str) -> None:
         """The waiter leaves. What is not terminal is quarantined here, before anybody else can run. Idempotent."""
-        if transfer.pull.state is not PullState.MOVING:
-            self._transfers.pop(id(transfer), None)
+        state, life = transfer.pull.state, transfer.life
+        if life.at("quarantined"):
             return
+        if life.at("moving"):
+            if state is not PullState.FAILED:
+                life.on("timeout" if end == "timeout" else "cancel")
+            if not transfer.hear():
+                self._quarantine(transfer, end)
+                return
+        self._transfers.pop(id(transfer), None)
+
+    def _quarantine(self, transfer: _Transfer, end: str) -> None:
         transfer.quarantined_at = asyncio.get_running_loop().time()
         self._pin(transfer.pull.order.destination)
         level, why = logging.WARNING, "it did not end in time"
@@ -269,11 +290,8 @@ class Puller:
     def poll(self) -> None:
         """Return what has become terminal; start fences for what is too old or too much."""
         now = asyncio.get_running_loop().time()
+        self._return_ended()
         for transfer in self._quarantined():
-            if transfer.pull.state is not PullState.MOVING:
-                self._return(transfer)
-        for transfer in self._quarantined():
-            assert transfer.quarantined_at is not None
             if now - transfer.quarantined_at >= self._config.quarantine_max_s:
                 self._start_fence(transfer.transport, transfer.peer_id)
         self._fence_over_cap()
@@ -291,6 +309,9 @@ class Puller:
         if self._is_seen_to(transport, peer_id):
             return
         self._metrics.inc("baton_fences_total", transport=transport)
+        for transfer in self._quarantined():
+            if (transfer.transport, transfer.peer_id) == (transport, peer_id):
+                transfer.life.on("fence")
         task = asyncio.create_task(self._fence(transport, peer_id), name=f"fence {peer_id} on {transport}")
         self._fencing[transport, peer_id] = task
         task.add_done_callback(_retrieve)
@@ -314,9 +335,7 @@ class Puller:
             self._unfenced.pop((transport, peer_id), None)
         finally:
             del self._fencing[transport, peer_id]
-        for transfer in self._quarantined():
-            if transfer.pull.state is not PullState.MOVING:
-                self._return(transfer)
+        self._return_ended()
 
     def _postpone_fence(self, transport: str, peer_id: str, error: Exception) -> None:
         _, pause_s = self._unfenced.get((transport, peer_id), (0.0, 0.0))
@@ -325,13 +344,12 @@ class Puller:
         pause_s = min(2 * pause_s, FENCE_PAUSE_MAX_S) or FENCE_PAUSE_FIRST_S
         self._unfenced[transport, peer_id] = (asyncio.get_running_loop().time() + pause_s, pause_s)
 
-    def _return(self, transfer: _Transfer) -> None:
-        del self._transfers[id(transfer)]
-        for block in transfer.pull.order.destination:
-            self._pinned[block] -= 1
-            if not self._pinned[block]:
-                del self._pinned[block]
-                self._pins.unquarantine(block)
+    def _return_ended(self) -> None:
+        """Out of quarantine: whatever no byte can land for any more."""
+        for transfer in self._quarantined():
+            if transfer.hear():
+                del self._transfers[id(transfer)]
+                self._unpin(transfer.pull.order.destination)
 
     def _pin(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -340,9 +358,16 @@ class Puller:
                 self._metrics.inc("baton_quarantined_blocks_total")
             self._pinned[block] += 1
 
+    def _unpin(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._pinned[block] -= 1
+            if not self._pinned[block]:
+                del self._pinned[block]
+                self._pins.unquarantine(block)
+
     def _quarantined(self) -> list[_Transfer]:
         """Oldest first."""
-        return [t for t in self._transfers.values() if t.quarantined_at is not None]
+        return [t for t in self._transfers.values() if t.life.at("quarantined")]
 
     # ---- looking in ----------------------------------------------------------------------------------------------
 
@@ -382,8 +407,7 @@ class Puller:
             self._start_fence(transfer.transport, transfer.peer_id)
         if self._fencing:
             await asyncio.wait(list(self._fencing.values()))
-        for transfer in self._quarantined():
-            self._return(transfer)
+        self._return_ended()
         for transport in self._transports.values():
             await transport.close()
 

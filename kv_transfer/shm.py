@@ -11,22 +11,26 @@ either: it needs nothing of the lender, frozen or dead.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import secrets
 import socket
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from baton.core.config import HandoffConfig
-from baton.core.errors import Incompatible, PeerLost
+from baton.core.errors import Incompatible
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
     TOKEN_BYTES,
     WELCOME_BYTES,
     FrameError,
+    Give,
     OrderLink,
     OrderListener,
+    OrderTransport,
     ReadRequest,
     check_lent,
     check_welcome,
@@ -37,97 +41,53 @@ from baton.kv_transfer.framing import (
     unpack_advert,
 )
 from baton.kv_transfer.memory import KVMemory
-from baton.kv_transfer.transport import MayRead, Pull, PullOrder, failed
+from baton.kv_transfer.transport import MayRead, Pull, PullOrder
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class ShmTransport:
-    """Built by `open`; closed by whoever opened it."""
+async def open_shm(memory: KVMemory, may_read: MayRead, config: HandoffConfig) -> OrderTransport:
+    """Listen on an abstract socket with a random name. Raises OSError where there is no such thing."""
+    assert memory.fd is not None, "the shm transport needs shared memory"
+    name = f"baton-kv-{secrets.token_hex(16)}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    sock.bind("\0" + name)
+    sock.listen(64)
+    token = secrets.token_bytes(TOKEN_BYTES)
+    ends = _Ends(memory, may_read)
+    listener = OrderListener(sock, token, memory, ends.serve, config.peer_timeout_s)
+    advert = pack_advert(machine=_machine(), socket=name, token=token.hex())
+    return OrderTransport("shm", advert, ends.dial, listener, ends.close)
 
-    name = "shm"
+
+class _Ends:
+    """How the memory changes hands, and who copies out of it."""
 
     def __init__(self, memory: KVMemory, may_read: MayRead) -> None:
-        assert memory.fd is not None, "the shm transport needs shared memory"
         self._memory = memory
         self._may_read = may_read
-        self._links: dict[str, OrderLink] = {}
         self._copier = ThreadPoolExecutor(1, "kv-copy")
-        self._machine = _BOOT_ID.read_text().strip()
-        self.advert = b""
-        self._listener: OrderListener | None = None
 
-    @classmethod
-    async def open(cls, memory: KVMemory, may_read: MayRead, config: HandoffConfig) -> ShmTransport:
-        """Listen on an abstract socket with a random name. Raises OSError where there is no such thing."""
-        self = cls(memory, may_read)
-        name = f"baton-kv-{secrets.token_hex(16)}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.bind("\0" + name)
-        sock.listen(64)
-        token = secrets.token_bytes(TOKEN_BYTES)
-        self._listener = OrderListener(sock, token, memory, self._give, config.peer_timeout_s, self._greet)
-        self.advert = pack_advert(machine=self._machine, socket=name, token=token.hex())
-        return self
+    async def close(self) -> None:
+        self._copier.shutdown(wait=True)  # idle by now: every copy was joined
 
-    async def connect(self, peer: WorkerInfo) -> None:
-        link = self._links.get(peer.worker_id)
-        if link is not None and link.alive and link.boot_id == peer.boot_id:
-            return
-        await self.fence(peer.worker_id)
-        name, token = self._address(peer)
+    async def dial(self, peer: WorkerInfo) -> OrderLink:
+        name, token = _address(peer)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, "\0" + name)
             await say_hello(sock, token)
             fd = await self._receive_memory(sock, peer.worker_id)
-        except OSError as e:
-            sock.close()
-            raise PeerLost(f"{peer.worker_id} does not answer on this machine: {e}") from None
         except BaseException:
             sock.close()
             raise
-        if peer.worker_id in self._links:  # another caller was quicker
-            sock.close()
-            os.close(fd)
-            return
         # The descriptor keeps the peer's whole memory alive, so it goes when the link does, not when somebody asks.
-        self._links[peer.worker_id] = OrderLink(
+        return OrderLink(
             sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, functools.partial(self._take, fd),
             functools.partial(os.close, fd),
         )
-
-    def pull(self, peer_id: str, order: PullOrder) -> Pull:
-        link = self._links.get(peer_id)
-        if link is None:
-            return failed(order, PeerLost(f"there is no shm connection to {peer_id}"))
-        return link.submit(order)
-
-    async def fence(self, peer_id: str) -> None:
-        link = self._links.pop(peer_id, None)
-        if link is not None:
-            await link.close()
-
-    async def close(self) -> None:
-        if self._listener is not None:
-            await self._listener.close()
-        for peer_id in list(self._links):
-            await self.fence(peer_id)
-        self._copier.shutdown(wait=True)  # idle by now: every copy was joined
-
-    def _address(self, peer: WorkerInfo) -> tuple[str, bytes]:
-        fields = unpack_advert(peer.worker_id, peer.capability.advert(self.name))
-        if fields.get("machine") != self._machine:
-            raise Incompatible(f"{peer.worker_id} runs on another machine: no shared memory")
-        try:
-            name, token = str(fields["socket"]), bytes.fromhex(str(fields["token"]))
-        except (KeyError, ValueError):
-            token, name = b"", ""
-        if len(token) != TOKEN_BYTES or not 0 < len(name) < 100:
-            raise Incompatible(f"the shm advert of {peer.worker_id} cannot be read; it runs another version.")
-        return name, token
 
     async def _receive_memory(self, sock: socket.socket, peer_id: str) -> int:
         """The WELCOME frame and the descriptor that comes with it. The caller owns the descriptor."""
@@ -145,12 +105,14 @@ class ShmTransport:
             raise
         return fds[0]
 
-    async def _take(self, fd: int, _: socket.socket, pull: Pull) -> None:
-        """One OK answer grants the whole order. Returns, or is cancelled, only after the copy has ended."""
+    async def _take(self, fd: int, pull: Pull, count: int) -> None:
+        """Returns, or is cancelled, only after the copy has ended."""
+        if count != len(pull.order.source):
+            raise FrameError(f"{count} of {len(pull.order.source)} blocks were granted: shm knows all or nothing")
         copying = asyncio.get_running_loop().run_in_executor(self._copier, self._copy, fd, pull.order)
         await finish([copying])
         copying.result()
-        pull.moved_blocks = len(pull.order.source)
+        pull.moved_blocks = count
 
     def _copy(self, fd: int, order: PullOrder) -> None:
         """In the thread. preadv releases the interpreter and reads the lender's pages straight into the block."""
@@ -161,14 +123,33 @@ class ShmTransport:
             if count != len(data):
                 raise ConnectionResetError(f"block {source} lies outside the lender's memory ({count} bytes read)")
 
-    async def _give(self, sock: socket.socket, request: ReadRequest) -> None:
-        check_lent(self._may_read, request.lease_id, request.blocks)
-        await send(sock, request.granted())
-
-    async def _greet(self, sock: socket.socket, welcome: bytes) -> None:
+    @contextlib.asynccontextmanager
+    async def serve(self, sock: socket.socket, welcome: bytes) -> AsyncIterator[Give]:
         """A fresh connection's buffer takes these few bytes at once."""
         assert self._memory.fd is not None, "serving memory that was closed"
         socket.send_fds(sock, [welcome], [self._memory.fd])
+        yield functools.partial(self._give, sock)
+
+    async def _give(self, sock: socket.socket, request: ReadRequest) -> None:
+        check_lent(self._may_read, request.lease_id, request.blocks)
+        await send(sock, request.granted(len(request.blocks)))
+
+
+def _address(peer: WorkerInfo) -> tuple[str, bytes]:
+    fields = unpack_advert(peer.worker_id, peer.capability.advert("shm"))
+    if fields.get("machine") != _machine():
+        raise Incompatible(f"{peer.worker_id} runs on another machine: no shared memory")
+    try:
+        name, token = str(fields["socket"]), bytes.fromhex(str(fields["token"]))
+    except (KeyError, ValueError):
+        token, name = b"", ""
+    if len(token) != TOKEN_BYTES or not 0 < len(name) < 100:
+        raise Incompatible(f"the shm advert of {peer.worker_id} cannot be read; it runs another version.")
+    return name, token
+
+
+def _machine() -> str:
+    return _BOOT_ID.read_text().strip()
 
 
 async def _readable(sock: socket.socket) -> None:

@@ -1,25 +1,30 @@
 """Transport "tcp": blocks over our own framing, received straight into the destination block.
 
-Owns the listening port, one connection per peer, and both data paths. What makes a pull terminal: all its bytes are
-in, or the connection's receive task has ended. The lender checks its lease table before every block it sends, so a
-lease that ends half-way ends the pull there.
+Owns the listening port and both data paths. What makes a pull terminal: all its bytes are in, or the connection's
+receive task has ended. The lender checks its lease table before every batch it sends, so a lease that ends half-way
+ends the pull there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import secrets
 import socket
+from collections.abc import AsyncIterator
 
 from baton.core.config import HandoffConfig
-from baton.core.errors import Incompatible, PeerLost, SetupError
+from baton.core.errors import Incompatible, SetupError
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
     TOKEN_BYTES,
     WELCOME_BYTES,
+    Give,
     OrderLink,
     OrderListener,
+    OrderTransport,
     ReadRequest,
     check_lent,
     check_welcome,
@@ -31,126 +36,120 @@ from baton.kv_transfer.framing import (
     unpack_advert,
 )
 from baton.kv_transfer.memory import KVMemory
-from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull, PullOrder, failed
+from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull
 
 KEEPALIVE_S = 10
 """Idle connections of a vanished machine end after this, twice."""
 
 
-class TcpTransport:
-    """Built by `open`; closed by whoever opened it."""
+async def open_tcp(
+    memory: KVMemory, may_read: MayRead, config: HandoffConfig, metrics: Metrics, announce: str | None = None
+) -> OrderTransport:
+    """Listen on a free port of handoff.data_bind; peers are told `announce`, by default the same address.
 
-    name = "tcp"
+    Raises SetupError when the address cannot be bound.
+    """
+    port = DataPort(config, announce)
+    ends = _Ends(memory, may_read, config, metrics)
+    listener = OrderListener(port.sock, port.token, memory, ends.serve, config.peer_timeout_s)
+    return OrderTransport("tcp", port.advert, ends.dial, listener)
+
+
+class _Ends:
+    """How blocks travel."""
 
     def __init__(self, memory: KVMemory, may_read: MayRead, config: HandoffConfig, metrics: Metrics) -> None:
         self._memory = memory
         self._may_read = may_read
         self._send_timeout_s = config.pull_timeout_s
         self._metrics = metrics
-        self._links: dict[str, OrderLink] = {}
-        self.advert = b""
-        self._listener: OrderListener | None = None
 
-    @classmethod
-    async def open(
-        cls, memory: KVMemory, may_read: MayRead, config: HandoffConfig, metrics: Metrics, announce: str | None = None
-    ) -> TcpTransport:
-        """Listen on a free port of handoff.data_bind; peers are told `announce`, by default the same address.
+    async def dial(self, peer: WorkerInfo) -> OrderLink:
+        sock = await call("tcp", peer, self._memory)
+        take = functools.partial(self._take, sock)
+        return OrderLink(sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, take)
 
-        Raises SetupError when the address cannot be bound.
-        """
-        self = cls(memory, may_read, config, metrics)
-        if announce is None and config.data_bind in ("", "0.0.0.0", "::"):
-            raise SetupError(f"handoff.data_bind = {config.data_bind!r} is no address that peers can reach. "
-                             "Set it to an address of this machine.", "handoff.data_bind")
-        family = socket.AF_INET6 if ":" in config.data_bind else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            _tune(sock)  # accepted connections inherit it
-            sock.bind((config.data_bind, 0))
-            sock.listen(64)
-        except OSError as e:
-            sock.close()
-            raise SetupError(f"handoff.data_bind = {config.data_bind!r} cannot be bound: {e.strerror or e}. "
-                             "Set it to an address of this machine.", "handoff.data_bind") from None
-        token = secrets.token_bytes(TOKEN_BYTES)
-        self._listener = OrderListener(sock, token, memory, self._give, config.peer_timeout_s)
-        self.advert = pack_advert(host=announce or config.data_bind, port=sock.getsockname()[1], token=token.hex())
-        return self
-
-    async def connect(self, peer: WorkerInfo) -> None:
-        link = self._links.get(peer.worker_id)
-        if link is not None and link.alive and link.boot_id == peer.boot_id:
-            return
-        await self.fence(peer.worker_id)
-        host, port, token = _address(peer)
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            _tune(sock)
-            await asyncio.get_running_loop().sock_connect(sock, (host, port))
-            await say_hello(sock, token)
-            check_welcome(await receive(sock, WELCOME_BYTES), peer.worker_id, self._memory)
-        except OSError as e:
-            sock.close()
-            raise PeerLost(f"{peer.worker_id} does not answer at {host}:{port}: {e}") from None
-        except BaseException:
-            sock.close()
-            raise
-        if peer.worker_id in self._links:  # another caller was quicker
-            sock.close()
-            return
-        self._links[peer.worker_id] = OrderLink(
-            sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, self._take
-        )
-
-    def pull(self, peer_id: str, order: PullOrder) -> Pull:
-        link = self._links.get(peer_id)
-        if link is None:
-            return failed(order, PeerLost(f"there is no tcp connection to {peer_id}"))
-        return link.submit(order)
-
-    async def fence(self, peer_id: str) -> None:
-        link = self._links.pop(peer_id, None)
-        if link is not None:
-            await link.close()
-
-    async def close(self) -> None:
-        if self._listener is not None:
-            await self._listener.close()
-        for peer_id in list(self._links):
-            await self.fence(peer_id)
-
-    async def _take(self, sock: socket.socket, pull: Pull) -> None:
-        """One OK answer announces one block."""
+    async def _take(self, sock: socket.socket, pull: Pull, count: int) -> None:
         order = pull.order
-        await receive_into(sock, self._memory.block(order.destination[pull.moved_blocks])[order.part])
-        pull.moved_blocks += 1
+        for _ in range(count):
+            await receive_into(sock, self._memory.block(order.destination[pull.moved_blocks])[order.part])
+            pull.moved_blocks += 1
         await asyncio.sleep(0)  # a socket that is always readable must not keep the loop from everybody else
+
+    @contextlib.asynccontextmanager
+    async def serve(self, sock: socket.socket, welcome: bytes) -> AsyncIterator[Give]:
+        await send(sock, welcome)
+        yield functools.partial(self._give, sock)
 
     async def _give(self, sock: socket.socket, request: ReadRequest) -> None:
         check_lent(self._may_read, request.lease_id, request.blocks)
-        for block in request.blocks:
-            check_lent(self._may_read, request.lease_id, (block,))
-            data = self._memory.block(block)[request.part]
+        for blocks in request.batches():
+            check_lent(self._may_read, request.lease_id, blocks)
+            parts = [self._memory.block(b)[request.part] for b in blocks]
             async with asyncio.timeout(self._send_timeout_s):
-                await send(sock, request.granted())
-                await send(sock, data)
+                await send(sock, request.granted(len(blocks)))
+                for part in parts:
+                    await send(sock, part)
             if request.lease_id != PROBE_LEASE:
-                self._metrics.inc("baton_served_bytes_total", len(data), transport=self.name)
+                self._metrics.inc("baton_served_bytes_total", sum(map(len, parts)), transport="tcp")
             await asyncio.sleep(0)
 
 
-def _address(peer: WorkerInfo) -> tuple[str, int, bytes]:
-    fields = unpack_advert(peer.worker_id, peer.capability.advert("tcp"))
+# ---- the port, shared with other transports that take orders over TCP --------------------------------------------
+
+
+class DataPort:
+    """A listening socket on handoff.data_bind, and what peers must know to reach it."""
+
+    def __init__(self, config: HandoffConfig, announce: str | None) -> None:
+        """Raises SetupError when the address cannot be bound, or told to peers."""
+        if announce is None and config.data_bind in ("", "0.0.0.0", "::"):
+            raise SetupError(f"handoff.data_bind = {config.data_bind!r} is no address that peers can reach. "
+                             "Set it to an address of this machine.", "handoff.data_bind")
+        self.sock = socket.socket(_family(config.data_bind), socket.SOCK_STREAM)
+        try:
+            self.sock.setblocking(False)
+            _tune(self.sock)  # accepted connections inherit it
+            self.sock.bind((config.data_bind, 0))
+            self.sock.listen(64)
+        except OSError as e:
+            self.sock.close()
+            raise SetupError(f"handoff.data_bind = {config.data_bind!r} cannot be bound: {e.strerror or e}. "
+                             "Set it to an address of this machine.", "handoff.data_bind") from None
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        host, port = announce or config.data_bind, self.sock.getsockname()[1]
+        self.advert = pack_advert(host=host, port=port, token=self.token.hex())
+
+
+async def call(transport: str, peer: WorkerInfo, memory: KVMemory) -> socket.socket:
+    """A connection to the peer's DataPort that has been welcomed. Raises OSError, or Incompatible."""
+    host, port, token = _address(transport, peer)
+    sock = socket.socket(_family(host), socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        _tune(sock)
+        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+        await say_hello(sock, token)
+        check_welcome(await receive(sock, WELCOME_BYTES), peer.worker_id, memory)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _address(transport: str, peer: WorkerInfo) -> tuple[str, int, bytes]:
+    fields = unpack_advert(peer.worker_id, peer.capability.advert(transport))
     try:
         host, port, token = str(fields["host"]), int(fields["port"]), bytes.fromhex(str(fields["token"]))
     except (KeyError, ValueError):
-        raise Incompatible(f"the tcp advert of {peer.worker_id} cannot be read; it runs another version.") from None
+        host, port, token = "", 0, b""
     if len(token) != TOKEN_BYTES or not 0 < port < 65536:
-        raise Incompatible(f"the tcp advert of {peer.worker_id} cannot be read; it runs another version.")
+        raise Incompatible(f"the {transport} advert of {peer.worker_id} cannot be read; it runs another version.")
     return host, port, token
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _tune(sock: socket.socket) -> None:

@@ -15,15 +15,16 @@ import pytest
 from baton.core.config import HandoffConfig
 from baton.core.errors import Incompatible, PeerLost, SetupError
 from baton.core.metrics import Metrics
-from baton.kv_transfer.framing import MAX_ORDER_BLOCKS
+from baton.kv_transfer.framing import BATCH_BYTES, MAX_ORDER_BLOCKS
 from baton.kv_transfer.memory import KVMemory
-from baton.kv_transfer.tcp import TcpTransport
-from baton.kv_transfer.transport import PROBE_LEASE, PullOrder, PullRefused, PullState
+from baton.kv_transfer.tcp import open_tcp
+from baton.kv_transfer.transport import PROBE_LEASE, PullOrder, PullRefused, PullState, Transport
 from tests.kv_transfer.pair import info_of
 
 SIZE = 4096
 HELLO = struct.Struct("<4sI16s")
 ORDER = struct.Struct("<IHxxIQQ")
+ANSWER = struct.Struct("<IHxxI")
 
 
 def order(lease: bytes, count: int, start: int = 0, end: int = SIZE, lease_bytes: int | None = None) -> bytes:
@@ -32,18 +33,18 @@ def order(lease: bytes, count: int, start: int = 0, end: int = SIZE, lease_bytes
 
 
 @contextlib.asynccontextmanager
-async def transport(**settings: object) -> AsyncIterator[TcpTransport]:
+async def transport(**settings: object) -> AsyncIterator[Transport]:
     """A lender of everything under lease "good", which serves its own process."""
     config = HandoffConfig(**settings)  # type: ignore[arg-type]
     memory = KVMemory(4, SIZE, shared=False)
-    one = await TcpTransport.open(memory, lambda lease, blocks: lease in ("good", PROBE_LEASE), config, Metrics())
+    one = await open_tcp(memory, lambda lease, blocks: lease in ("good", PROBE_LEASE), config, Metrics())
     try:
         yield one
     finally:
         await one.close()
 
 
-async def dial(one: TcpTransport, token: bytes | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def dial(one: Transport, token: bytes | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     fields = json.loads(one.advert)
     reader, writer = await asyncio.open_connection(fields["host"], fields["port"])
     writer.write(HELLO.pack(b"BtKV", 2, token if token is not None else bytes.fromhex(fields["token"])))
@@ -65,7 +66,7 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
     return data
 
 
-async def still_serves(one: TcpTransport) -> None:
+async def still_serves(one: Transport) -> None:
     peer = info_of("self", "b1", 4, [("tcp", one.advert)])
     await one.connect(peer)
     pull = one.pull("self", PullOrder("good", (0, 1), (2, 3)))
@@ -151,9 +152,9 @@ async def _false_lender(answer: bytes) -> tuple[asyncio.Server, bytes]:
 
 
 @pytest.mark.parametrize("answer", [
-    struct.pack("<IHH", 99, 0, 0) + bytes(SIZE), struct.pack("<IHH", 0, 7, 0), struct.pack("<IHH", 0, 1, 60_000),
-    struct.pack("<IHH", 0, 0, 0) + b"short", b"",
-], ids=["wrong number", "unknown status", "endless text", "cut short", "nothing"])
+    ANSWER.pack(99, 0, 1) + bytes(SIZE), ANSWER.pack(0, 7, 1), ANSWER.pack(0, 1, 60_000),
+    ANSWER.pack(0, 0, 1) + b"short", ANSWER.pack(0, 0, 0), ANSWER.pack(0, 0, 2) + bytes(2 * SIZE), b"",
+], ids=["wrong number", "unknown status", "endless text", "cut short", "no block", "too many blocks", "nothing"])
 def test_a_lender_that_breaks_the_protocol_fails_the_pulls_and_leaves_the_reader_well(answer: bytes) -> None:
     async def main() -> None:
         server, advert = await _false_lender(answer)
@@ -171,13 +172,13 @@ def test_a_lender_that_breaks_the_protocol_fails_the_pulls_and_leaves_the_reader
 
 def test_a_lease_that_ends_half_way_ends_the_pull_there() -> None:
     async def main() -> None:
-        memory, asked = KVMemory(4, SIZE, shared=False), []
+        memory, asked = KVMemory(4, BATCH_BYTES, shared=False), []
 
         def may_read(lease: str, blocks: object) -> bool:
             asked.append(blocks)
-            return len(asked) <= 2  # the order, and its first block
+            return len(asked) <= 2  # the order, and its first batch
 
-        one = await TcpTransport.open(memory, may_read, HandoffConfig(), Metrics())
+        one = await open_tcp(memory, may_read, HandoffConfig(), Metrics())
         await one.connect(info_of("self", "b1", 4, [("tcp", one.advert)]))
         pull = one.pull("self", PullOrder("good", (0, 1), (2, 3)))
         assert await pull.wait() is PullState.FAILED
