@@ -1,13 +1,14 @@
 """Text in, text out: the one path that HTTP and gRPC share, so that they cannot differ.
 
-Owns: the checks every prompt passes, the per-request text state, usage, the end-of-request log line and latency
-figures. Does not know: HTTP, protobuf, workers. Prompts are never logged.
+Owns: the checks every prompt passes, a request's run from tokens to text, the end-of-request log line and latency
+figures. Does not know: HTTP, protobuf, workers, how tokens become text (output.py). Prompts are never logged.
 
 Life of a request:
  1. `prepare`: templated, tokenised (long texts off the loop), checked against the model's context.
  2. `run`: tokens come from the dispatcher; each becomes text, or is held back while it may still change.
- 3. It ends with the model's finish, or at a stop string: the dispatcher's iterator is closed (which cancels the work)
-    and the tokens past the stop are neither shown nor billed. Closing `run` early is how a front cancels.
+ 3. Each of its answers (choices) ends with the model's finish, or at a stop string: tokens past the stop are neither
+    shown nor billed. When all have ended the dispatcher's iterator is closed, which cancels what still runs of them.
+    Closing `run` early is how a front cancels.
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ from baton.core.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
-    from_code,
 )
 from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
-from baton.core.request import FinishReason, Request, SamplingParams
-from baton.router.detokenize import StopMatcher
+from baton.core.request import MAX_CHOICES, Choice, Request, SamplingParams
+from baton.router.output import Delta, Output, Usage
 from baton.router.text import TextCodec
 
 MAX_STOPS = 8
@@ -95,23 +95,8 @@ class GenerateCall:
     timeout_s: float | None = None
     max_tokens_field: str = "max_tokens"
     """What the client called it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """News of one request; the last one has `finish` (STOP or LENGTH)."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish: FinishReason | None
-    usage: Usage
+    n: int = 1
+    """Answers side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +137,9 @@ class Generation:
         check_stop(call.stop)
         dataclasses.replace(call.sampling, max_tokens=1).check()
         self._check_token_ids(call.sampling.stop_token_ids, "stop_token_ids")
+        self._check_token_ids([token_id for token_id, _ in call.sampling.logit_bias], "logit_bias")
+        if not 1 <= call.n <= MAX_CHOICES:
+            raise InvalidRequest(f"n is {shown(call.n)}; it must be between 1 and {MAX_CHOICES}.", "n")
         if len(request_id) > MAX_REQUEST_ID_CHARS:
             raise InvalidRequest(f"request_id may have {MAX_REQUEST_ID_CHARS} characters at most.", "request_id")
         if call.timeout_s is not None and not 0 < call.timeout_s < float("inf"):
@@ -159,7 +147,8 @@ class Generation:
                                  "timeout_s")
         prompt = await self._encode(call.prompt)
         request = Request(
-            request_id, prompt, self._with_max_tokens(call, len(prompt)), tenant=call.tenant,
+            request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
+            tenant=call.tenant,
             deadline_s=min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s))
         return Job(request, call.stop, arrived_s)
 
@@ -175,19 +164,21 @@ class Generation:
     async def run(self, job: Job) -> AsyncGenerator[Delta, None]:
         """The output as it comes. Raises what the request failed with; closing it cancels the request."""
         record = _Record(job, self.metrics, asyncio.get_running_loop().time)
-        output = _Output(self.codec, job)
+        output = Output(self.codec, job.request, job.stop)
         last: Delta | None = None
         try:
             async with aclosing(self._tokens.generate(job.request)) as chunks:
                 async for chunk in chunks:
                     delta = output.take(chunk)
+                    if delta is None:
+                        continue
                     record.saw(delta)
-                    if delta.finish is None:
+                    if not delta.last:
                         yield delta
                         continue
                     last = delta
-                    if chunk.finish is None:
-                        break  # at a stop string; else the source ends by itself now
+                    if output.runs_on:
+                        break  # else the source ends by itself now
             if last is None:
                 raise InternalError(f"request {job.request.request_id} ended without a finish reason.")
         except BatonError as e:
@@ -264,43 +255,6 @@ class Generation:
         return encode() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode)
 
 
-class _Output:
-    """Text state of one running request."""
-
-    def __init__(self, codec: TextCodec, job: Job) -> None:
-        sampling = job.request.sampling
-        self._detokenizer = codec.detokenizer()
-        self._matcher = StopMatcher(job.stop)
-        self._silent_at_end = frozenset(sampling.stop_token_ids) | frozenset(codec.card.eos_token_ids)
-        self._num_prompt_tokens = len(job.request.prompt)
-        self._num_output_tokens = 0
-        self._cached_tokens = 0
-
-    def take(self, chunk: TokenChunk) -> Delta:
-        """Raises the error that a chunk carries."""
-        if chunk.finish is FinishReason.ERROR:
-            raise from_code(chunk.error_code, chunk.error_message)
-        if chunk.finish is FinishReason.CANCELLED:
-            raise Cancelled("the request was cancelled.")
-        self._cached_tokens = max(self._cached_tokens, chunk.cached_tokens)
-        texts, used = [], 0
-        for token_id in chunk.token_ids:
-            used += 1
-            ends_here = chunk.finish is FinishReason.STOP and used == len(chunk.token_ids)
-            if not (ends_here and token_id in self._silent_at_end):
-                texts.append(self._matcher.feed(self._detokenizer.push(token_id)))
-            if self._matcher.stopped:
-                break
-        finish = chunk.finish
-        if finish is not None and not self._matcher.stopped:
-            texts += [self._matcher.feed(self._detokenizer.flush()), self._matcher.flush()]
-        if self._matcher.stopped:
-            finish = FinishReason.STOP
-        self._num_output_tokens += used
-        usage = Usage(self._num_prompt_tokens, self._cached_tokens, self._num_output_tokens)
-        return Delta("".join(texts), chunk.token_ids[:used], finish, usage)
-
-
 class _Record:
     """What is counted and logged of one request. Numbers and ids only."""
 
@@ -310,7 +264,8 @@ class _Record:
         self._now = now
         self._usage = Usage(len(job.request.prompt), 0, 0)
         self._ttft_s: float | None = None
-        self._latest_s = job.arrived_s
+        self._latest_s: dict[int, float] = {}
+        """By choice."""
         self.outcome = Cancelled.code
 
     def saw(self, delta: Delta) -> None:
@@ -318,11 +273,13 @@ class _Record:
         if delta.token_ids and self._ttft_s is None:
             self._ttft_s = now - self._job.arrived_s
             self._metrics.observe("baton_ttft_seconds", self._ttft_s)
-        elif delta.token_ids:
-            self._metrics.observe("baton_itl_seconds", now - self._latest_s)
-        self._latest_s = now
+        if delta.token_ids and delta.choice in self._latest_s:
+            self._metrics.observe("baton_itl_seconds", now - self._latest_s[delta.choice])
+        if delta.token_ids:
+            self._latest_s[delta.choice] = now
         self._usage = delta.usage
-        if delta.finish is not None:
+        if delta.last:
+            assert delta.finish is not None, delta
             self.outcome = delta.finish.value
 
     def close(self) -> None:

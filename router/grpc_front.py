@@ -16,8 +16,9 @@ from baton.core.worker import Role, WorkerLoad
 from baton.router.dispatch import Dispatcher
 from baton.router.exposition import worker_samples
 from baton.router.fleet import Fleet, WorkerView
-from baton.router.generation import GenerateCall, Generation, Prompt, Usage, new_request_id, shown
+from baton.router.generation import GenerateCall, Generation, Prompt, new_request_id, shown
 from baton.router.link import WorkerState
+from baton.router.output import Delta, Usage
 from baton.router.trace import TraceRecord
 from baton.wire import admin_pb2, admin_pb2_grpc, codec, inference_pb2, inference_pb2_grpc
 
@@ -26,6 +27,10 @@ DEFAULT_MAX_TOKENS = 128
 
 DRAIN_TIMEOUT_S = 3.0
 """For a worker's answer. It answers at once, or something is wrong with it."""
+
+OPTIONAL = ("temperature", "top_k", "top_p", "min_p", "seed", "frequency_penalty", "presence_penalty",
+            "repetition_penalty", "logprobs")
+"""Fields of Sampling whose absence means core's default."""
 
 FINISH = {
     FinishReason.STOP: inference_pb2.GenerateResponse.STOP,
@@ -46,12 +51,19 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
         job = await self._generation.prepare(call, request_id)
         async with aclosing(self._generation.run(job)) as deltas:
             async for delta in deltas:
-                reply = inference_pb2.GenerateResponse(
-                    request_id=request_id, text=delta.text, token_ids=delta.token_ids)
-                if delta.finish is not None:
-                    reply.finish_reason = FINISH[delta.finish]
-                    reply.usage.CopyFrom(_usage(delta.usage))
-                yield reply
+                yield inference_pb2.GenerateResponse(
+                    request_id=request_id, text=delta.text, token_ids=delta.token_ids, choice=delta.choice,
+                    finish_reason=FINISH[delta.finish] if delta.finish else None,
+                    usage=_usage(delta.usage) if delta.last else None, logprobs=self._scored(delta))
+
+    def _scored(self, delta: Delta) -> list[inference_pb2.ScoredPosition]:
+        def scored(token_id: int, logprob: float) -> inference_pb2.ScoredToken:
+            spelled = self._generation.codec.spelled(token_id)
+            return inference_pb2.ScoredToken(token_id=token_id, logprob=logprob, bytes=spelled)
+
+        return [
+            inference_pb2.ScoredPosition(chosen=scored(token_id, known.logprob), top=[scored(*t) for t in known.top])
+            for token_id, known in zip(delta.token_ids, delta.logprobs, strict=False)]
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
         self._check_model(request.model)
@@ -82,14 +94,14 @@ def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None)
         raise InvalidRequest("the request has no prompt. Set text or token_ids.", "prompt")
     prompt: Prompt = request.text if which == "text" else tuple(request.token_ids.ids)
     wire = request.sampling
-    chosen = {name: getattr(wire, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-              if wire.HasField(name)}
-    sampling = SamplingParams(stop_token_ids=tuple(wire.stop_token_ids), ignore_eos=wire.ignore_eos, **chosen)
+    chosen = {name: getattr(wire, name) for name in OPTIONAL if wire.HasField(name)}
+    sampling = SamplingParams(stop_token_ids=tuple(wire.stop_token_ids), ignore_eos=wire.ignore_eos,
+                              logit_bias=tuple(wire.logit_bias.items()), **chosen)
     deadlines = [s for s in (request.timeout_s or None, call_deadline_s) if s is not None]
     return GenerateCall(
         prompt, sampling, wire.max_tokens if wire.HasField("max_tokens") else None,
         default_max_tokens=DEFAULT_MAX_TOKENS, stop=tuple(wire.stop), tenant=request.tenant,
-        timeout_s=min(deadlines, default=None))
+        timeout_s=min(deadlines, default=None), n=wire.n if wire.HasField("n") else 1)
 
 
 def _usage(usage: Usage) -> inference_pb2.Usage:

@@ -138,27 +138,28 @@ class _Generations:
         generation = self._front.generation
         job = await generation.prepare(call.generate, exchange.request_id)
         shape = replies.Shape(self._endpoint, exchange.request_id, int(self._front.unix_time()), call.model,
-                              f"fp_{generation.codec.card.fingerprint[:12]}", call.include_usage)
+                              f"fp_{generation.codec.card.fingerprint[:12]}", call.include_usage,
+                              job.request.sampling.logprobs is not None, generation.codec.spelled)
         await (self._stream if call.stream else self._collect)(job, shape, exchange)
 
     async def _collect(self, job: Job, shape: replies.Shape, exchange: _Exchange) -> None:
-        texts = []
+        answers = [replies.Answer() for _ in job.request.choices]
         async with aclosing(self._front.generation.run(job)) as deltas:
             async for delta in deltas:
-                texts.append(delta.text)
-                if delta.finish is not None:
-                    await exchange.whole(200, replies.encode(shape.whole("".join(texts), delta.finish, delta.usage)))
+                answers[delta.choice].add(delta)
+                if delta.last:
+                    await exchange.whole(200, replies.encode(shape.whole(answers, delta.usage)))
 
     async def _stream(self, job: Job, shape: replies.Shape, exchange: _Exchange) -> None:
+        opened: set[int] = set()
         async with aclosing(self._front.generation.run(job)) as deltas:
             async for delta in deltas:
-                news = b"" if exchange.started else shape.opening()
-                if delta.text:
-                    news += shape.piece(delta.text)
-                if delta.finish is not None:
-                    news += shape.closing(delta.finish, delta.usage)
+                news = shape.news(delta)
+                if delta.choice not in opened:
+                    news = shape.opening(delta.choice) + news
+                    opened.add(delta.choice)
                 if news or not exchange.started:
-                    await exchange.event(news, last=delta.finish is not None)
+                    await exchange.event(news, last=delta.last)
 
 
 class _Exchange:

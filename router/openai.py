@@ -1,11 +1,12 @@
 """OpenAI's request bodies, checked: JSON bytes in, a `Call` out, or an InvalidRequest that names the field.
 
 Every field OpenAI documents for text is in one table below: checked, accepted as harmless, or known and not built yet
-(then its neutral value is accepted: n 1, penalties 0, logprobs false). Any other field is an error that names the
-nearest known one, so that a typo is never silently the default. Ranges of sampling parameters are core's and the
-prompt's length is generation.py's: gRPC shares them.
+(then its neutral value is accepted: tools [], echo false). Any other field is an error that names the nearest known
+one, so that a typo is never silently the default. Ranges of sampling parameters are core's, the prompt's length and n
+are generation.py's: gRPC shares them.
 
-Not OpenAI's: top_k, min_p, ignore_eos, stop_token_ids (the Python client sends them with `extra_body`).
+Not OpenAI's: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids (the Python client sends them with
+`extra_body`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.core.errors import InvalidRequest, NotSupported
-from baton.core.request import SamplingParams
+from baton.core.request import MAX_TOP_LOGPROBS, SamplingParams
 from baton.router.generation import ChatMessage, GenerateCall, Prompt, shown
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -126,6 +127,17 @@ def metadata(value: Any, name: str) -> None:
         string(text, f"{name}.{shown(key)}")
 
 
+def biases(value: Any, name: str) -> tuple[tuple[int, float], ...]:
+    """An object from token ids, which JSON has as strings, to numbers."""
+    found = []
+    for key, bias in an_object(value, name).items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key):
+            raise InvalidRequest(f"{name} names {shown(key)}, which is no token id. Send ids as strings of digits.",
+                                 name)
+        found.append((int(key), number(bias, f"{name}.{key}")))
+    return tuple(found)
+
+
 def only(*neutral: Any) -> Check:
     """A feature that is not built: these values ask for nothing and are accepted."""
 
@@ -213,24 +225,25 @@ BOTH: dict[str, Check] = {
     "temperature": number, "top_p": number, "seed": integer, "stop": stops, "max_tokens": integer,
     "top_k": integer, "min_p": number, "ignore_eos": boolean, "stop_token_ids": token_ids,
     "user": harmless(string), "metadata": harmless(metadata), "store": harmless(boolean),
-    "n": only(1), "presence_penalty": only(0, 0.0), "frequency_penalty": only(0, 0.0), "logit_bias": only({}),
+    "n": integer, "presence_penalty": number, "frequency_penalty": number, "repetition_penalty": number,
+    "logit_bias": biases, "min_tokens": only(0),
 }
 TABLE: dict[Endpoint, dict[str, Check]] = {
     Endpoint.CHAT: BOTH | {
-        "messages": messages, "logprobs": only(False), "max_completion_tokens": integer,
+        "messages": messages, "logprobs": boolean, "max_completion_tokens": integer,
         "safety_identifier": harmless(string), "prompt_cache_key": harmless(string),
-        "service_tier": only("auto", "default"), "top_logprobs": only(0), "response_format": only({"type": "text"}),
+        "service_tier": only("auto", "default"), "top_logprobs": integer, "response_format": only({"type": "text"}),
         "tools": only([]), "tool_choice": only("none"), "parallel_tool_calls": only(), "functions": only([]),
         "function_call": only("none"), "modalities": only(["text"]), "audio": only(), "prediction": only(),
         "reasoning_effort": only(), "verbosity": only(), "web_search_options": only(), "prompt_cache_retention": only(),
-        "guided_json": only(), "guided_regex": only(), "repetition_penalty": only(1, 1.0), "min_tokens": only(0),
+        "guided_json": only(), "guided_regex": only(),
     },
     Endpoint.COMPLETIONS: BOTH | {
-        "prompt": prompt, "logprobs": only(), "suffix": only(""), "echo": only(False), "best_of": only(1),
-        "repetition_penalty": only(1, 1.0), "min_tokens": only(0),
+        "prompt": prompt, "logprobs": integer, "suffix": only(""), "echo": only(False), "best_of": integer,
     },
 }
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos", "frequency_penalty",
+            "presence_penalty", "repetition_penalty", "logit_bias")
 
 
 def known(fields: Mapping[str, Any], names: Any, prefix: str = "") -> None:
@@ -261,13 +274,31 @@ def parse(body: bytes, endpoint: Endpoint) -> Call:
     stream = checked.get("stream", False)
     if "stream_options" in checked and not stream:
         raise InvalidRequest("stream_options is only allowed with stream true. Remove it or stream.", "stream_options")
+    n = checked.get("n", 1)
+    if checked.get("best_of", n) != n:
+        raise NotSupported(f"best_of is not supported yet. Leave it out, or send {n}, as n is.", "best_of")
     asked: Prompt = checked["messages"] if endpoint is Endpoint.CHAT else checked["prompt"]
     max_tokens, max_tokens_field = _max_tokens(checked)
     generate = GenerateCall(
-        asked, SamplingParams(**{name: checked[name] for name in SAMPLING if name in checked}),
+        asked, SamplingParams(**{name: checked[name] for name in SAMPLING if name in checked},
+                              logprobs=_logprobs(checked, endpoint)),
         max_tokens, None if endpoint is Endpoint.CHAT else DEFAULT_COMPLETION_TOKENS, checked.get("stop", ()),
-        max_tokens_field=max_tokens_field)
+        max_tokens_field=max_tokens_field, n=n)
     return Call(checked["model"], generate, stream, checked.get("stream_options", False))
+
+
+def _logprobs(checked: Mapping[str, Any], endpoint: Endpoint) -> int | None:
+    """How many likeliest tokens beside the chosen one; None: no log-probs. Two fields of a chat, one of a
+    completion."""
+    if endpoint is Endpoint.COMPLETIONS:
+        return checked.get("logprobs")
+    wanted, top = checked.get("logprobs", False), checked.get("top_logprobs", 0)
+    if top and not wanted:
+        raise InvalidRequest("top_logprobs is only allowed with logprobs true. Remove it or add that.", "top_logprobs")
+    if not 0 <= top <= MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"top_logprobs is {shown(top)}; it must be between 0 and {MAX_TOP_LOGPROBS}.",
+                             "top_logprobs")
+    return top if wanted else None
 
 
 def _max_tokens(checked: Mapping[str, Any]) -> tuple[int | None, str]:

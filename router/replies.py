@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from baton.core.errors import BatonError
-from baton.core.request import FinishReason
-from baton.router.generation import Usage
+from baton.core.request import FinishReason, TokenLogprob
 from baton.router.openai import Endpoint
+from baton.router.output import Delta, ShownToken, Usage
 
 DONE = b"data: [DONE]\n\n"
+LOWEST_LOGPROB = -9999.0
+"""OpenAI's word for a probability of 0: JSON has no infinity."""
 
 
 def encode(document: Any) -> bytes:
@@ -37,6 +40,20 @@ def usage_body(usage: Usage) -> dict[str, Any]:
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
 
 
+@dataclass(slots=True)
+class Answer:
+    """One choice of a reply that is sent whole, as it comes together."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[ShownToken] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.tokens += delta.shown
+        self.finish = delta.finish
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What all bodies of one reply share."""
@@ -47,43 +64,100 @@ class Shape:
     model: str
     fingerprint: str
     include_usage: bool
+    logprobs: bool
+    spelled: Callable[[int], bytes]
+    """What a token stands for, alone."""
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> dict[str, Any]:
-        chat = self.endpoint is Endpoint.CHAT
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish.value}
-        return {**self._head("chat.completion" if chat else "text_completion"), "choices": [choice],
-                "usage": usage_body(usage)}
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        choices = [self._answered(index, answer) for index, answer in enumerate(answers)]
+        return {**self._head(kind), "choices": choices, "usage": usage_body(usage)}
 
-    def opening(self) -> bytes:
-        """The first event of a chat: who speaks. A completion has none."""
-        return self._event([self._choice({"role": "assistant", "content": "", "refusal": None}, None)]) if (
-            self.endpoint is Endpoint.CHAT) else b""
+    def opening(self, index: int) -> bytes:
+        """The first event of a chat's choice: who speaks. A completion has none."""
+        if not self._is_chat:
+            return b""
+        return self._event(index, {"delta": {"role": "assistant", "content": "", "refusal": None}}, None, None)
 
-    def piece(self, text: str) -> bytes:
-        return self._event([self._choice({"content": text}, None) if self.endpoint is Endpoint.CHAT
-                            else {"index": 0, "text": text, "logprobs": None, "finish_reason": None}])
+    def news(self, delta: Delta) -> bytes:
+        """What a delta adds to its choice, then why the choice ended, then, after the last one, usage where asked for
+        and [DONE]. Empty if it adds nothing."""
+        said = b""
+        if delta.text or delta.shown:
+            tokens = self._scored(delta.shown) if self.logprobs else None
+            said = self._event(delta.choice, self._piece(delta.text), tokens, None)
+        if delta.finish is not None:
+            nothing: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
+            said += self._event(delta.choice, nothing, None, delta.finish)
+        if delta.last and self.include_usage:
+            said += event({**self._head(self._chunk_object), "choices": [], "usage": usage_body(delta.usage)})
+        return said + DONE if delta.last else said
 
-    def closing(self, finish: FinishReason, usage: Usage) -> bytes:
-        """The last events: why it ended, usage where asked for, [DONE]."""
-        last = self._event([self._choice({}, finish) if self.endpoint is Endpoint.CHAT
-                            else {"index": 0, "text": "", "logprobs": None, "finish_reason": finish.value}])
-        if self.include_usage:
-            last += event({**self._head(self._chunk_object), "choices": [], "usage": usage_body(usage)})
-        return last + DONE
+    @property
+    def _is_chat(self) -> bool:
+        return self.endpoint is Endpoint.CHAT
 
     @property
     def _chunk_object(self) -> str:
-        return "chat.completion.chunk" if self.endpoint is Endpoint.CHAT else "text_completion"
+        return "chat.completion.chunk" if self._is_chat else "text_completion"
 
-    @staticmethod
-    def _choice(delta: dict[str, Any], finish: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish.value if finish else None}
+    def _answered(self, index: int, answer: Answer) -> dict[str, Any]:
+        text = "".join(answer.texts)
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
+        assert answer.finish is not None, f"choice {index} has not ended"
+        tokens = self._scored(answer.tokens) if self.logprobs else None
+        return {"index": index, **said, "logprobs": tokens, "finish_reason": answer.finish.value}
 
-    def _event(self, choices: list[dict[str, Any]]) -> bytes:
+    def _piece(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}} if self._is_chat else {"text": text}
+
+    def _event(self, index: int, said: dict[str, Any], tokens: dict[str, Any] | None,
+               finish: FinishReason | None) -> bytes:
+        choice = {"index": index, **said, "logprobs": tokens, "finish_reason": finish.value if finish else None}
         usage = {"usage": None} if self.include_usage else {}
-        return event({**self._head(self._chunk_object), "choices": choices, **usage})
+        return event({**self._head(self._chunk_object), "choices": [choice], **usage})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model,
                 "system_fingerprint": self.fingerprint}
+
+    # ---- log-probs ----
+
+    def _scored(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        return self._scored_chat(tokens) if self._is_chat else self._scored_text(tokens)
+
+    def _scored_chat(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            spelled = self.spelled(token_id)
+            return {"token": spelled.decode(errors="replace"), "logprob": finite(logprob), "bytes": [*spelled]}
+
+        return {"content": [
+            entry(t.token_id, t.logprob.logprob) | {"top_logprobs": [entry(*other) for other in t.logprob.top]}
+            for t in tokens], "refusal": None}
+
+    def _scored_text(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        """`top_logprobs` holds the chosen token too, as OpenAI documents it."""
+        return {
+            "tokens": [self._named(t.token_id) for t in tokens],
+            "token_logprobs": [finite(t.logprob.logprob) for t in tokens],
+            "top_logprobs": [self._likeliest(t.token_id, t.logprob) for t in tokens],
+            "text_offset": [t.offset for t in tokens],
+        }
+
+    def _likeliest(self, token_id: int, logprob: TokenLogprob) -> dict[str, float]:
+        named: dict[str, float] = {}
+        for other, value in (*logprob.top, (token_id, logprob.logprob)):
+            named.setdefault(self._named(other), finite(value))
+        return named
+
+    def _named(self, token_id: int) -> str:
+        """Its text; of one that is not whole characters its bytes, as OpenAI writes them."""
+        spelled = self.spelled(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in spelled)
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

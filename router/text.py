@@ -89,6 +89,17 @@ class TextCodec:
         """One shot; control tokens are left out unless asked for."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special))
 
+    def spelled(self, token_id: int) -> bytes:
+        """What one token stands for, alone: not always whole characters. Control tokens as they are written."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._special_ids:
+            return str(token).encode()
+        if self._byte_level:
+            return self._token_bytes(token_id)
+        return bytes([int(token[3:5], 16)]) if self._is_byte_piece(token_id) else token.replace("\u2581", " ").encode()
+
     def detokenizer(self) -> Detokenizer:
         """A new one per request; its pieces joined equal `decode` of all tokens."""
         if self._byte_level:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from baton.core.config import load
 from baton.core.errors import BatonError
 from baton.core.messages import TokenChunk, WorkerStatus
 from baton.core.metrics import Metrics
-from baton.core.request import FinishReason, Request
+from baton.core.request import FinishReason, Request, TokenLogprob
 from baton.core.worker import WorkerInfo
 from baton.router.exposition import Told
 from baton.router.generation import Generation
@@ -83,18 +84,27 @@ def make_codec(directory: Path, template: str | None = TEMPLATE) -> TextCodec:
     return TextCodec(make_model(directory, template), lambda: datetime(2026, 11, 21, 12, 0))
 
 
+def scored(token_id: int, count: int) -> TokenLogprob:
+    """What the source says of a token: a function of its id, so that a test can say it again. One of the others has
+    no probability at all."""
+    others = [(token_id + 1, -1.5), (token_id + 2, float("-inf"))] + [(i, -20.0 - i) for i in range(20)]
+    return TokenLogprob(-token_id / 64, ((token_id, -token_id / 64), *others)[:count])
+
+
 @dataclass
 class EchoDispatcher:
-    """A token source whose output is its script, else the request's prompt, then the end token;
-    stop tokens end it as they would on a worker."""
+    """A token source. Each choice's output is its script, else the request's prompt, then the end token; stop tokens
+    end it as they would on a worker. Choices take turns."""
 
     script: tuple[int, ...] | None = None
+    scripts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """By choice."""
     chunk_tokens: int = 1
     fail_after: int | None = None
-    """Raise `error` once this many tokens are out."""
+    """Raise `error` once this many tokens of a choice are out."""
     error: BatonError | None = None
     hang_after: int | None = None
-    """Stay silent for ever once this many tokens are out."""
+    """Stay silent for ever once this many tokens of a choice are out."""
     requests: list[Request] = field(default_factory=list)
     cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
 
@@ -104,27 +114,41 @@ class EchoDispatcher:
     async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)
         left = self.cancelled.setdefault(request.request_id, asyncio.Event())
-        output = list(self.script if self.script is not None else request.prompt)
+        turns = itertools.zip_longest(*(self._chunks(request, choice.index) for choice in request.choices))
+        try:
+            for chunk in filter(None, itertools.chain.from_iterable(turns)):
+                if self.fail_after is not None and chunk.first_index >= self.fail_after:
+                    assert self.error is not None
+                    raise self.error
+                if self.hang_after is not None and chunk.first_index >= self.hang_after:
+                    await asyncio.Event().wait()
+                yield chunk
+                await asyncio.sleep(0)
+        except (GeneratorExit, asyncio.CancelledError):
+            left.set()
+            raise
+
+    def _chunks(self, request: Request, choice: int) -> Iterator[TokenChunk]:
+        script = self.scripts.get(choice, self.script)
+        output = list(script if script is not None else request.prompt)
         finish = FinishReason.LENGTH if len(output) >= request.sampling.max_tokens else FinishReason.STOP
         output = [*output, EOS][: request.sampling.max_tokens]
         ends = [at for at, token_id in enumerate(output) if token_id in request.sampling.stop_token_ids]
         if ends:
             output, finish = output[: ends[0] + 1], FinishReason.STOP
-        cached = len(request.prompt) // 2
-        try:
-            for start in range(0, len(output), self.chunk_tokens):
-                if self.fail_after is not None and start >= self.fail_after:
-                    assert self.error is not None
-                    raise self.error
-                if self.hang_after is not None and start >= self.hang_after:
-                    await asyncio.Event().wait()
-                ids = tuple(output[start : start + self.chunk_tokens])
-                last = start + len(ids) == len(output)
-                yield TokenChunk(request.request_id, 1, start, ids, finish if last else None, cached_tokens=cached)
-                await asyncio.sleep(0)
-        except (GeneratorExit, asyncio.CancelledError):
-            left.set()
-            raise
+        count = request.sampling.logprobs
+        for start in range(0, len(output), self.chunk_tokens):
+            ids = tuple(output[start : start + self.chunk_tokens])
+            yield TokenChunk(
+                request.request_id,
+                1,
+                start,
+                ids,
+                finish if start + len(ids) == len(output) else None,
+                choice,
+                () if count is None else tuple(scored(token_id, count) for token_id in ids),
+                cached_tokens=len(request.prompt) // 2,
+            )
 
 
 @dataclass

@@ -24,7 +24,7 @@ from baton.router.grpc_front import AdminFront, Identity, InferenceFront
 from baton.router.policy import CostPolicy
 from baton.wire.client import GrpcDial
 from baton.wire.server import start_router_server
-from tests.router.front_world import EOS, MAX_MODEL_LEN, MODEL, EchoDispatcher, FrontWorld, open_front
+from tests.router.front_world import EOS, MAX_MODEL_LEN, MODEL, EchoDispatcher, FrontWorld, open_front, scored
 
 
 class Stranger:
@@ -135,6 +135,36 @@ def test_token_ids_ids_and_defaults(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_several_answers_with_penalties_bias_and_log_probs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        source = EchoDispatcher(scripts={0: (5, 6, 7), 1: (9,)})
+        sampling = {"n": 2, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.5,
+                    "logit_bias": {7: -100.0}, "logprobs": 2, "max_tokens": 9}  # fmt: skip
+        async with open_both(tmp_path, source) as (world, stranger):
+            replies = [r async for r in stranger.call("Generate", text="x", sampling=sampling)]
+            for choice, script in source.scripts.items():
+                own = [r for r in replies if r.choice == choice]
+                assert [i for r in own for i in r.token_ids] == [*script, EOS]
+                assert [r.finish_reason for r in own] == [0] * (len(own) - 1) + [1]
+                assert "".join(r.text for r in own) == world.generation.codec.decode(script)
+                for reply in own:
+                    for token_id, position in zip(reply.token_ids, reply.logprobs, strict=True):
+                        known = scored(token_id, 2)
+                        assert (position.chosen.token_id, position.chosen.logprob) == (token_id, known.logprob)
+                        assert tuple((t.token_id, t.logprob) for t in position.top) == known.top
+                        assert position.chosen.bytes == world.generation.codec.spelled(token_id)
+            assert [r.HasField("usage") for r in replies] == [False] * (len(replies) - 1) + [True]
+            assert replies[-1].usage.output_tokens == 6
+            got = world.source.requests[0].sampling
+            assert (got.frequency_penalty, got.presence_penalty, got.repetition_penalty) == (0.5, -0.5, 1.5)
+            assert (got.logit_bias, got.logprobs) == (((7, -100.0),), 2)
+            plain = [r async for r in stranger.call("Generate", text="x")]
+            assert not any(r.logprobs or r.choice for r in plain)
+            assert world.source.requests[1].sampling.logprobs is None
+
+    asyncio.run(scenario())
+
+
 def test_tokenize_detokenize_and_models(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_both(tmp_path) as (world, stranger):
@@ -165,6 +195,15 @@ def test_bad_calls_are_statuses_that_name_the_field(tmp_path: Path) -> None:
         ({"text": "x", "sampling": {"min_p": 1.5}}, "INVALID_ARGUMENT", "min_p"),
         ({"text": "x", "sampling": {"stop": [""]}}, "INVALID_ARGUMENT", "stop"),
         ({"text": "x", "sampling": {"stop_token_ids": [2**31]}}, "INVALID_ARGUMENT", "stop_token_ids"),
+        ({"text": "x", "sampling": {"n": 0}}, "INVALID_ARGUMENT", "n"),
+        ({"text": "x", "sampling": {"n": 9}}, "INVALID_ARGUMENT", "n"),
+        ({"text": "x", "sampling": {"logprobs": 21}}, "INVALID_ARGUMENT", "logprobs"),
+        ({"text": "x", "sampling": {"frequency_penalty": 2.5}}, "INVALID_ARGUMENT", "frequency_penalty"),
+        ({"text": "x", "sampling": {"presence_penalty": float("nan")}}, "INVALID_ARGUMENT", "presence_penalty"),
+        ({"text": "x", "sampling": {"repetition_penalty": 0.0}}, "INVALID_ARGUMENT", "repetition_penalty"),
+        ({"text": "x", "sampling": {"logit_bias": {5: 101.0}}}, "INVALID_ARGUMENT", "logit_bias"),
+        ({"text": "x", "sampling": {"logit_bias": {5: float("nan")}}}, "INVALID_ARGUMENT", "logit_bias"),
+        ({"text": "x", "sampling": {"logit_bias": {2**20: 1.0}}}, "INVALID_ARGUMENT", "logit_bias"),
         ({"text": "x", "timeout_s": -1.0}, "INVALID_ARGUMENT", "timeout_s"),
         ({"text": "x", "timeout_s": float("nan")}, "INVALID_ARGUMENT", "timeout_s"),
         ({"text": "x", "request_id": "r" * 129}, "INVALID_ARGUMENT", "request_id"),

@@ -121,7 +121,7 @@ def test_the_openai_client_lists_models_and_sees_typed_errors(tmp_path: Path) ->
                 await client.chat.completions.create(model="gpt-4", messages=HI)
             assert missing.value.code == "model_not_found"
             with pytest.raises(openai.BadRequestError, match="not supported yet"):
-                await client.chat.completions.create(model=MODEL, messages=HI, n=2)
+                await client.chat.completions.create(model=MODEL, messages=HI, reasoning_effort="low")
             world.source.fail_after, world.source.error = 0, Overloaded("full")
             with pytest.raises(openai.RateLimitError):
                 await client.chat.completions.create(model=MODEL, messages=HI)

@@ -151,12 +151,50 @@ BAD: list[tuple[tuple[str, bytes], str]] = [  # request, what the message must s
     (chat(stop_token_ids=5), "array"),
     (chat(stop_token_ids=[2**20]), "token ids"),
     (chat(stop_token_ids=[1] * 65), "64"),
+    (chat(stop_token_ids=[1] * 100_000), "64"),
     (chat(stop=""), "empty string"),
     (chat(stop=[""]), "empty string"),
     (chat(stop=["a"] * 9), "8"),
     (chat(stop=[1]), "string"),
     (chat(stop="x" * 65), "64"),
     (chat(stop={"a": 1}), "string"),
+    (chat(n=0), "between 1 and 8"),
+    (chat(n=9), "between 1 and 8"),
+    (chat(n=-1), "between 1 and 8"),
+    (chat(n=True), "integer"),
+    (chat(n="2"), "integer"),
+    (text(n=2**62), "between 1 and 8"),
+    (chat(presence_penalty=2.1), "presence_penalty"),
+    (chat(presence_penalty=-2.1), "presence_penalty"),
+    (chat(frequency_penalty=3), "frequency_penalty"),
+    (chat(frequency_penalty="x"), "number"),
+    (chat(frequency_penalty=True), "number"),
+    (chat(repetition_penalty=0), "repetition_penalty"),
+    (chat(repetition_penalty=10.5), "repetition_penalty"),
+    (chat(logit_bias=[5]), "object"),
+    (chat(logit_bias={"five": 1}), "token id"),
+    (chat(logit_bias={"-5": 1}), "token id"),
+    (chat(logit_bias={"05": 1}), "token id"),
+    (chat(logit_bias={"٥": 1}), "token id"),
+    (chat(logit_bias={"": 1}), "token id"),
+    (chat(logit_bias={"9" * 5000: 1}), "token id"),
+    (chat(logit_bias={"5": "1"}), "number"),
+    (chat(logit_bias={"5": None}), "number"),
+    (chat(logit_bias={"5": 101}), "between -100 and 100"),
+    (chat(logit_bias={"5": -101}), "between -100 and 100"),
+    (chat(logit_bias={"100000": 1}), "token ids"),
+    (chat(logit_bias={str(i): 1 for i in range(301)}), "300"),
+    (chat(logprobs=1), "true or false"),
+    (chat(logprobs="yes"), "true or false"),
+    (chat(top_logprobs=5), "logprobs true"),
+    (chat(top_logprobs=5, logprobs=False), "logprobs true"),
+    (chat(top_logprobs=21, logprobs=True), "top_logprobs is 21"),
+    (chat(top_logprobs=-1, logprobs=True), "top_logprobs is -1"),
+    (chat(top_logprobs=True, logprobs=True), "integer"),
+    (text(logprobs=21), "between 0 and 20"),
+    (text(logprobs=-1), "between 0 and 20"),
+    (text(logprobs=True), "integer"),
+    (text(top_logprobs=1), "no field"),
     (chat(stream="yes"), "true or false"),
     (chat(stream=1), "true or false"),
     (chat(stream_options={"include_usage": True}), "stream true"),
@@ -171,17 +209,10 @@ BAD: list[tuple[tuple[str, bytes], str]] = [  # request, what the message must s
     (chat(metadata={str(i): "" for i in range(17)}), "16"),
 ]
 NOT_YET: list[tuple[str, bytes]] = [
-    chat(n=2),
-    chat(n=0),
-    chat(logprobs=True),
-    chat(top_logprobs=5),
     chat(tools=[{"type": "function"}]),
     chat(functions=[{}]),
     chat(tool_choice="auto"),
     chat(tool_choice={}),
-    chat(logit_bias={"5": 1}),
-    chat(presence_penalty=0.5),
-    chat(frequency_penalty=-2),
     chat(response_format={"type": "json_object"}),
     chat(audio={}),
     chat(modalities=["audio"]),
@@ -191,12 +222,7 @@ NOT_YET: list[tuple[str, bytes]] = [
     text(best_of=2),
     text(echo=True),
     text(suffix="x"),
-    text(logprobs=3),
-    text(logprobs=0),
-    text(n=8),
-    chat(repetition_penalty=1.1),
     chat(min_tokens=3),
-    chat(n=True),
 ]
 NEUTRAL: list[tuple[str, bytes]] = [
     chat(
@@ -216,6 +242,16 @@ NEUTRAL: list[tuple[str, bytes]] = [
     text(**{name: None for name in TABLE[Endpoint.COMPLETIONS] if name not in TEXT}),
     chat(user="u", metadata={"a": "b"}, store=True, safety_identifier="s", prompt_cache_key="k"),
     text(echo=False, best_of=1, suffix="", n=1, max_tokens=1.0),
+    text(n=3, best_of=3, max_tokens=1),
+    chat(n=8, temperature=1),
+    chat(presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.3),
+    chat(presence_penalty=2, frequency_penalty=-2.0, repetition_penalty=10),
+    chat(logit_bias={str(i): 100 - i for i in range(200)}),
+    chat(logit_bias={"0": -100, "5": 0.5}),
+    chat(logprobs=True),
+    chat(logprobs=True, top_logprobs=20),
+    text(logprobs=0),
+    text(logprobs=20),
     text(prompt=["hi"]),
     text(prompt=[[5, 6]]),
     text(prompt=[5, 6]),
@@ -378,16 +414,30 @@ def test_extensions_and_sampling_reach_the_request() -> None:
             top_p=0.5,
             max_completion_tokens=3,
             stop="x",
+            n=4,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            repetition_penalty=1.1,
+            logit_bias={"7": -100, "8": 2},
+            logprobs=True,
+            top_logprobs=3,
         )[1],
         Endpoint.CHAT,
     )
     sampling = call.generate.sampling
     assert (sampling.top_k, sampling.min_p, sampling.ignore_eos, sampling.stop_token_ids) == (5, 0.1, True, (7,))
     assert (sampling.seed, sampling.temperature, sampling.top_p, call.generate.max_tokens) == (9, 0.0, 0.5, 3)
-    assert call.generate.stop == ("x",)
+    assert (call.generate.stop, call.generate.n) == (("x",), 4)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -0.5, 1.1)
+    assert (sampling.logit_bias, sampling.logprobs) == (((7, -100.0), (8, 2.0)), 3)
+    assert parse(chat(logprobs=True)[1], Endpoint.CHAT).generate.sampling.logprobs == 0
+    assert parse(text(logprobs=0)[1], Endpoint.COMPLETIONS).generate.sampling.logprobs == 0
+    assert parse(chat(logprobs=False)[1], Endpoint.CHAT).generate.sampling.logprobs is None
 
 
 def test_the_tables_agree_that_what_is_not_built_is_named() -> None:
     assert set(BOTH) <= set(TABLE[Endpoint.CHAT])
-    with pytest.raises(NotSupported, match="Leave it out, or send 1"):
-        parse(chat(n=5)[1], Endpoint.CHAT)
+    with pytest.raises(NotSupported, match="Leave it out, or send 0"):
+        parse(chat(min_tokens=5)[1], Endpoint.CHAT)
+    with pytest.raises(NotSupported, match="or send 3, as n is"):
+        parse(text(n=3, best_of=5)[1], Endpoint.COMPLETIONS)
