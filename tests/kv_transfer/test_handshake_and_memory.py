@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import fcntl
 import mmap
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,20 +109,71 @@ def test_the_pool_never_sees_the_probe_and_landing_blocks() -> None:
         memory.block(memory.total_blocks)
 
 
-def test_a_reader_of_shared_memory_can_neither_write_nor_resize_it() -> None:
-    memory = KVMemory(2, mmap.PAGESIZE, shared=True)
-    assert memory.fd is not None
-    fd = os.dup(memory.fd)
-    with pytest.raises(PermissionError):
-        mmap.mmap(fd, mmap.PAGESIZE)
-    with pytest.raises(PermissionError):
-        os.pwrite(fd, b"x", 0)
-    with pytest.raises(PermissionError):
-        os.ftruncate(fd, 0)
-    memory.block(0)[:1] = b"y"
-    assert os.pread(fd, 1, 0) == b"y", "the owner's writes are seen"
-    os.close(fd)
-    memory.close()
+def _punch_hole(fd: int) -> None:
+    if _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(mmap.PAGESIZE)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def _make_writable_later(fd: int) -> None:
+    """A shared mapping that is read-only at first."""
+    _libc.mmap.restype = ctypes.c_void_p
+    address = _libc.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
+    assert address not in (None, ctypes.c_void_p(-1).value)
+    failed = _libc.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+    error = ctypes.get_errno()
+    _libc.munmap(ctypes.c_void_p(address), mmap.PAGESIZE)
+    if failed:
+        raise OSError(error, "mprotect")
+
+
+_FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 3
+_libc = ctypes.CDLL(None, use_errno=True)
+ATTACKS: dict[str, Callable[[int], object]] = {
+    "map it writable": lambda fd: mmap.mmap(fd, mmap.PAGESIZE),
+    "map it read-only and change that": _make_writable_later,
+    "write": lambda fd: os.write(fd, b"x"),
+    "pwrite": lambda fd: os.pwrite(fd, b"x", 0),
+    "shrink": lambda fd: os.ftruncate(fd, 0),
+    "grow": lambda fd: os.ftruncate(fd, os.fstat(fd).st_size + 1),
+    "punch a hole": _punch_hole,
+    "take the seals off": lambda fd: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0),
+}
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["as received", "opened again through proc"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_reader_can_do_nothing_to_the_lenders_memory(attack: str, reopened: bool) -> None:
+    """With the descriptor that the shm transport gives it, and with a fresh one for the same file."""
+    there = Lender(("shm",))
+
+    async def main() -> None:
+        async with reader(("shm",)) as r:
+            lease, blocks = there.lend(1)
+            await r.puller.pull(there.info, lease, blocks, r.take(1))
+            assert r.memory.fd is not None
+            fd = _memory_of_another(os.fstat(r.memory.fd).st_ino)
+            if reopened:
+                fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+            with pytest.raises(PermissionError):
+                ATTACKS[attack](fd)
+            if reopened:
+                os.close(fd)
+            r.puller.poll()
+            await r.puller.pull(there.info, lease, blocks, r.take(1))  # the digest says: unchanged
+
+    try:
+        asyncio.run(main())
+    finally:
+        there.close()
+
+
+def _memory_of_another(our_inode: int) -> int:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the listing's own is gone again
+            is_memory = os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:baton-kv")
+            if is_memory and os.fstat(fd).st_ino != our_inode:
+                return fd
+    raise AssertionError("no memory came from the lender")
 
 
 def _traces() -> tuple[int, int]:
