@@ -14,6 +14,7 @@ Life of a row of logits:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from baton.core.errors import BatonError, InternalError
 from baton.core.request import SampledToken, SamplingParams, TokenLogprob
+from baton.core.step import ScheduledChunk
 
 Logits = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -45,6 +47,10 @@ class SampledRow:
     num_prompt_tokens: int = 0
     """How many of them are the prompt."""
 
+    @classmethod
+    def of(cls, chunk: ScheduledChunk) -> SampledRow:
+        return cls(chunk.sampling, chunk.seed, chunk.end, chunk.choices, chunk.history, chunk.num_prompt_tokens)
+
 
 def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[SampledToken, ...] | BatonError]:
     """logits [num_rows, vocab_size] fp32 -> one token for each choice of each row, or why a row has none. Ties go to
@@ -52,10 +58,15 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[Sampl
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
     largest = torch.argmax(logits, dim=-1)  # NaN counts as larger than all
     peaks = logits.gather(1, largest[:, None])[:, 0].tolist()
-    return [
-        _sample_row(logits[i], row, token) if np.isfinite(peak) else _not_finite(row, peak)
-        for i, (row, token, peak) in enumerate(zip(rows, largest.tolist(), peaks, strict=True))
-    ]
+    outcomes: list[tuple[SampledToken, ...] | BatonError] = []
+    for i, (row, token, peak) in enumerate(zip(rows, largest.tolist(), peaks, strict=True)):
+        if not math.isfinite(peak):
+            outcomes.append(_not_finite(row, peak))
+        elif _is_plain(row.sampling):
+            outcomes.append((SampledToken(token),) * len(row.choices))
+        else:
+            outcomes.append(_sample_row(logits[i].numpy(), row))
+    return outcomes
 
 
 def _not_finite(row: SampledRow, peak: float) -> BatonError:
@@ -65,11 +76,13 @@ def _not_finite(row: SampledRow, peak: float) -> BatonError:
     )
 
 
-def _sample_row(logits: torch.Tensor, row: SampledRow, largest: int) -> tuple[SampledToken, ...]:
+def _is_plain(sampling: SamplingParams) -> bool:
+    """Greedy, and nothing else asked for: the largest logit is all there is to know."""
+    return sampling.temperature == 0.0 and sampling.logprobs is None and not _adjusts(sampling)
+
+
+def _sample_row(raw: Logits, row: SampledRow) -> tuple[SampledToken, ...]:
     sampling = row.sampling
-    if sampling.temperature == 0.0 and sampling.logprobs is None and not _adjusts(sampling):
-        return (SampledToken(largest),) * len(row.choices)
-    raw: Logits = logits.numpy()
     tokens = _choose(adjusted(raw, row) if _adjusts(sampling) else raw, row)
     if sampling.logprobs is None:
         return tuple(map(SampledToken, tokens))

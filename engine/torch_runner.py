@@ -103,7 +103,7 @@ class TorchRunner:
         sampling = [i for i, c in enumerate(step.chunks) if c.choices]
         with torch.inference_mode():
             logits = self.logits(step.chunks, on_layers)
-            rows = [_row_of(step.chunks[i]) for i in sampling]
+            rows = [SampledRow.of(step.chunks[i]) for i in sampling]
             for i, outcome in zip(sampling, [] if logits is None else sample(logits, rows), strict=True):
                 if isinstance(outcome, BatonError):
                     failed[i] = outcome
@@ -166,7 +166,3 @@ class TorchRunner:
         if r.on_layers is not None:
             r.on_layers(op.layer + 1)
         return heads[:, :num_heads]
-
-
-def _row_of(chunk: ScheduledChunk) -> SampledRow:
-    return SampledRow(chunk.sampling, chunk.seed, chunk.end, chunk.choices, chunk.history, chunk.num_prompt_tokens)

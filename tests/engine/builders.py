@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from baton.core.block_hash import HashScope
 from baton.core.request import Choice, Request, SampledToken, SamplingParams
-from baton.core.sequence import SequenceState, new_sequence
+from baton.core.sequence import SequenceState, fork_sequence, new_sequence
 from baton.core.step import Progress, Step, StepResult
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import Scheduler, SchedulerLimits
@@ -131,6 +131,22 @@ class Bench:
                     tokens[progress.request_id] = self.held(progress.request_id).tokens
                     self.scheduler.remove(progress.request_id)
         raise AssertionError("1000 steps were not enough")
+
+    def fork(self, leader: SequenceState, tokens: Sequence[SampledToken], max_output: int) -> list[SequenceState]:
+        """What a worker does with a leader that has ended: each choice goes on from its blocks, the tail copied."""
+        children = []
+        full, part = divmod(leader.num_computed_tokens, BLOCK_SIZE)
+        for index, token in zip(leader.choices, tokens, strict=True):
+            blocks = leader.block_table.blocks[:full]
+            self.pool.acquire(blocks)
+            if part:
+                tail = self.pool.allocate(1)
+                assert tail is not None, "no block for the tail"
+                self.memory.write(tail, 0, self.memory.read(leader.block_table.blocks[full:], part))
+                blocks += tail
+            children.append(fork_sequence(leader, Choice(index, (token.token_id,)), blocks, max_output))
+        self.scheduler.remove(leader.request_id)
+        return children
 
     def received(self, seq: SequenceState, num_computed_tokens: int) -> SequenceState:
         """The sequence as a hand-off leaves it: blocks for all its tokens, the KV of some of them in."""

@@ -391,7 +391,6 @@ def test_load_counts_what_is_left_of_prompts_and_what_decodes_have_to_read() -> 
     assert bench.scheduler.context_tokens == 6
 
 
-
 # ---- a blocked head of the queue -------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
-"""The scheduler under everything at once, in pools too small for it: new and received sequences, cancels, credits,
-leases, two steps in flight, prefix hits by the dozen (a vocabulary of two), preemption.
+"""The scheduler under everything at once, in pools too small for it: new and received sequences, leaders and their
+choices, cancels, credits, leases, pauses, moves, two steps in flight, prefix hits by the dozen (a vocabulary of two),
+preemption, rows that cannot be sampled.
 
 The oracle is the undisturbed run: each token must be the one that sequence gets when it is alone, and each token the
 runner reads from a block must be that sequence's own. At the end every block is back.
@@ -8,7 +9,7 @@ runner reads from a block must be that sequence's own. At the end every block is
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
@@ -17,11 +18,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.core.errors import Overloaded
-from baton.core.request import FinishReason
-from baton.core.step import Step, StepResult
+from baton.core.errors import InternalError, Overloaded
+from baton.core.request import FinishReason, SamplingParams
+from baton.core.sequence import SequenceState
+from baton.core.step import Progress, Step, StepResult
 from baton.engine.block_pool import Credit
-from tests.engine.builders import BLOCK_SIZE, Bench, limits, sequence, undisturbed
+from tests.engine.builders import BLOCK_SIZE, SEED_0, Bench, limits, sequence, undisturbed
+
+PENALISED = SamplingParams(seed=0, repetition_penalty=1.5)
+
+
+def flip(rnd: Random) -> bool:
+    return rnd.random() < 0.5
 
 
 @dataclass
@@ -50,21 +58,36 @@ class World:
     arriving: list[list[int]] = field(default_factory=list)
     """Blocks of credits that were bound: somebody is pulling into them."""
     leases: list[LentBlocks] = field(default_factory=list)
+    paused: dict[str, tuple[list[int], list[int], int] | None] = field(default_factory=dict)
+    """Tokens, blocks and computed tokens of who stands still, once settled."""
+    children: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    """Of each leader: what each of its choices must become."""
+    spoil: bool = False
+    """The next row to be sampled is no number."""
     num_cached: int = 0
     num_overlapped: int = 0
+    num_forked: int = 0
+    num_moved: int = 0
+    num_failed: int = 0
 
     # ---- what can happen ----
 
     def add(self, rnd: Random) -> None:
         """A prompt that is computed here; some replay tokens the client already has."""
-        prompt, num_output = self._prompt(rnd), rnd.randint(1, MAX_OUTPUT)
-        name, tokens = self._new(prompt, num_output)
+        prompt, num_output, penalised, choice = self._prompt(rnd), rnd.randint(1, MAX_OUTPUT), flip(rnd), int(flip(rnd))
+        name, tokens = self._new(undisturbed(prompt, num_output, 0, choice, penalised))
         num_delivered = rnd.randint(0, num_output - 1)
         delivered = tokens[len(prompt) : len(prompt) + num_delivered]
-        try:
-            self.bench.scheduler.add(sequence(name, prompt, num_output, delivered=delivered), 0.0)
-        except Overloaded:
-            self.unfinished.remove(name)
+        sampling = PENALISED if penalised else SEED_0
+        self._add(sequence(name, prompt, num_output, sampling=sampling, delivered=delivered, choices=[choice]))
+
+    def add_leader(self, rnd: Random) -> None:
+        prompt, num_output, penalised = self._prompt(rnd), rnd.randint(1, MAX_OUTPUT), flip(rnd)
+        name, _ = self._new(list(prompt))
+        choices = sorted(rnd.sample(range(5), rnd.randint(2, 4)))
+        self.children[name] = {c: undisturbed(prompt, num_output, 0, c, penalised) for c in choices}
+        sampling = PENALISED if penalised else SEED_0
+        self._add(sequence(name, prompt, num_output, sampling=sampling, choices=choices))
 
     def add_received(self, rnd: Random) -> None:
         """A hand-off: prompt and first token known, KV of the prompt (or, after a fallback, of some blocks) in."""
@@ -74,7 +97,7 @@ class World:
         credit = bench.pool.reserve(needed)
         if credit is None:
             return
-        name, tokens = self._new(prompt, num_output)
+        name, tokens = self._new(undisturbed(prompt, num_output))
         seq = sequence(name, prompt, num_output, delivered=tokens[len(prompt) : len(prompt) + 1])
         blocks = bench.pool.bind(credit)
         num_computed = len(prompt)
@@ -89,7 +112,45 @@ class World:
         if self.unfinished:
             name = rnd.choice(sorted(self.unfinished))
             self.unfinished.remove(name)
+            self.paused.pop(name, None)
             self.bench.scheduler.remove(name)
+
+    def pause(self, rnd: Random) -> None:
+        if self.unfinished:
+            name = rnd.choice(sorted(self.unfinished))
+            self.bench.scheduler.pause(name)
+            self.paused.setdefault(name, None)
+
+    def resume(self, rnd: Random) -> None:
+        if self.paused:
+            name = rnd.choice(sorted(self.paused))
+            del self.paused[name]
+            self.bench.scheduler.resume(name)
+
+    def move(self, rnd: Random) -> None:
+        """Take over a paused sequence: its KV is copied, tail and all, and it goes on under another name."""
+        settled = [name for name in sorted(self.paused) if self.bench.scheduler.is_settled(name)]
+        old = self.bench.held(rnd.choice(settled)) if settled else None
+        if old is None or not old.num_computed_tokens or len(old.choices) > 1:
+            return
+        blocks = self.bench.pool.allocate(len(old.block_table.blocks))
+        if blocks is None:
+            return
+        num_computed, sampling = old.num_computed_tokens, old.request.sampling
+        self.bench.memory.write(blocks, 0, self.bench.memory.read(old.block_table.blocks, num_computed))
+        name, _ = self._new(self.expected[old.request_id])
+        seq = sequence(
+            name, old.request.prompt, old.max_output_tokens, sampling=sampling,
+            delivered=old.tokens[old.num_prompt_tokens :], choices=old.choices,
+        )
+        seq.block_table.blocks.extend(blocks)
+        seq.num_computed_tokens = num_computed
+        self._end(old.request_id)
+        self.bench.scheduler.add(seq, 0.0)
+        self.num_moved += 1
+
+    def spoil_one(self, rnd: Random) -> None:
+        self.spoil = self.spoil or rnd.random() < 0.06
 
     def reserve(self, rnd: Random) -> None:
         credit = self.bench.pool.reserve(rnd.randint(1, 4))
@@ -158,6 +219,12 @@ class World:
             table = seq.block_table.blocks
             assert seq.tokens == self.expected[seq.request_id][: seq.num_tokens]
             assert self.bench.memory.read(table, seq.num_computed_tokens) == seq.tokens[: seq.num_computed_tokens]
+        for name, then in self.paused.items():
+            if scheduler.is_settled(name):
+                seq = self.bench.held(name)
+                now = (list(seq.tokens), list(seq.block_table.blocks), seq.num_computed_tokens)
+                assert then in (None, now), "it did not stand still"
+                self.paused[name] = now
 
     def finish(self) -> None:
         """The owners of credits and leases end, as they always do; then everybody must get to the end."""
@@ -167,6 +234,8 @@ class World:
             self.bench.pool.release(blocks)
         while self.leases:
             self.unlend(Random(0))
+        while self.paused:
+            self.resume(Random(0))
         self.credits, self.arriving = [], []
         for _ in range(1000):
             while self.flights:
@@ -189,14 +258,30 @@ class World:
             return rnd.choice(list(self.expected.values()))[: rnd.randint(1, MAX_PROMPT)]
         return [rnd.randint(0, 1) for _ in range(rnd.randint(1, MAX_PROMPT))]
 
-    def _new(self, prompt: Sequence[int], num_output: int) -> tuple[str, list[int]]:
+    def _new(self, expected: list[int]) -> tuple[str, list[int]]:
         name = f"r{len(self.expected)}"
-        self.expected[name] = undisturbed(prompt, num_output)
+        self.expected[name] = expected
         self.unfinished.add(name)
-        return name, self.expected[name]
+        return name, expected
+
+    def _add(self, seq: SequenceState) -> None:
+        try:
+            self.bench.scheduler.add(seq, 0.0)
+        except Overloaded:
+            self.unfinished.remove(seq.request_id)
+
+    def _end(self, name: str) -> None:
+        self.unfinished.remove(name)
+        self.paused.pop(name, None)
+        self.bench.scheduler.remove(name)
 
     def _execute(self, flight: Flight) -> None:
         flight.result = self.bench.memory.execute(flight.step)
+        sampling = [i for i, c in enumerate(flight.step.chunks) if c.choices]
+        if self.spoil and sampling:
+            self.spoil = False
+            tokens = tuple(() if i == sampling[0] else t for i, t in enumerate(flight.result.tokens))
+            flight.result = StepResult(tokens, {sampling[0]: InternalError("no numbers")})
         for chunk in flight.step.chunks:
             read = self.bench.memory.read(chunk.block_table, chunk.end)
             assert read == self.expected[chunk.request_id][: chunk.end], "foreign or stale KV"
@@ -209,20 +294,42 @@ class World:
         for progress in self.bench.scheduler.commit(flight.step, flight.result, 0.0):
             name = progress.request_id
             assert name in self.unfinished
-            if progress.finish is not None:
+            seq = self.bench.held(name)
+            if progress.error is not None:
+                assert progress.finish is FinishReason.ERROR
+                found = self.bench.pool.match(self.bench.scheduler.hashes(seq, seq.num_computed_tokens // BLOCK_SIZE))
+                assert set(found).isdisjoint(seq.block_table.blocks)
+                self.num_failed += 1
+                self._end(name)
+            elif len(progress.new_tokens) > 1:
+                self._fork(seq, progress)
+            elif progress.finish is not None:
                 assert progress.finish is FinishReason.LENGTH
-                assert self.bench.held(name).tokens == self.expected[name]
-                self.unfinished.remove(name)
-                self.num_cached += self.bench.held(name).num_cached_tokens
-                self.bench.scheduler.remove(name)
+                assert seq.tokens == self.expected[name]
+                self.num_cached += seq.num_cached_tokens
+                self._end(name)
+
+    def _fork(self, leader: SequenceState, progress: Progress) -> None:
+        """As a worker does: choices that are not over go on, as far as there are blocks for their tails."""
+        self.num_forked += 1
+        outputs = self.children[leader.request_id]
+        for index, token in zip(leader.choices, progress.new_tokens, strict=True):
+            assert token.token_id == outputs[index][leader.num_tokens]
+        if leader.max_output_tokens > 1 and self.bench.pool.num_available >= len(leader.choices):
+            for child in self.bench.fork(leader, progress.new_tokens, leader.max_output_tokens):
+                self.expected[child.request_id] = outputs[child.choices[0]]
+                self.unfinished.add(child.request_id)
+                self.bench.scheduler.add(child, 0.0)
+        self._end(leader.request_id)
 
     def _read(self, blocks: list[int]) -> list[int]:
         return self.bench.memory.read(blocks, len(blocks) * BLOCK_SIZE)
 
 
 HAPPENINGS = [
-    World.add, World.add, World.add_received, World.cancel, World.reserve, World.bind, World.give_up, World.lend,
-    World.unlend, World.schedule, World.schedule, World.schedule, World.execute, World.commit, World.commit,
+    World.add, World.add, World.add_leader, World.add_received, World.cancel, World.pause, World.pause, World.resume,
+    World.move, World.move, World.spoil_one, World.reserve, World.bind, World.give_up, World.lend, World.unlend,
+    World.schedule, World.schedule, World.schedule, World.execute, World.commit, World.commit,
 ]
 
 
@@ -253,7 +360,7 @@ def long_life(seed: int) -> World:
     rnd = Random(seed)
     world = _world(rnd)
     weights = [rnd.random() for _ in HAPPENINGS]
-    for happening in rnd.choices(HAPPENINGS, weights, k=500):
+    for happening in rnd.choices(HAPPENINGS, weights, k=800):
         happening(world, rnd)
         world.check()
     world.finish()
@@ -268,5 +375,8 @@ def test_in_a_long_life_too(seed: int) -> None:
 def test_these_lives_were_hard() -> None:
     worlds = [long_life(seed) for seed in range(40)]
     assert sum(w.bench.scheduler.num_preemptions for w in worlds) > 80
-    assert sum(w.num_cached for w in worlds) > 250
+    assert sum(w.num_cached for w in worlds) > 180
     assert sum(w.num_overlapped for w in worlds) > 250
+    assert sum(w.num_forked for w in worlds) > 50
+    assert sum(w.num_moved for w in worlds) > 50
+    assert sum(w.num_failed for w in worlds) > 20

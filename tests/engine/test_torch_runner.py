@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from baton.core.request import SampledToken, SamplingParams
-from baton.core.step import Step
+from baton.core.step import Step, StepResult
 from baton.engine.torch_runner import TorchRunner
 from baton.models.convert import convert, open_converted
 from tests.models.reference import (
@@ -166,6 +166,41 @@ def test_the_event_loop_hears_of_layers_in_order_and_before_the_result(tiny_mode
 
     with open_runner(tiny_model_dir, 4) as runner:
         assert asyncio.run(run(runner)) == [(1, True), (2, True)]
+
+
+def test_a_sequence_whose_kv_is_no_number_fails_alone(tiny_model_dir: Path) -> None:
+    layout = open_converted(tiny_model_dir).spec.layout(16)
+    memory = bytearray(4 * layout.block_bytes)
+    blocks = torch.frombuffer(memory, dtype=torch.float32).view(4, *layout.block_shape)
+    runner = TorchRunner(tiny_model_dir, memoryview(memory), 4, layout, threads=1)
+
+    async def run() -> tuple[StepResult, StepResult]:
+        await runner.execute(Step(0, tuple(chunk(TOKENS[:9], 0, (b,), samples=False) for b in range(2))))
+        step = Step(1, (chunk(TOKENS[9:10], 9, (0,)), chunk(TOKENS[9:10], 9, (1,)), chunk(TOKENS[:3], 0, (2,))))
+        sound = await runner.execute(step)
+        blocks[1, 0, 0, 0, 4] = torch.nan
+        return sound, await runner.execute(step)
+
+    sound, spoiled = asyncio.run(run())
+    assert not sound.failed
+    assert [*spoiled.failed] == [1]
+    assert spoiled.tokens == (sound.tokens[0], (), sound.tokens[2])
+    asyncio.run(runner.close())
+
+
+def test_one_row_gives_every_choice_its_own_token(tiny_model_dir: Path) -> None:
+    sampling = SamplingParams(temperature=5.0, logprobs=1)
+    leader = dataclasses.replace(chunk(TOKENS[:20], 0, (0, 1), sampling, seed=4), choices=(0, 1, 2, 3))
+    alone = [dataclasses.replace(leader, choices=(c,)) for c in leader.choices]
+
+    async def run(runner: TorchRunner) -> tuple[list[SampledToken], list[SampledToken]]:
+        together = (await runner.execute(Step(0, (leader,)))).tokens[0]
+        return [*together], [(await runner.execute(Step(0, (c,)))).tokens[0][0] for c in alone]
+
+    with open_runner(tiny_model_dir, 4) as runner:
+        together, each = asyncio.run(run(runner))
+    assert together == each
+    assert len({t.token_id for t in together}) > 1
 
 
 def test_close_waits_for_the_step_and_lets_go_of_the_memory(tiny_model_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 from baton.core.config import ModelConfig
+from baton.core.request import SamplingParams
+from baton.core.step import Step
 from baton.models.catalog import resolve
 from baton.models.convert import ModelFiles
 from baton.models.spec import ModelSpec
@@ -80,6 +84,26 @@ def test_64_greedy_tokens_of_20_prompts_equal_transformers(
     for prompt, output in zip(prompts, ours, strict=True):
         expected = transformers_logits(hf_model, [*prompt, *output])[len(prompt) - 1 : -1].argmax(-1).tolist()
         assert output == expected, prompt
+
+
+@pytest.mark.slow
+def test_logprobs_equal_transformers(model_dir: Path, hf_model: Any, prompts: list[list[int]]) -> None:
+    """Of the token chosen after each prefix of a prompt, and of the five likeliest."""
+    tokens = max(prompts, key=len)
+    expected = torch.log_softmax(transformers_logits(hf_model, tokens).double(), -1)
+    sampling = SamplingParams(seed=1, repetition_penalty=1.2, logprobs=5)
+    table = shuffled_tables([len(tokens)], 16)[0]
+    chunks = tuple(
+        dataclasses.replace(chunk([t], i, table, sampling), history=tuple(tokens[: i + 1]), num_prompt_tokens=i + 1)
+        for i, t in enumerate(tokens))
+    with open_runner(model_dir, 16) as runner:
+        result = asyncio.run(runner.execute(Step(1, chunks)))
+    for row, (token,) in zip(expected, result.tokens, strict=True):
+        assert token.logprob is not None
+        assert abs(token.logprob.logprob - float(row[token.token_id])) < MAX_LOGIT_ERROR
+        top = [x for _, x in token.logprob.top]
+        torch.testing.assert_close(torch.tensor(top).double(), row.topk(5).values, atol=MAX_LOGIT_ERROR, rtol=0)
+        assert all(abs(x - float(row[t])) < MAX_LOGIT_ERROR for t, x in token.logprob.top)
 
 
 TEXTS = (
