@@ -58,7 +58,7 @@ async def serve_worker(config: Config, worker_id: str, registry: Registry, polic
         stack.push_async_callback(dial.close)
         policy = policy_for(config, files.spec.eos_token_ids)
         node = await open_node(files, config, worker_id, policy, dial, stack)
-        server = await start_worker_server(node, config.cluster.worker_host, 0)
+        server = await start_worker_server(node, config.cluster.worker_host, 0, node.unhealthy)
         stack.push_async_callback(server.stop, STOP_GRACE_S)
         node.info = dataclasses.replace(node.info, address=f"{config.cluster.worker_host}:{server.port}")
         await serve_registered(node, registry, config)

@@ -55,8 +55,7 @@ class Giving:
                 raise NotFound(f"request {self._call.request.request_id} has ended on {parts.worker_id}")
             out = LentSequence(parts, self._call, seq, self._lease)
             span = Span("paused for its move", 0.0, parts.clock() - arrived_s)
-            published = out.publish(seq.num_computed_tokens, span, last=True)
-            if published is not None:
+            for published in out.publish(seq.num_computed_tokens, span, last=True):
                 yield published
             first_told = len(self._call.request.choices[0].delivered)
             state = ChoiceState(

@@ -15,7 +15,7 @@ If the reader goes away before HandoffState is out, the work ends and the lease 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 
 from baton.core.errors import BatonError, DeadlineExceeded
 from baton.core.handoff import (
@@ -41,7 +41,7 @@ from baton.worker.fetch import fetch_prefix
 from baton.worker.parts import WorkerParts
 
 SLICE_BLOCKS = 32
-"""Blocks whose digests are computed in one turn of the event loop."""
+"""Most blocks in one Published: their digests are computed in one turn of the event loop."""
 
 
 class LentSequence:
@@ -58,23 +58,28 @@ class LentSequence:
         self._layers_out = 0
         """Of the blocks behind these, layers that are published already."""
 
-    def publish(self, num_tokens: int, span: Span, last: bool) -> Published | None:
-        """KV of the first `num_tokens` is complete: the full blocks of it go, with `last` also the tail. None when that
-        is no news. Raises NotFound when the lease has ended."""
+    def publish(self, num_tokens: int, span: Span, last: bool) -> Iterator[Published]:
+        """KV of the first `num_tokens` is complete: the full blocks of it go, with `last` also the tail. Digests are
+        computed as the events are taken, SLICE_BLOCKS at a time. Raises NotFound when the lease has ended."""
         end = self.parts.blocks_for(num_tokens) if last else num_tokens // self.parts.pool.block_size
         layers = Layers(self._layers_out, self.parts.num_layers) if self._layers_out else None
-        blocks = self._lend(end, num_tokens, layers)
-        self.num_published, self._layers_out = max(end, self.num_published), 0
-        if not blocks and not last:
-            return None
-        return Published(self.lease.lease_id, 0, blocks, span, last, layers if blocks else None)
+        self._layers_out = 0
+        while self.num_published < end or last:
+            slice_end = min(self.num_published + SLICE_BLOCKS, end)
+            blocks = self._lend(slice_end, num_tokens, layers)
+            self.num_published = max(slice_end, self.num_published)
+            is_last = last and self.num_published >= end
+            yield Published(self.lease.lease_id, 0, blocks, span, is_last, layers if blocks else None)
+            if is_last:
+                return
 
-    def publish_layers(self, num_tokens: int, num_layers: int, span: Span) -> Published | None:
+    def publish_layers(self, num_tokens: int, num_layers: int, span: Span) -> Iterator[Published]:
         """KV of the first `num_tokens`, tail included, is complete in layers [0, num_layers)."""
         layers = Layers(self._layers_out, num_layers)
-        blocks = self._lend(self.parts.blocks_for(num_tokens), num_tokens, layers)
         self._layers_out = num_layers
-        return Published(self.lease.lease_id, 0, blocks, span, last=False, layers=layers) if blocks else None
+        blocks = self._lend(self.parts.blocks_for(num_tokens), num_tokens, layers)
+        if blocks:
+            yield Published(self.lease.lease_id, 0, blocks, span, last=False, layers=layers)
 
     def _lend(self, end: int, num_tokens: int, layers: Layers | None) -> tuple[LentBlock, ...]:
         parts, size = self.parts, self.parts.pool.block_size
@@ -118,10 +123,11 @@ class ComputeLending:
         self._call = call
         self._seq = seq
         self._out = LentSequence(parts, call, seq, lease)
-        self._events: asyncio.Queue[PrefillEvent | BatonError] = asyncio.Queue()
+        self._events: asyncio.Queue[Iterable[PrefillEvent] | BatonError] = asyncio.Queue()
+        """What is to be said, in order; made when it is taken."""
         self._first_start: int | None = None
         self._spans: list[Span] = []
-        self._step_started_s = 0.0
+        self._layers_began = False
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
         """The Prefill stream. Closing it before HandoffState ends the work and the lease."""
@@ -137,11 +143,12 @@ class ComputeLending:
                 fetching = asyncio.get_running_loop().create_task(self._fetch_and_begin(self._call.holder))
             yield Accepted(self._out.lease)
             while not handed:
-                event = await self._next_event()
-                if isinstance(event, BatonError):
-                    raise event
-                handed = isinstance(event, HandoffState)
-                yield event
+                events = await self._next_events()
+                if isinstance(events, BatonError):
+                    raise events
+                for event in events:
+                    handed = isinstance(event, HandoffState)
+                    yield event
         finally:
             timer.cancel()
             if fetching is not None:
@@ -160,12 +167,12 @@ class ComputeLending:
         except BatonError as e:
             self._events.put_nowait(e)
 
-    async def _next_event(self) -> PrefillEvent | BatonError:
+    async def _next_events(self) -> Iterable[PrefillEvent] | BatonError:
         try:
             async with asyncio.timeout(self._parts.handoff.alive_interval_s):
                 return await self._events.get()
         except TimeoutError:
-            return Alive(self._parts.steps.steps)
+            return (Alive(self._parts.steps.steps),)
 
     def _on_layers(self, chunk: ScheduledChunk, num_layers: int) -> None:
         """The last chunk's KV is in these layers: they may go, in `layer_parts` parts. The last part waits for the
@@ -173,11 +180,12 @@ class ComputeLending:
         total, parts = self._parts.num_layers, self._parts.handoff.layer_parts
         if num_layers >= total or num_layers * parts // total == (num_layers - 1) * parts // total:
             return
-        self._send(lambda: self._out.publish_layers(
-            chunk.end, num_layers,
-            Span(f"layers to {num_layers}", self._parts.clock() - self._out.arrived_s,
-                 self._parts.clock() - self._out.arrived_s),
-        ))
+        now_s = self._parts.clock() - self._out.arrived_s
+        span = Span(f"layers to {num_layers}", now_s, now_s)
+        if not self._layers_began:  # what was cached or computed before is whole
+            self._layers_began = True
+            self._events.put_nowait(self._out.publish(chunk.start, span, last=False))
+        self._events.put_nowait(self._out.publish_layers(chunk.end, num_layers, span))
 
     def _on_progress(self, progress: Progress, started: float) -> None:
         start_s, now_s = started - self._out.arrived_s, self._parts.clock() - self._out.arrived_s
@@ -191,23 +199,13 @@ class ComputeLending:
         span = Span("prefill chunk", start_s, now_s, f"{tokens} tokens from {progress.start}")
         self._spans.append(span)
         if not progress.new_tokens:
-            self._send(lambda: self._out.publish(progress.num_computed_tokens, span, last=False))
+            self._events.put_nowait(self._out.publish(progress.num_computed_tokens, span, last=False))
             return
         fresh = self._fresh(progress)
-        for choice, token in fresh:
-            self._events.put_nowait(FirstToken(choice.index, len(choice.delivered), token))
-        self._send(lambda: self._out.publish(progress.num_computed_tokens, span, last=True))
-        self._events.put_nowait(self._state(progress, fresh))
-        self._parts.steps.remove(self._seq.request_id)
-
-    def _send(self, make: Callable[[], Published | None]) -> None:
-        try:
-            event = make()
-        except BatonError as e:
-            self._events.put_nowait(e)
-        else:
-            if event is not None:
-                self._events.put_nowait(event)
+        firsts = [FirstToken(choice.index, len(choice.delivered), token) for choice, token in fresh]
+        self._events.put_nowait(firsts)
+        self._events.put_nowait(self._out.publish(progress.num_computed_tokens, span, last=True))
+        self._events.put_nowait((self._state(progress, fresh),))
 
     def _fresh(self, progress: Progress) -> list[tuple[Choice, SampledToken]]:
         """First tokens that are news: when several answers go on, those that have begun only need the prompt."""
@@ -247,14 +245,11 @@ class CachedLending:
         parts.hold(seq)
         try:
             yield Accepted(self._out.lease)
-            while self._out.num_published < len(blocks):
-                started_s = parts.clock() - self._out.arrived_s
-                end = min(self._out.num_published + SLICE_BLOCKS, len(blocks))
-                span = Span("lend cached", started_s, started_s, f"{end - self._out.num_published} blocks")
-                event = self._out.publish(end * size, span, last=end == len(blocks))
-                assert event is not None, "there are blocks to publish"
-                yield event
-                await asyncio.sleep(0)
+            started_s = parts.clock() - self._out.arrived_s
+            span = Span("lend cached", started_s, started_s, f"{len(blocks)} blocks")
+            if self._out.num_published < len(blocks):
+                for event in self._out.publish(len(blocks) * size, span, last=True):
+                    yield event
             handed = True
             yield self._out.state((), self._out.num_published * size, 0, ())
         finally:
