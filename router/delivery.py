@@ -34,7 +34,10 @@ class Delivery:
     request: Request
     answers: dict[int, Answer] = field(init=False)
     cached_tokens: int = 0
+    """Prompt tokens that were not computed for this request, as the first attempt that brought tokens says: what a
+    later one finds cached, we had computed."""
     spans: tuple[Span, ...] = ()
+    _counted_epoch: int | None = None
 
     def __post_init__(self) -> None:
         self.answers = {c.index: Answer(c.index, list(c.delivered)) for c in self.request.choices}
@@ -48,15 +51,28 @@ class Delivery:
         return sum(len(a.tokens) for a in self.answers.values())
 
     @property
+    def unfinished(self) -> list[Answer]:
+        return [a for a in self.answers.values() if a.finish is None]
+
+    @property
     def longest(self) -> int:
         """Tokens, prompt included, of the longest answer that is not finished."""
-        open_answers = [len(a.tokens) for a in self.answers.values() if a.finish is None]
-        return len(self.request.prompt) + max(open_answers, default=0)
+        return len(self.request.prompt) + max((len(a.tokens) for a in self.unfinished), default=0)
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Of `remaining(...).shared`: what all unfinished answers begin with."""
+        return self.longest if len(self.unfinished) == 1 else len(self.request.prompt)
+
+    @property
+    def num_apart_tokens(self) -> int:
+        """What each of several unfinished answers has beyond that, in all."""
+        return sum(len(a.tokens) for a in self.unfinished) if len(self.unfinished) > 1 else 0
 
     def remaining(self, deadline_s: float) -> Request:
         """What is still to be generated, for the next attempt: finished choices are left out, the others replay what
         was delivered."""
-        choices = tuple(Choice(a.index, tuple(a.tokens)) for a in self.answers.values() if a.finish is None)
+        choices = tuple(Choice(a.index, tuple(a.tokens)) for a in self.unfinished)
         return dataclasses.replace(self.request, choices=choices, deadline_s=deadline_s)
 
     def accept(self, chunk: TokenChunk) -> TokenChunk | None:
@@ -85,7 +101,9 @@ class Delivery:
         fresh = chunk.token_ids[known:]
         answer.tokens.extend(fresh)
         answer.finish = chunk.finish
-        self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
+        if self._counted_epoch in (None, chunk.epoch):
+            self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
+            self._counted_epoch = chunk.epoch if fresh else self._counted_epoch
         self.spans = chunk.spans or self.spans
         if not fresh and chunk.finish is None:
             return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ STATUS_TIMEOUT_S = 0.5
 """Longest that whoever reads counters waits for one worker."""
 FORGET_S = 60.0
 MAX_PAST_BOOTS = 16
+MAX_CRASHES = 256
+"""Crashed boots remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,25 @@ class WorkerView:
     indexed_blocks: int
     silent_s: float
     refused: tuple[tuple[str, str], ...]
-    """(peer, why) of each worker of the other role that it is never paired with."""
+    """(peer, why) of each worker that it is never paired with, of either role."""
+
+
+def _candidate(link: Link, held_blocks: int) -> Candidate:
+    load, in_flight = link.load, link.in_flight
+    return Candidate(
+        link.info,
+        load,
+        held_blocks,
+        load.queued_prefill_tokens + in_flight.queued_prefill_tokens,
+        load.num_running + load.num_waiting + in_flight.num_sequences,
+        link.bandwidth,
+    )
+
+
+def _in_order(one: WorkerInfo, other: WorkerInfo) -> tuple[WorkerInfo, WorkerInfo]:
+    """Prefill before decode, else by name: a pair is compared, logged and shown one way round."""
+    key = (one.role is not Role.PREFILL, one.worker_id), (other.role is not Role.PREFILL, other.worker_id)
+    return (one, other) if key[0] <= key[1] else (other, one)
 
 
 def context_limit(capability: Capability) -> int:
@@ -76,12 +97,17 @@ class Fleet:
         self._config = config
         self._metrics = metrics
         stall_s = config.handoff.stall_timeout_s
-        self._around = Surroundings(dial, self.index, config.router, metrics, router_id, self._notify, stall_s)
+        self._around = Surroundings(
+            dial, self.index, config.router, metrics, router_id, self._notify, self._note_crash, stall_s
+        )
+        self.on_change: Callable[[], None] = lambda: None
+        """Called, on the loop, whenever some worker's state changed."""
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._differences: dict[tuple[str, str], str | None] = {}
         self._change = asyncio.Event()
         self._scopes: tuple[tuple[HashScope, int], ...] | None = None
+        self._crashes: OrderedDict[str, None] = OrderedDict()
         self._registry_failing = False
 
     # ---- what is known ----
@@ -112,24 +138,36 @@ class Fleet:
 
     def candidates(self, role: Role, held_blocks: Mapping[str, int]) -> list[Candidate]:
         """READY workers of a role, with load as of now. `held_blocks`: of one prompt, by worker."""
-        found = []
-        for worker_id, link in self._links.items():
-            if link.info.role is role and link.state is WorkerState.READY:
-                load, in_flight = link.load, link.in_flight
-                found.append(
-                    Candidate(
-                        link.info,
-                        load,
-                        held_blocks.get(worker_id, 0),
-                        load.queued_prefill_tokens + in_flight.queued_prefill_tokens,
-                        load.num_running + load.num_waiting + in_flight.num_sequences,
-                        link.bandwidth,
-                    )
-                )
-        return found
+        return [
+            _candidate(link, held_blocks.get(worker_id, 0))
+            for worker_id, link in self._links.items()
+            if link.info.role is role and link.state is WorkerState.READY
+        ]
 
-    def fits(self, prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-        return self._difference(prefill, decode) is None
+    def holders(self, held_blocks: Mapping[str, int]) -> list[Candidate]:
+        """Workers of either role that can lend what they hold, the one that holds most first. A draining one can."""
+        found = [
+            _candidate(self._links[worker_id], num_blocks)
+            for worker_id, num_blocks in held_blocks.items()
+            if self._links[worker_id].state in (WorkerState.READY, WorkerState.DRAINING)
+        ]
+        return sorted(found, key=lambda c: -c.held_blocks)
+
+    def draining(self) -> list[WorkerInfo]:
+        return [link.info for link in self._links.values() if link.state is WorkerState.DRAINING]
+
+    def fits(self, one: WorkerInfo, other: WorkerInfo) -> bool:
+        """May either of them lend to the other?"""
+        return self._difference(*_in_order(one, other)) is None
+
+    def crashed(self, boot_id: str, since: float) -> bool | None:
+        """Is that boot known to have crashed: its stream broke, and then its address refused or another boot was there?
+        False: it answered after `since` (the loop's time), or what became of it is another thing (it fell silent, it is
+        forgotten). None: not known yet."""
+        if boot_id in self._crashes:
+            return True
+        link = next((link for link in self._links.values() if link.info.boot_id == boot_id), None)
+        return False if link is None or link.answered_since(since) is not None else None
 
     async def changed(self, timeout_s: float) -> bool:
         """Wait until some worker became able or unable to take requests; False: nothing happened in that time."""
@@ -164,12 +202,13 @@ class Fleet:
         elif isinstance(message, Submit):
             raise PeerLost(f"{worker_id} is not known. Try another worker.")
 
-    def subscribe(self, worker_id: str, request_id: str, epoch: int) -> Subscription:
-        """Chunks of one attempt, in order of arrival. Raises PeerLost for an unknown worker."""
+    def subscribe(self, worker_id: str, subscription: Subscription) -> None:
+        """It hears of its attempt, in order of arrival. Raises PeerLost for a worker that is unknown or has no
+        stream."""
         link = self._links.get(worker_id)
         if link is None:
             raise PeerLost(f"{worker_id} is not known. Try another worker.")
-        return link.subscribe(request_id, epoch)
+        link.subscribe(subscription)
 
     def unsubscribe(self, worker_id: str, subscription: Subscription) -> None:
         link = self._links.get(worker_id)
@@ -225,7 +264,7 @@ class Fleet:
                     known.info = info
                     self._notice(info)
             elif info.boot_id not in known.past_boots:
-                known.lose()
+                known.replaced()
                 past = (*known.past_boots, known.info.boot_id)[-MAX_PAST_BOOTS:]
                 self._close(info.worker_id)
                 self._open(Link(info, self._around, past), tasks)
@@ -262,6 +301,14 @@ class Fleet:
         self._change = asyncio.Event()
         self._observe()
 
+        self.on_change()
+
+    def _note_crash(self, boot_id: str) -> None:
+        self._crashes[boot_id] = None
+        while len(self._crashes) > MAX_CRASHES:
+            self._crashes.popitem(last=False)
+        self._notify()
+
     def _observe(self) -> None:
         counts = {(role, state): 0 for role in Role for state in WorkerState}
         for link in self._links.values():
@@ -270,22 +317,18 @@ class Fleet:
             self._metrics.set("baton_workers", count, role=role.value, state=state.value)
         self._metrics.set("baton_index_blocks", self.index.num_blocks)
 
-    def _difference(self, prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
-        pair = (prefill.boot_id, decode.boot_id)
+    def _difference(self, one: WorkerInfo, other: WorkerInfo) -> str | None:
+        pair = (one.boot_id, other.boot_id)
         if pair not in self._differences:
-            why = self._differences[pair] = difference(prefill.capability, decode.capability)
+            why = self._differences[pair] = difference(one.capability, other.capability)
             if why is not None:
-                log.warning("%s and %s are never paired: %s", prefill.worker_id, decode.worker_id, why)
+                log.warning("%s and %s are never paired: %s", one.worker_id, other.worker_id, why)
         return self._differences[pair]
 
     def _view(self, link: Link) -> WorkerView:
-        refused = []
-        for other in self._links.values():
-            if other.info.role is not link.info.role:
-                pair = (link, other) if link.info.role is Role.PREFILL else (other, link)
-                why = self._difference(pair[0].info, pair[1].info)
-                if why is not None:
-                    refused.append((other.info.worker_id, why))
+        others = (other.info for other in self._links.values() if other is not link)
+        reasons = ((other.worker_id, self._difference(*_in_order(link.info, other))) for other in others)
+        refused = [(name, why) for name, why in reasons if why is not None]
         return WorkerView(
             link.info,
             link.state,

@@ -1,16 +1,18 @@
 """One worker's stream: what is sent up it, what comes down, and who is waiting for it.
 
-Owns the worker's state as docs/protocol.md has it, and the work dispatched to it. It knows neither prompts nor other
-workers.
+Owns the worker's state as docs/protocol.md has it (core/machines.py, WORKER), and the work dispatched to it. It knows
+neither prompts nor other workers.
 
 Life of a link:
 
 1. CONNECTING: dials with back-off; the first message brings the worker's prefix map.
-2. READY: each message refreshes liveness, load, index and the waiting subscriptions, and never waits for any of them.
-3. SUSPECT is READY with nothing heard for `suspect_s`, or with work and no engine step for `stall_timeout_s`: it
-   speaks, but stands still. A message ends the one, a step (or no work left) the other.
-4. The stream broke (CONNECTING): every subscription fails with PeerLost, and dialling goes on.
-5. DEAD, and counted as lost, after `dead_s` without a word, on a stream or with none that opens. A word revives it.
+2. READY: each message refreshes liveness, load, index and the subscriptions, and never waits for any of them.
+3. SUSPECT: nothing heard for `suspect_s`, or work and no engine step for `stall_timeout_s`: it speaks, but stands
+   still. A message ends the one, a step (or no work left) the other.
+4. DRAINING, as long as the worker says so.
+5. The stream broke (CONNECTING): every subscription fails with PeerLost, and dialling goes on. If then the address
+   refuses, or another boot answers there, the worker crashed.
+6. DEAD, and counted as lost, after `dead_s` without a word, on a stream or with none that opens. A word revives it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from baton.core.config import RouterConfig
-from baton.core.errors import BatonError, Cancelled, PeerLost
+from baton.core.errors import BatonError, PeerLost
+from baton.core.machines import WORKER, Life
 from baton.core.messages import Cancel, Hello, KVEvents, KVSnapshot, StepMessage, Submit, TokenChunk, UpMessage
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
@@ -41,75 +44,29 @@ Key = tuple[str, int]
 """(request_id, epoch)."""
 
 
+class _Unbelievable(PeerLost):
+    """What came over the stream cannot be. It is opened anew."""
+
+
 class WorkerState(enum.StrEnum):
     """See docs/protocol.md, "Worker as R sees it"."""
 
     CONNECTING = "connecting"
     READY = "ready"
     SUSPECT = "suspect"
+    DRAINING = "draining"
     DEAD = "dead"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Subscription:
-    """Chunks of one attempt of one request, from the stream's reader to the one who delivers them.
+    """Who hears of one attempt of one request. Both are called on the loop and must not wait."""
 
-    Bounded: past `max_tokens` undelivered tokens the attempt fails with Cancelled. What was buffered before a failure
-    is still handed out.
-    """
-
-    def __init__(self, request_id: str, epoch: int, max_tokens: int) -> None:
-        self.request_id = request_id
-        self.epoch = epoch
-        self._max_tokens = max_tokens
-        self._chunks: deque[TokenChunk] = deque()
-        self._num_tokens = 0
-        self._failure: BatonError | None = None
-        self._news: asyncio.Future[None] | None = None
-        self.ended = False
-        """The worker said its last word on this attempt."""
-
-    def put(self, chunk: TokenChunk) -> bool:
-        """False: this chunk was one too many; the attempt has failed and should be cancelled on the worker."""
-        if self._failure is not None:
-            return True
-        self.ended = self.ended or chunk.finish is not None
-        if self._num_tokens + len(chunk.token_ids) > self._max_tokens:
-            self.fail(
-                Cancelled(
-                    f"request {self.request_id} was cancelled: its client left more than {self._max_tokens} tokens "
-                    "unread. Read faster, or raise router.client_buffer_tokens."
-                )
-            )
-            return False
-        self._chunks.append(chunk)
-        self._num_tokens += len(chunk.token_ids)
-        self._wake()
-        return True
-
-    def fail(self, error: BatonError) -> None:
-        """No more chunks will come. The first failure stays."""
-        if self._failure is None:
-            self._failure = error
-            self._wake()
-
-    async def next(self) -> TokenChunk:
-        """The next chunk; raises what `fail` was given once the buffer is empty. Whoever subscribed sees to it that
-        `fail` is called at the deadline."""
-        while not self._chunks:
-            if self._failure is not None:
-                raise self._failure
-            self._news = asyncio.get_running_loop().create_future()
-            try:
-                await self._news
-            finally:
-                self._news = None
-        chunk = self._chunks.popleft()
-        self._num_tokens -= len(chunk.token_ids)
-        return chunk
-
-    def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+    request_id: str
+    epoch: int
+    put: Callable[[TokenChunk], None]
+    fail: Callable[[BatonError], None]
+    """No more chunks will come: the stream is gone. At most once."""
 
 
 class UpQueue:
@@ -195,7 +152,9 @@ class Surroundings:
     metrics: Metrics
     router_id: str
     changed: Callable[[], None]
-    """Called when a worker became able or unable to take requests."""
+    """Called when a worker's state changed, or what is known of its crash."""
+    crashed: Callable[[str], None]
+    """Called with the boot id of a worker that is now known to have crashed."""
     stall_timeout_s: float
 
 
@@ -213,9 +172,11 @@ class Link:
         self.bandwidth: Mapping[str, float] = {}
         self._around = around
         self._up: UpQueue | None = None
-        self._state = WorkerState.CONNECTING
-        self._heard = self._moved_on = asyncio.get_running_loop().time()
+        self._life = Life(WORKER)
+        self.heard = self._moved_on = asyncio.get_running_loop().time()
         """When it last spoke; when its engine last did a step, or had nothing to do."""
+        self._broke = False
+        """Its stream broke and nothing was heard since: it may have crashed."""
         self._alive = False
         """It was READY, and has not been counted as lost since."""
         self._grave: asyncio.TimerHandle | None = None
@@ -224,15 +185,13 @@ class Link:
 
     @property
     def silent_s(self) -> float:
-        return asyncio.get_running_loop().time() - self._heard
+        return asyncio.get_running_loop().time() - self.heard
 
     @property
     def state(self) -> WorkerState:
-        around = self._around
-        is_silent = self.silent_s >= around.config.suspect_s
-        if self._state is WorkerState.READY and (is_silent or self._heard - self._moved_on > around.stall_timeout_s):
-            return WorkerState.SUSPECT
-        return self._state
+        if self._life.at("ready") and (self.silent_s >= self._around.config.suspect_s or self._stands_still):
+            self._life.on("doubt")
+        return WorkerState(self._life.state)
 
     @property
     def num_requests(self) -> int:
@@ -246,18 +205,33 @@ class Link:
         elif isinstance(message, Submit):
             raise PeerLost(f"the stream to {self.info.worker_id} is not open. Try another worker.")
 
-    def subscribe(self, request_id: str, epoch: int) -> Subscription:
-        """Chunks of this attempt from now on. One attempt of a request at a time; `unsubscribe` ends it."""
+    def subscribe(self, subscription: Subscription) -> None:
+        """It hears of its attempt until `unsubscribe`, or until the stream is gone. One attempt of a request at a
+        time. Raises PeerLost without a stream."""
+        request_id = subscription.request_id
         assert request_id not in self._subscriptions, f"{request_id} is already waited for on {self.info.worker_id}"
-        subscription = Subscription(request_id, epoch, self._around.config.client_buffer_tokens)
         if self._up is None:
-            subscription.fail(PeerLost(f"the stream to {self.info.worker_id} is not open. Try another worker."))
+            raise PeerLost(f"the stream to {self.info.worker_id} is not open. Try another worker.")
         self._subscriptions[request_id] = subscription
-        return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
         if self._subscriptions.get(subscription.request_id) is subscription:
             del self._subscriptions[subscription.request_id]
+
+    def answered_since(self, when: float) -> bool | None:
+        """Was it alive after `when` (the loop's time), and has its stream not broken since? None: too early to say."""
+        if self.state is WorkerState.DEAD:
+            return False
+        return True if self.heard > when and not self._broke else None
+
+    @property
+    def _stands_still(self) -> bool:
+        return self.heard - self._moved_on > self._around.stall_timeout_s
+
+    @property
+    def _synced(self) -> bool:
+        """A stream is open, and its prefix map is in the index."""
+        return self._life.at("ready", "suspect", "draining")
 
     async def run(self) -> None:
         """Keep a stream open, for ever; cancelling ends it."""
@@ -279,11 +253,11 @@ class Link:
             except (BatonError, OSError) as e:
                 why = str(e)
             finally:
-                was_ready = self._state is WorkerState.READY
+                was_synced = self._synced
                 self._break(f"the stream to {self.info.worker_id} ended: {why}")
-            if was_ready:
+            if was_synced:
                 log.warning("the stream to %s ended: %s", self.info.worker_id, why)
-            backoff_s = BACKOFF_FIRST_S if was_ready else min(2 * backoff_s, BACKOFF_MAX_S)
+            backoff_s = BACKOFF_FIRST_S if was_synced else min(2 * backoff_s, BACKOFF_MAX_S)
             await asyncio.sleep(backoff_s)
 
     async def _session(self) -> None:
@@ -292,27 +266,45 @@ class Link:
         loop, dead_s = asyncio.get_running_loop(), self._around.config.dead_s
         up = self._up = UpQueue(Hello(self._around.router_id))
         stream = self._around.dial(self.info).stream(up)
+        heard_before = self.heard
         try:
             async with asyncio.timeout(dead_s) as silence:
                 async for message in stream:
                     self._take(message)
-                    if self._state is WorkerState.READY:  # until then the deadline is that of the prefix map
+                    if self._synced:  # until then the deadline is that of the prefix map
                         silence.reschedule(loop.time() + dead_s)
+        except _Unbelievable:
+            raise
+        except (PeerLost, OSError):
+            self._note_break(refused=self.heard == heard_before)
+            raise
         finally:
             up.close()
             if isinstance(stream, AsyncGenerator):
                 await stream.aclose()
 
+    def _note_break(self, refused: bool) -> None:
+        """The stream broke under us: it neither ended in good order, nor fell silent, nor did we give it up."""
+        if refused and self._broke:
+            self._crashed()
+        elif self._synced:
+            self._broke = True
+
     def _take(self, message: StepMessage) -> None:
         """Everything one message says. Raises PeerLost when the stream can no longer be believed."""
         if message.boot_id != self.info.boot_id:
-            raise PeerLost(f"boot {message.boot_id} of {self.info.worker_id} answered for boot {self.info.boot_id}")
-        news = self.state is not WorkerState.READY
-        now = self._heard = asyncio.get_running_loop().time()
-        if self._state is WorkerState.DEAD:
-            self._state = WorkerState.CONNECTING
+            if self._broke:
+                self._crashed()
+            raise _Unbelievable(
+                f"boot {message.boot_id} of {self.info.worker_id} answered for boot {self.info.boot_id}"
+            )
+        before = self.state
+        now = self.heard = asyncio.get_running_loop().time()
+        self._broke = False
+        if self._life.at("dead"):
+            self._life.on("open")
         is_idle = message.load.num_running + message.load.num_waiting == 0
-        if is_idle or message.load.steps != self.load.steps or self._state is not WorkerState.READY:
+        if is_idle or message.load.steps != self.load.steps or not self._synced:
             self._moved_on = now
         if message.load.pair_bandwidth is not self.load.pair_bandwidth:
             self.bandwidth = {peer: bytes_per_s for peer, _, bytes_per_s in message.load.pair_bandwidth}
@@ -323,31 +315,47 @@ class Link:
             self._deliver(chunk)
         if message.snapshot is not None:
             self._resync(message.snapshot)
-            self._state, self._alive = WorkerState.READY, True
-            self._stay_up()
-        if self._state is WorkerState.READY:
+        self._follow_state()
+        if self._synced:
             self._follow(message.kv_events)
-            if news:
-                self._around.changed()
+        if self.state is not before:
+            self._around.changed()
+
+    def _follow_state(self) -> None:
+        """What its newest load says of its state."""
+        life, draining = self._life, self.load.draining
+        if life.at("suspect") and not self._stands_still and not draining:
+            life.on("word")
+        if life.at("ready", "suspect") and draining:
+            life.on("drain")
+        elif life.at("draining") and not draining:
+            life.on("resume")
+
+    def _crashed(self) -> None:
+        self._broke = False
+        self._around.crashed(self.info.boot_id)
 
     def _resync(self, snapshot: KVSnapshot) -> None:
         if self.was_ready or self.past_boots:
             self._around.metrics.inc("baton_index_resyncs_total")
-        self.was_ready = True
+        self.was_ready = self._alive = True
+        self._stay_up()
         self._around.index.apply_snapshot(self.info.worker_id, self.info.boot_id, snapshot)
+        if self._life.at("connecting"):
+            self._life.on("snapshot")
 
     def _follow(self, changes: tuple[KVEvents, ...]) -> None:
         for events in changes:
             if not self._around.index.apply(self.info.worker_id, self.info.boot_id, events):
-                raise PeerLost(f"KV events before {events.seq} of {self.info.worker_id} are missing")
+                raise _Unbelievable(f"KV events before {events.seq} of {self.info.worker_id} are missing")
 
     def _deliver(self, chunk: TokenChunk) -> None:
         subscription = self._subscriptions.get(chunk.request_id)
         if subscription is None or subscription.epoch != chunk.epoch:
             reason = "unknown" if subscription is None else "epoch"
             self._around.metrics.inc("baton_stale_chunks_total", reason=reason)
-        elif not subscription.put(chunk):
-            self.send(Cancel(chunk.request_id, chunk.epoch, "the client reads too slowly"))
+        else:
+            subscription.put(chunk)
 
     def lose(self) -> None:
         """Its death is certain: count it, once for each time it was READY."""
@@ -355,15 +363,23 @@ class Link:
             self._alive = False
             self._around.metrics.inc("baton_worker_lost_total", role=self.info.role.value)
 
+    def replaced(self) -> None:
+        """The registry lists another boot of it. Unless it had fallen silent before, it crashed."""
+        self.lose()
+        if self._broke or self.state is WorkerState.READY:
+            self._crashed()
+
     def _declare_dead_if_silent(self) -> None:
         """If it was alive and `dead_s` have passed without a word; before they have, look again when they will."""
         self._stay_up()
-        loop, dead_at = asyncio.get_running_loop(), self._heard + self._around.config.dead_s
+        loop, dead_at = asyncio.get_running_loop(), self.heard + self._around.config.dead_s
         if self._alive and loop.time() < dead_at:
             self._grave = loop.call_at(dead_at, self._declare_dead_if_silent)
         elif self._alive:
             self.lose()
-            self._state = WorkerState.DEAD
+            if self._life.at("ready"):
+                self._life.on("doubt")
+            self._life.on("bury")
             self._around.index.drop(self.info.worker_id)
             log.warning("%s is dead: nothing heard for %.1f s", self.info.worker_id, self.silent_s)
             self._around.changed()
@@ -376,11 +392,11 @@ class Link:
     def _break(self, why: str) -> None:
         """The stream is gone, and with it every request on it."""
         self._up = None
-        if self._state is WorkerState.READY:
-            self._state = WorkerState.CONNECTING
+        if self._synced:
+            self._life.on("break")
             self._declare_dead_if_silent()
         self.in_flight = InFlight()
-        for subscription in self._subscriptions.values():
+        lost, self._subscriptions = self._subscriptions, {}
+        for subscription in lost.values():
             subscription.fail(PeerLost(f"{why}. Its requests go to other workers."))
-        self._subscriptions.clear()
         self._around.changed()

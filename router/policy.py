@@ -3,10 +3,13 @@
 Owns the prices and their terms. Does not know streams, retries or how a prefix is looked up: it is handed facts and
 answers with a `Route`.
 
-    remote = prefill queue + uncached prompt / prefill rate + KV to move / pair bandwidth + decode interference
-    local  = decode queue + uncached prompt / decode's rate + the running sequences it stalls + decode interference
+    remote = prefill queue + prompt / prefill rate + KV to move / pair bandwidth + decode interference
+    local  = decode queue + prompt / decode's rate + the running sequences it stalls + decode interference
+    move   = KV to move / pair bandwidth + decode interference
 
-KV to move is what the decode worker does not hold. Queues count work from the moment it was dispatched.
+`prompt` is what the worker that computes lacks: of its cache, and of what it first pulls from a holder of more, if that
+costs less than computing it (term `fetch`). KV to move is what the decode worker does not hold. Queues count work from
+the moment it was dispatched.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from baton.core.worker import Route, WorkerInfo, WorkerLoad
 
 ASSUMED_STEP_S = 0.02
 """A decode step priced until some worker has measured one."""
-
+MAX_SPARES = 2
+MAX_HOLDERS = 4
+"""Holders looked at for one prompt, those that hold most."""
 
 Terms = tuple[tuple[str, float], ...]
 """(name, seconds) of each part of a price."""
@@ -32,7 +37,8 @@ class Facts:
     """What a request asks of the fleet."""
 
     num_tokens: int
-    """prompt + delivered: tokens whose KV the decode worker must have."""
+    """Tokens whose KV the decode worker must have: the prompt, and what was delivered of an only choice."""
+    num_choices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +61,10 @@ class Candidate:
         """Tokens it would have to compute: never less than one, the last is always computed to sample from it."""
         return max(1, num_tokens - self.held_blocks * self.info.capability.layout.block_size)
 
-    def has_room(self, num_tokens: int) -> bool:
-        missing = self.info.capability.layout.num_blocks_for(num_tokens + 1) - self.held_blocks
-        return self.load.total_blocks == 0 or missing <= self.load.available_blocks
+    def has_room(self, facts: Facts) -> bool:
+        """Each further choice needs a block of its own at once."""
+        missing = self.info.capability.layout.num_blocks_for(facts.num_tokens + 1) - self.held_blocks
+        return self.load.total_blocks == 0 or missing + facts.num_choices - 1 <= self.load.available_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +72,27 @@ class Candidates:
     decode: Sequence[Candidate]
     prefill: Sequence[Candidate]
     fits: Callable[[WorkerInfo, WorkerInfo], bool]
-    """(prefill, decode): do they store and speak alike?"""
+    """Do they store and speak alike?"""
+    holders: Sequence[Candidate] = ()
+    """Who can lend a prefix of the prompt, most first. May also be among the others."""
 
 
 class Policy(Protocol):
     """Chooses among candidates; None when no decode worker is offered. Never an unfitting pair, never a wait."""
 
     def price(self, facts: Facts, candidates: Candidates) -> Route | None: ...
+
+
+class _Source(NamedTuple):
+    """What a worker that computes the prompt begins with."""
+
+    uncached: int
+    """Tokens left to compute."""
+    fetch_s: float = 0.0
+    holder: Candidate | None = None
+    """Whom it pulls from first."""
+    num_fetched: int = 0
+    """Tokens pulled."""
 
 
 class _Option(NamedTuple):
@@ -94,22 +115,26 @@ class CostPolicy:
 
     def price(self, facts: Facts, candidates: Candidates) -> Route | None:
         # A worker that reports too few blocks is asked only when nobody has room: its report may be old.
-        decode = [d for d in candidates.decode if d.has_room(facts.num_tokens)] or list(candidates.decode)
+        decode = [d for d in candidates.decode if d.has_room(facts)] or list(candidates.decode)
         if not decode:
             return None
-        prices = _Prices.of(facts, self._config, decode, candidates.prefill)
+        prices = _Prices.of(facts, self._config, decode, candidates)
         options = _options(prices, decode, candidates)
         best_s = min(o.cost_s for o in options)
         best = [o for o in options if o.cost_s <= best_s * (1 + 1e-9)]
         chosen = best[0] if len(best) == 1 else self._rng.choice(best)
         terms = prices.terms(chosen.decode, chosen.prefill)
-        next_best = min((o for o in options if o is not chosen), key=lambda o: o.cost_s, default=None)
+        rest = sorted((o for o in options if o is not chosen), key=lambda o: o.cost_s)
+        spares = [o.prefill.info for o in rest if chosen.prefill and o.prefill and o.decode is chosen.decode]
+        source = prices.source(chosen.prefill or chosen.decode)
         return Route(
             chosen.decode.info.worker_id,
             chosen.prefill.info if chosen.prefill else None,
-            cost_s=sum(seconds for _, seconds in terms),
-            terms=terms,
-            reason=_reason(prices, chosen, terms, next_best),
+            tuple(spares[:MAX_SPARES]),
+            source.holder.info if source.holder else None,
+            sum(seconds for _, seconds in terms),
+            terms,
+            _reason(prices, chosen, terms, rest[0] if rest else None),
         )
 
 
@@ -119,37 +144,53 @@ class _Prices:
 
     facts: Facts
     config: RouterConfig
+    candidates: Candidates
     rate: float
     """Prefill tokens/s of a worker that has measured none."""
     step_s: float
     """Decode step of a worker that has measured none."""
 
     @classmethod
-    def of(
-        cls, facts: Facts, config: RouterConfig, decode: Sequence[Candidate], prefill: Sequence[Candidate]
-    ) -> _Prices:
-        rates = (c.load.prefill_tokens_per_s for c in (*decode, *prefill))
+    def of(cls, facts: Facts, config: RouterConfig, decode: Sequence[Candidate], candidates: Candidates) -> _Prices:
+        rates = (c.load.prefill_tokens_per_s for c in (*decode, *candidates.prefill))
         steps = (d.load.decode_step_s for d in decode)
-        return cls(facts, config, _typical(rates, config.assumed_prefill_tokens_per_s), _typical(steps, ASSUMED_STEP_S))
+        rate, step_s = _typical(rates, config.assumed_prefill_tokens_per_s), _typical(steps, ASSUMED_STEP_S)
+        return cls(facts, config, candidates, rate, step_s)
 
     def terms(self, decode: Candidate, prefill: Candidate | None) -> Terms:
-        computing = prefill or decode
-        queue = ("queue", computing.queued_prefill_tokens / (computing.load.prefill_tokens_per_s or self.rate))
-        compute = ("prefill", self.compute_s(computing))
+        ahead = self.ahead(prefill or decode)
         interference = ("decode", self.interference_s(decode))
         if prefill is not None:
-            return (
-                queue,
-                compute,
-                ("transfer", self.moved_bytes(decode) / self.bandwidth(decode, prefill)),
-                interference,
-            )
+            return (*ahead, ("transfer", self.moved_bytes(decode) / self.bandwidth(decode, prefill)), interference)
         # Prefill here stalls every running sequence for as long. At least one is assumed: decode workers are kept
         # free for decoding, otherwise an idle fleet would never hand anything off.
-        return queue, compute, ("stall", compute[1] * max(1, decode.num_sequences)), interference
+        return (*ahead, ("stall", dict(ahead)["prefill"] * max(1, decode.num_sequences)), interference)
 
-    def compute_s(self, worker: Candidate) -> float:
-        return worker.uncached(self.facts.num_tokens) / (worker.load.prefill_tokens_per_s or self.rate)
+    def ahead(self, worker: Candidate) -> Terms:
+        """Until the prompt is computed on that worker."""
+        rate, source = self.rate_of(worker), self.source(worker)
+        terms = ("queue", worker.queued_prefill_tokens / rate), ("prefill", source.uncached / rate)
+        return (*terms, ("fetch", source.fetch_s)) if source.holder else terms
+
+    def source(self, worker: Candidate) -> _Source:
+        """With the cheapest of the holders that have enough more than the worker itself, or alone."""
+        layout = worker.info.capability.layout
+        best, best_s = _Source(alone := worker.uncached(self.facts.num_tokens)), alone / self.rate_of(worker)
+        for holder in self.candidates.holders[:MAX_HOLDERS]:
+            more = holder.held_blocks - worker.held_blocks
+            if more <= 0 or more * layout.block_size < self.config.fetch_min_tokens:
+                break
+            if holder.info.worker_id == worker.info.worker_id or not self.candidates.fits(holder.info, worker.info):
+                continue
+            fetch_s = more * layout.block_bytes / self.bandwidth(worker, holder)
+            uncached = max(1, alone - more * layout.block_size)
+            if fetch_s + uncached / self.rate_of(worker) < best_s:
+                best = _Source(uncached, fetch_s, holder, more * layout.block_size)
+                best_s = fetch_s + uncached / self.rate_of(worker)
+        return best
+
+    def rate_of(self, worker: Candidate) -> float:
+        return worker.load.prefill_tokens_per_s or self.rate
 
     def interference_s(self, decode: Candidate) -> float:
         """A step's time for each sequence there: what joining it costs them and us."""
@@ -159,8 +200,8 @@ class _Prices:
         layout = decode.info.capability.layout
         return max(0, layout.num_blocks_for(self.facts.num_tokens) - decode.held_blocks) * layout.block_bytes
 
-    def bandwidth(self, decode: Candidate, prefill: Candidate) -> float:
-        return decode.bandwidth.get(prefill.info.worker_id) or self.config.assumed_bandwidth_bytes_per_s
+    def bandwidth(self, reader: Candidate, lender: Candidate) -> float:
+        return reader.bandwidth.get(lender.info.worker_id) or self.config.assumed_bandwidth_bytes_per_s
 
     def is_short(self, decode: Candidate) -> bool:
         uncached = self.facts.num_tokens - decode.held_blocks * decode.info.capability.layout.block_size
@@ -169,7 +210,7 @@ class _Prices:
 
 def _options(prices: _Prices, decode: Sequence[Candidate], candidates: Candidates) -> list[_Option]:
     """Every way to serve the request. The loop over pairs is the router's hottest: sums only, terms come later."""
-    ahead = [(p, sum(s for _, s in prices.terms(p, None)[:2])) for p in candidates.prefill]  # its queue, its prefill
+    ahead = [(p, sum(seconds for _, seconds in prices.ahead(p))) for p in candidates.prefill]
     options = []
     for d in decode:
         pairs = []
@@ -192,6 +233,9 @@ def _reason(prices: _Prices, chosen: _Option, terms: Terms, next_best: _Option |
     for worker in (chosen.prefill, chosen.decode):
         if worker is not None and worker.held_blocks:
             words += f", {worker.held_blocks} blocks held by {worker.info.worker_id}"
+    source = prices.source(chosen.prefill or chosen.decode)
+    if source.holder is not None:
+        words += f"; {source.num_fetched} tokens pulled from {source.holder.info.worker_id} first"
     if chosen.prefill is None and prices.is_short(chosen.decode):
         words += f"; uncached suffix within local_prefill_max_tokens {prices.config.local_prefill_max_tokens}"
     return f"{words}; next best {next_best.name} {next_best.cost_s:.3f} s" if next_best else f"{words}; no other choice"
@@ -214,7 +258,28 @@ class RoundRobin:
             return Route(decode.worker_id, None, reason=f"{decode.worker_id} alone: its turn")
         # One step of prefill workers per round of decode workers, so that equal pool sizes still meet in every pair.
         prefill = fitting[(turn + turn // len(candidates.decode)) % len(fitting)]
-        return Route(decode.worker_id, prefill, reason=f"{prefill.worker_id} -> {decode.worker_id}: their turn")
+        spares = tuple(p for p in fitting if p is not prefill)[:MAX_SPARES]
+        return Route(decode.worker_id, prefill, spares, reason=f"{prefill.worker_id} -> {decode.worker_id}: their turn")
+
+
+def price_move(facts: Facts, config: RouterConfig, source: WorkerInfo, candidates: Candidates) -> Route | None:
+    """Where a request that runs on `source` moves to, KV and all; None: no decode worker fits and has room. Nothing is
+    computed anew, so every policy moves alike: where it lands first and is in nobody's way."""
+    able = [d for d in candidates.decode if d.has_room(facts) and candidates.fits(source, d.info)]
+    if not able:
+        return None
+    prices, lender = _Prices.of(facts, config, able, candidates), Candidate(source, WorkerLoad())
+    priced = {
+        d.info.worker_id: (
+            ("transfer", prices.moved_bytes(d) / prices.bandwidth(d, lender)),
+            ("decode", prices.interference_s(d)),
+        )
+        for d in able
+    }
+    best = min(priced, key=lambda worker_id: sum(seconds for _, seconds in priced[worker_id]))
+    cost_s = sum(seconds for _, seconds in priced[best])
+    reason = f"{source.worker_id} drains: moves to {best}, {cost_s:.3f} s for {facts.num_tokens} tokens"
+    return Route(best, None, cost_s=cost_s, terms=priced[best], reason=reason)
 
 
 def _typical(measured: Iterable[float], assumed: float) -> float:

@@ -15,7 +15,7 @@ CAPACITY = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class AttemptRecord:
     """One dispatch. Seconds since the request reached the router."""
 
     epoch: int
@@ -36,7 +36,7 @@ class TraceRecord:
     ttft_s: float | None
     """Seconds from arrival at the router to its first token; None if there was none."""
     total_s: float
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[AttemptRecord, ...]
     timeline: Timeline
 
     @property
@@ -46,7 +46,7 @@ class TraceRecord:
 
 
 def timeline(
-    attempts: Iterable[Attempt], worker_spans: Iterable[Span], ttft_s: float | None, total_s: float
+    attempts: Iterable[AttemptRecord], worker_spans: Iterable[Span], ttft_s: float | None, total_s: float
 ) -> Timeline:
     """One waterfall, in order: the router's queue and lost attempts (before 0), then what the last worker said.
 

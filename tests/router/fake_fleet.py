@@ -34,6 +34,7 @@ from baton.core.services import WorkerService
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
+from baton.router.link import Subscription
 from baton.router.policy import CostPolicy, Policy
 from baton.sim.loop import SimLoop, run
 
@@ -221,6 +222,23 @@ class ScriptedWorker:
 
     async def status(self, timeout_s: float) -> WorkerStatus:
         return WorkerStatus(self.info, self.load, LEDGER, ())
+
+
+class Listener:
+    """Hears one attempt without a dispatcher."""
+
+    def __init__(self, request_id: str, epoch: int) -> None:
+        self.subscription = Subscription(request_id, epoch, self._put, self._put)
+        self._heard: asyncio.Queue[TokenChunk | BatonError] = asyncio.Queue()
+
+    def _put(self, news: TokenChunk | BatonError) -> None:
+        self._heard.put_nowait(news)
+
+    async def next(self) -> TokenChunk:
+        news = await self._heard.get()
+        if isinstance(news, BatonError):
+            raise news
+        return news
 
 
 class ScriptedFleet:

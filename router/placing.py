@@ -1,0 +1,157 @@
+"""Where an attempt goes: the prompt is hashed once, everybody who could take it is priced, and it waits while nobody
+can.
+
+Owns the waits before an attempt. Does not know what becomes of it.
+
+Life of a placing:
+
+1. its turn: behind those that were refused before (waiting.py)
+2. priced among ready workers that have not refused or failed it; chosen, or
+3. everybody asked has said no: a pause, then all of them may be asked again; nobody is ready: until somebody is
+4. bounded: by PLACE_WAIT_S without a ready worker, REFUSED_WAIT_S without a place, and always by the deadline
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+
+from baton.core.block_hash import extend
+from baton.core.config import RouterConfig
+from baton.core.errors import InvalidRequest, Overloaded, PeerLost
+from baton.core.worker import Role, Route, WorkerInfo
+from baton.router.fleet import Fleet, context_limit
+from baton.router.policy import Candidate, Candidates, Facts, Policy, price_move
+from baton.router.run import Run
+from baton.router.waiting import WaitingLine
+
+PLACE_WAIT_S = 10.0
+"""Longest wait for a decode worker to become ready; then the client can go elsewhere."""
+REFUSED_WAIT_S = 60.0
+"""Longest wait for a place while workers are ready and have none."""
+PAUSE_FIRST_S = 0.05
+PAUSE_MAX_S = 1.0
+"""Pause before workers that all refused are asked again; doubles with each attempt."""
+
+
+class NobodyReady(PeerLost):
+    """There is no decode worker to wait for. To clients a PeerLost: the fault is the fleet's, not the load's."""
+
+
+class Placing:
+    def __init__(self, fleet: Fleet, policy: Policy, line: WaitingLine, config: RouterConfig) -> None:
+        self._fleet = fleet
+        self._policy = policy
+        self._line = line
+        self._config = config
+
+    def max_model_len(self) -> int:
+        """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
+        return max((context_limit(c) for c in self._fleet.capabilities()), default=0)
+
+    def check_length(self, run: Run) -> None:
+        limit = self.max_model_len()
+        if limit and len(run.request.prompt) + 1 > limit:
+            raise InvalidRequest(
+                f"the prompt has {len(run.request.prompt)} tokens; with at least one token of output that is more than "
+                f"the {limit} any worker holds. Shorten the prompt.",
+                "prompt",
+            )
+
+    async def place(self, run: Run) -> Route:
+        """The next attempt's route. Waits up to PLACE_WAIT_S for somebody to take it, and for its turn."""
+        loop = asyncio.get_running_loop()
+        await self._turn(run)
+        give_up = min(run.deadline, loop.time() + PLACE_WAIT_S)
+        while True:
+            if loop.time() >= run.deadline:
+                raise run.late()
+            self.check_length(run)
+            route = self._price(run)
+            if route is not None:
+                return route
+            left_s = give_up - loop.time()
+            if run.avoided:
+                await self._pause(run)
+                await self._turn(run)
+            elif left_s <= 0 or not await self._fleet.changed(left_s):
+                if loop.time() >= run.deadline:
+                    raise run.late()
+                raise (Overloaded if self._fleet.ready else NobodyReady)(
+                    f"no decode worker can take request {run.request.request_id}: {self._roll_call()}. "
+                    "Try again later; `baton status` shows the workers."
+                )
+
+    def place_move(self, run: Run, source: WorkerInfo) -> Route | None:
+        """Where it moves to from a worker that drains; None: nobody has room, or fits. Never waits."""
+        held = self.held_blocks(run)
+        facts = _facts(run, run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)
+        return price_move(facts, self._config, source, self._candidates(run, held))
+
+    def work(self, run: Run, route: Route) -> dict[str, int]:
+        """Prefill tokens that the route gives to each worker; 0: a sequence that comes to decode there."""
+        computing = route.prefill or self._fleet.info(route.decode)
+        assert computing is not None, f"{route.decode} was offered and is not known"
+        held = self.held_blocks(run)
+        best = max(held.get(w.worker_id, 0) for w in (computing, route.holder) if w is not None)
+        tokens = run.delivery.num_shared_tokens - best * computing.capability.layout.block_size
+        return {computing.worker_id: max(1, tokens)} | ({route.decode: 0} if route.prefill is not None else {})
+
+    def held_blocks(self, run: Run) -> dict[str, int]:
+        """Leading blocks on each worker. Hashed once per request and way of hashing (one, in a fleet of one model);
+        workers that hash differently cannot hold each other's hashes."""
+        held: dict[str, int] = {}
+        for fleet_scope, block_size in self._fleet.scopes():
+            scope = dataclasses.replace(fleet_scope, tenant_salt=run.request.tenant)
+            hashes = run.hashes.setdefault((scope, block_size), [])
+            rest = run.delivery.num_shared_tokens - len(hashes) * block_size
+            if rest >= block_size:  # at first the prompt, later what was delivered since
+                parent = hashes[-1] if hashes else scope.root()
+                hashes += extend(parent, run.delivery.remaining(0.0).shared[-rest:], block_size)
+            held |= self._fleet.index.match(hashes)
+        return held
+
+    def _price(self, run: Run) -> Route | None:
+        return self._policy.price(
+            _facts(run, run.delivery.num_shared_tokens), self._candidates(run, self.held_blocks(run))
+        )
+
+    def _candidates(self, run: Run, held: Mapping[str, int]) -> Candidates:
+        def able(role: Role) -> list[Candidate]:
+            return [
+                c
+                for c in self._fleet.candidates(role, held)
+                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > run.delivery.longest
+            ]
+
+        return Candidates(able(Role.DECODE), able(Role.PREFILL), self._fleet.fits, self._fleet.holders(held))
+
+    async def _turn(self, run: Run) -> None:
+        """Let those go first who were refused before. Who was running goes on at once: he has waited already."""
+        give_up = min(run.deadline, (run.refused_since or run.arrived) + REFUSED_WAIT_S)
+        if run.num_failures or await self._line.turn(run.request.request_id, give_up):
+            return
+        if give_up >= run.deadline:
+            raise run.late()
+        raise Overloaded(
+            f"request {run.request.request_id} waited {REFUSED_WAIT_S:g} s behind others that the workers have no "
+            "place for. Try again later, or add workers."
+        )
+
+    async def _pause(self, run: Run) -> None:
+        """Everybody asked has said no. Then all of them may be asked again."""
+        left_s = run.deadline - asyncio.get_running_loop().time()
+        pause_s = min(left_s, PAUSE_FIRST_S * 2 ** min(len(run.records), 10), PAUSE_MAX_S)
+        if run.refused_since is not None and not run.num_failures:
+            self._line.refused(run.request.request_id)
+        await asyncio.sleep(pause_s)
+        run.avoided.clear()
+
+    def _roll_call(self) -> str:
+        states = [f"{w.info.worker_id} is {w.state}" for w in self._fleet.workers() if w.info.role is Role.DECODE]
+        return ", ".join(states) or "none has been registered"
+
+
+def _facts(run: Run, num_tokens: int) -> Facts:
+    return Facts(num_tokens, len(run.delivery.unfinished))
