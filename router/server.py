@@ -98,7 +98,7 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
         identity: list[Identity] = []
         grpc = await start_router_server(
             InferenceFront(generation), AdminFront(fleet, dispatcher, metrics, dial, lambda: identity[0]), host,
-            config.router.grpc_port)
+            config.router.grpc_port, functools.partial(why_not_ready, fleet))
         stack.push_async_callback(_both, http, grpc)
         where = f"[{host}]" if ":" in host else host
         identity.append(Identity(router_id, f"http://{where}:{http.port}", f"{where}:{grpc.port}", served_name))

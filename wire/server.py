@@ -2,8 +2,11 @@
 
 Life of a call: gRPC reads the request's bytes -> `_Guard` makes messages of them and runs the service's own code ->
 messages are written as they come -> the call ends with OK, a BatonError's status, or, for anything else, INTERNAL and
-one sentence (the traceback goes to the log). However it ends, also when the client is gone, the service's iterator is
-closed before the call is over.
+one sentence (the traceback goes to the log). However it ends, also when the client is gone or reads nothing for
+WRITE_TIMEOUT_S, the service's iterator is closed before the call is over.
+
+Health is what the service says of itself, asked again every HEALTH_POLL_S: by what it gets done, not by whether this
+server answers.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from baton.core.errors import BatonError, InternalError, InvalidRequest, SetupError
+from baton.core.errors import BatonError, Cancelled, InternalError, InvalidRequest, SetupError
 from baton.core.messages import UpMessage
 from baton.core.services import WorkerService
 from baton.wire import (
@@ -36,7 +39,12 @@ from baton.wire.calls import SERVER_OPTIONS, abort, closing
 
 log = logging.getLogger("baton.wire")
 
+WRITE_TIMEOUT_S = 30.0
+HEALTH_POLL_S = 0.5
 _OUR_CALLS = "/baton.wire."
+
+Unhealthy = Callable[[], str | None]
+"""Why nothing should be sent here now; None: all is well."""
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
@@ -52,33 +60,56 @@ class GrpcServer:
     """A server that listens. Whoever started it stops it."""
 
     def __init__(self, server: grpc.aio.Server, health_of: health.aio.HealthServicer, services: Sequence[str],
-                 port: int) -> None:
+                 port: int, unhealthy: Unhealthy) -> None:
         self._server = server
         self._health = health_of
         self._services = ("", *services)
         self.port = port
+        self._unhealthy = unhealthy
+        self._told: bool | None = None
+        self._follower = asyncio.create_task(self._follow_health(), name=f"health of {port}")
 
-    async def set_serving(self, serving: bool) -> None:
-        """What health checks hear, for each service and for the server as a whole. Calls are answered either way."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    async def _follow_health(self) -> None:
+        while True:
+            await self.tell_health()
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    async def tell_health(self) -> None:
+        """What health checks hear from now on, for each service and for the server as a whole. Calls are answered
+        either way."""
+        why = self._unhealthy()
+        if self._told is (why is None):
+            return
+        if why is not None or self._told is not None:
+            log.warning("port %d: %s", self.port, f"not healthy: {why}" if why else "healthy again")
+        self._told = why is None
+        answer = health_pb2.HealthCheckResponse.SERVING if self._told else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
-            await self._health.set(service, status)
+            await self._health.set(service, answer)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, give running ones `grace_s`, then cancel them. Safe to call twice."""
+        self._follower.cancel()
+        await asyncio.gather(self._follower, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
 
-async def start_worker_server(service: WorkerService, host: str, port: int) -> GrpcServer:
+def _always_well() -> None:
+    return None
+
+
+async def start_worker_server(service: WorkerService, host: str, port: int,
+                              unhealthy: Unhealthy = _always_well) -> GrpcServer:
     """Serve a worker on host:port; port 0 takes a free one. Raises SetupError when the port cannot be had."""
     server, health_of = _new_server()
     worker_pb2_grpc.add_WorkerServicer_to_server(_WorkerFront(service), server)  # type: ignore[no-untyped-call]
-    return await _started(server, health_of, [worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name], host, port)
+    names = [worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name]
+    return await _started(server, health_of, names, (host, port), unhealthy)
 
 
 async def start_router_server(inference: inference_pb2_grpc.InferenceServicer, admin: admin_pb2_grpc.AdminServicer,
-                              host: str, port: int) -> GrpcServer:
+                              host: str, port: int, unhealthy: Unhealthy = _always_well) -> GrpcServer:
     """Serve a router's gRPC front on host:port. Its servicers are async (coroutines, async generators) and raise
     BatonErrors: they need not know gRPC. Raises SetupError when the port cannot be had."""
     server, health_of = _new_server()
@@ -86,7 +117,7 @@ async def start_router_server(inference: inference_pb2_grpc.InferenceServicer, a
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
     names = [inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
              admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name]
-    return await _started(server, health_of, names, host, port)
+    return await _started(server, health_of, names, (host, port), unhealthy)
 
 
 def _new_server() -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
@@ -96,8 +127,9 @@ def _new_server() -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     return server, health_of
 
 
-async def _started(server: grpc.aio.Server, health_of: health.aio.HealthServicer, services: list[str], host: str,
-                   port: int) -> GrpcServer:
+async def _started(server: grpc.aio.Server, health_of: health.aio.HealthServicer, services: list[str],
+                   address: tuple[str, int], unhealthy: Unhealthy) -> GrpcServer:
+    host, port = address
     reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
@@ -106,8 +138,8 @@ async def _started(server: grpc.aio.Server, health_of: health.aio.HealthServicer
         raise SetupError(f"cannot listen on {target}: {_why_not(host, port)}. Choose another address or port, or end "
                          "what uses this one.") from None
     await server.start()
-    handle = GrpcServer(server, health_of, services, bound)
-    await handle.set_serving(True)
+    handle = GrpcServer(server, health_of, services, bound, unhealthy)
+    await handle.tell_health()
     return handle
 
 
@@ -191,6 +223,16 @@ def _reader(handler: Any) -> Callable[[Any], Any]:
     return read_all if handler.request_streaming else read
 
 
+async def _write(context: Any, message: Any) -> None:
+    """A caller that stays and reads nothing blocks this as soon as its window is full. It then costs us no more than
+    the call's last word, which waits for it."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await context.write(message)
+    except TimeoutError:
+        raise Cancelled(f"nobody read this call's answers for {WRITE_TIMEOUT_S:g} s.") from None
+
+
 def _guarded(behaviour: Callable[[Any, Any], Any], method: str,
              read: Callable[[Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
     """Streams are written from here instead of handing gRPC the generator: gRPC leaves a generator that it no longer
@@ -203,7 +245,7 @@ def _guarded(behaviour: Callable[[Any, Any], Any], method: str,
                 return await answer
             async with closing(answer) as messages:
                 async for message in messages:
-                    await context.write(message)
+                    await _write(context, message)
         except grpc.aio.AbortError:
             raise
         except BatonError as e:

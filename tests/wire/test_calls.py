@@ -41,7 +41,15 @@ from baton.core.messages import (
 )
 from baton.core.request import Request
 from baton.core.worker import Ledger, Role, Route, WorkerInfo, WorkerLoad
-from baton.wire import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from baton.wire import (
+    admin_pb2,
+    admin_pb2_grpc,
+    codec,
+    inference_pb2,
+    inference_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 from baton.wire.client import GrpcAdmin, GrpcDial, GrpcWorker
 from baton.wire.server import GrpcServer, start_router_server, start_worker_server
 
@@ -425,17 +433,61 @@ def test_a_taken_port_is_one_clear_sentence() -> None:
     served(body)
 
 
-def test_health_says_serving_until_told_otherwise() -> None:
-    async def body(worker: EchoWorker, client: GrpcWorker, server: GrpcServer) -> None:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
-            for serving in (True, False, True):
-                await server.set_serving(serving)
-                for service in ("", "baton.wire.Worker"):
-                    answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=5)
-                    assert answer.status == (1 if serving else 2)
+def test_health_follows_what_the_service_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.wire.server.HEALTH_POLL_S", 0.01)
+    wrong: list[str] = []
 
-    served(body)
+    async def inside() -> None:
+        server = await start_worker_server(EchoWorker(), "127.0.0.1", 0, lambda: wrong[0] if wrong else None)
+        async with asyncio.timeout(60), grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for service in ("", "baton.wire.Worker"):
+                watched = health.Watch(health_pb2.HealthCheckRequest(service=service))
+                while (await watched.read()).status != health_pb2.HealthCheckResponse.SERVING:
+                    pass
+                wrong.append("no step for 31 s")
+                assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
+                answered = await stub.Status(worker_pb2.StatusCall(), timeout=30)
+                assert codec.STATUS.decode(answered) == STATUS, "calls are answered either way"
+                wrong.clear()
+                assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await server.stop(0)
+
+    one_loop.run(inside())
+
+
+def test_a_caller_that_stays_and_reads_nothing_has_its_work_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.wire.server.WRITE_TIMEOUT_S", 0.2)
+
+    class Verbose(Front):
+        def __init__(self) -> None:
+            self.closed = asyncio.Event()
+            self.written = 0
+
+        async def Generate(self, request: object, context: object) -> AsyncIterator[inference_pb2.GenerateResponse]:
+            try:
+                while True:
+                    yield inference_pb2.GenerateResponse(text="x" * 100_000)
+                    self.written += 1
+            finally:
+                self.closed.set()
+
+    async def inside() -> None:
+        front = Verbose()
+        server = await start_router_server(front, front, "127.0.0.1", 0)
+        async with asyncio.timeout(60), grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest())
+            await call.read()
+            await front.closed.wait()
+            for _ in range(front.written - 1):
+                await call.read()  # what was written before is not lost
+            with pytest.raises(grpc.aio.AioRpcError, match="nobody read") as caught:
+                await anext(call.__aiter__())
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+        await server.stop(0)
+
+    one_loop.run(inside())
 
 
 class Front(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
