@@ -8,7 +8,7 @@
       DeadlineExceeded      a wait ended at its deadline                504  DEADLINE_EXCEEDED
       Cancelled             the client or its router went away          499  CANCELLED
       PeerLost              a worker or link died under a call          503  UNAVAILABLE
-        RetryRoute          a decode worker's prefill workers are gone: the router should choose again
+        RetryRoute          no prefill worker is left: choose again     503  UNAVAILABLE
       Incompatible          two workers store or speak differently      503  FAILED_PRECONDITION
       IntegrityError        pulled bytes are not what was lent          500  DATA_LOSS
       InternalError         a bug; the message is for the log           500  INTERNAL

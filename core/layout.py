@@ -65,22 +65,33 @@ class Capability:
         return dict(self.transports).get(name)
 
 
-_MUST_MATCH = ("model_fingerprint", "numerics", "eos_token_ids", "hash_version", "features")
-_MUST_SHARE = ("protocol_versions", "handoff_versions")
+_MUST_MATCH = ("model_fingerprint", "numerics", "hash_version")
+_MUST_MATCH_IN_ANY_ORDER = ("eos_token_ids", "features")
 
 
 def difference(a: Capability, b: Capability) -> str | None:
-    """The first field that keeps a pair apart, as 'name: a's value vs b's value', or None when they fit."""
+    """The first field that keeps a pair apart, as 'name: a's value vs b's value', or None when they fit: then either
+    may lend to the other. Says the same of (b, a)."""
     for name in _MUST_MATCH:
         if getattr(a, name) != getattr(b, name):
             return f"{name}: {getattr(a, name)} vs {getattr(b, name)}"
+    for name in _MUST_MATCH_IN_ANY_ORDER:
+        if set(getattr(a, name)) != set(getattr(b, name)):
+            return f"{name}: {list(getattr(a, name))} vs {list(getattr(b, name))}"
     for f in dataclasses.fields(KVLayout):
         mine, theirs = getattr(a.layout, f.name), getattr(b.layout, f.name)
         if mine != theirs:
             return f"layout.{f.name}: {mine} vs {theirs}"
-    shared = [(name, getattr(a, name), getattr(b, name)) for name in _MUST_SHARE]
-    shared.append(("transports", tuple(n for n, _ in a.transports), tuple(n for n, _ in b.transports)))
-    for name, ours, others in shared:
+    if not (_reads_all_of(a, b) and _reads_all_of(b, a)):
+        return f"handoff_versions: {list(a.handoff_versions)} vs {list(b.handoff_versions)} (each must read the last)"
+    names = [tuple(name for name, _ in c.transports) for c in (a, b)]
+    for what, (ours, others) in (
+        ("protocol_versions", (a.protocol_versions, b.protocol_versions)), ("transports", names)
+    ):
         if not set(ours) & set(others):
-            return f"{name}: {list(ours)} vs {list(others)} (none in common)"
+            return f"{what}: {list(ours)} vs {list(others)} (none in common)"
     return None
+
+
+def _reads_all_of(reader: Capability, writer: Capability) -> bool:
+    return bool(writer.handoff_versions) and writer.handoff_versions[-1] in reader.handoff_versions
