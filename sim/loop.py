@@ -10,6 +10,10 @@ Life of one turn (`_Clock.select`, which asyncio calls once per turn):
     3. the rest is shuffled by the seed. asyncio itself runs callbacks first in, first out; production code must not
        lean on that between tasks, because no real network keeps it
 
+A process has clocks of its own, as a host has: its monotonic clock (`loop.time()`) counts from an origin that means
+nothing to anybody else, and its wall clock (`time.time()`, see sim/clocks.py) can jump. The world's own clock is
+`loop.now`.
+
 Nothing here depends on id() or hash() of an object: tasks and futures get counter hashes, because TaskGroup and
 asyncio.wait keep them in sets, and otherwise another process would cancel them in another order.
 """
@@ -21,12 +25,13 @@ import contextlib
 import contextvars
 import gc
 import heapq
+import math
 import random
 import selectors
 import sys
 import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Never, TypeVar
 
 T = TypeVar("T")
@@ -43,16 +48,25 @@ class SimLivelock(RuntimeError):
     """Callbacks keep waking each other and the clock stands still."""
 
 
+TICKS_PER_S = 2.0**30
+"""Clocks of processes go in steps of 2^-30 s: sums with an origin below 2^22 s are then exact."""
+
+
 class SimProcess:
-    """What a real process is to the world: its tasks freeze, thaw and die together.
+    """What a real process is to the world: its tasks freeze, thaw and die together, and see one clock.
 
     Everything started by `spawn`, and everything that starts in turn, belongs to it (through a context variable).
     """
 
-    def __init__(self, loop: SimLoop, name: str) -> None:
+    def __init__(self, loop: SimLoop, name: str, origin_s: int = 0) -> None:
+        """`origin_s`: what its monotonic clock shows when the world begins, a whole number below 2^22."""
+        assert 0 <= origin_s < 2**22, f"{name} cannot count from {origin_s}"
         self.name = name
         self.frozen = False
         self.dead = False
+        self.origin_s = origin_s
+        self.wall_jump_s = 0.0
+        """How far its wall clock is off: somebody set it."""
         self._loop = loop
         self._context = contextvars.Context()
         self._context.run(_process.set, self)
@@ -68,7 +82,7 @@ class SimProcess:
     def spawn(self, coro: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
         return self._loop.create_task(coro, name=name, context=self._context.copy())
 
-    def tasks(self) -> list[asyncio.Task[Any]]:
+    def tasks(self) -> list[SimTask]:
         """Those not finished, oldest first."""
         return [t for t in self._loop.tasks() if t.process is self]
 
@@ -141,8 +155,6 @@ class SimLoop(asyncio.SelectorEventLoop):
     """`rng` belongs to the schedule; a part of the world that needs chance derives its own with `fork`."""
 
     _ready: deque[asyncio.Handle]
-    _scheduled: list[asyncio.TimerHandle]
-    _timer_cancelled_count: int
 
     def __init__(self, seed: int) -> None:
         clock = _Clock()
@@ -156,17 +168,45 @@ class SimLoop(asyncio.SelectorEventLoop):
         """Called before each turn, when no callback is half done, with the processes that ran in the last one. What
         it raises ends the run."""
         self._ran: dict[SimProcess, None] = {}
-        self._now = 0.0
+        self.now = 0.0
+        """The world's clock, which no process sees."""
+        self._ticked = 0.0
+        """The same in whole ticks, for the clocks of processes."""
         self._numbers = 0
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._num_timers = 0
         self._turns_at_this_instant = 0
         self._stalled: list[asyncio.Handle] = []
         self._graveyard: list[asyncio.Task[Any]] = []
+        self.world = contextvars.Context()
+        """Of callbacks that belong to no process."""
         super().__init__(clock)
         self.set_task_factory(lambda loop, coro, **kw: SimTask(coro, loop=self, **kw))
         self.set_exception_handler(lambda loop, what: self._note(what))
 
     def time(self) -> float:
-        return self._now
+        """The monotonic clock of the process that asks."""
+        process = _process.get()
+        return self.now if process is None else self._ticked + process.origin_s
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """`when` is on the clock of the process that asks; whoever runs then has no say."""
+        process = _process.get()
+        if process is not None:
+            when = math.ceil((when - process.origin_s) * TICKS_PER_S) / TICKS_PER_S
+        return self._schedule(asyncio.TimerHandle(when, callback, args, self, context))
+
+    def at(self, when: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle:
+        """For the world: call back at world time `when`, as nobody's process."""
+        return self._schedule(asyncio.TimerHandle(when, callback, args, self, self.world))
+
+    def _schedule(self, timer: asyncio.TimerHandle) -> asyncio.TimerHandle:
+        """In a heap of our own: tuples compare faster than handles, and asyncio's is looked at before each turn."""
+        self._num_timers += 1
+        heapq.heappush(self._timers, (timer._when, self._num_timers, timer))  # type: ignore[attr-defined]
+        return timer
 
     def fork(self, name: str) -> random.Random:
         """A generator of its own for `name`, so that one consumer more does not change what another one draws."""
@@ -189,29 +229,32 @@ class SimLoop(asyncio.SelectorEventLoop):
         raise RuntimeError("there are no threads in the simulator: this code belongs behind an adapter")
 
     def turn(self, timeout: float | None) -> None:
-        """One turn's bookkeeping; see the module's head. `timeout` is asyncio's: None without any timer."""
+        """One turn's bookkeeping; see the module's head. `timeout` is asyncio's: None when nothing is ready."""
+        timers = self._timers
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
         if timeout is None:
-            raise SimDeadlock("everybody waits and no timer is set:\n" + self.describe())
-        if timeout > 0 and self._scheduled[0].when() > self._now:
-            self._now = self._scheduled[0].when()
-            self.start_instant()
+            if not timers:
+                raise SimDeadlock("everybody waits and no timer is set:\n" + self.describe())
+            if timers[0][0] > self.now:
+                self.now = timers[0][0]
+                self._ticked = math.floor(self.now * TICKS_PER_S) / TICKS_PER_S
+                self.start_instant()
         self.num_turns += 1
         self._turns_at_this_instant += 1
         if self._turns_at_this_instant > MAX_TURNS_PER_INSTANT:
-            raise SimLivelock(f"{MAX_TURNS_PER_INSTANT} turns at t={self._now}:\n" + self.describe())
+            raise SimLivelock(f"{MAX_TURNS_PER_INSTANT} turns at t={self.now}:\n" + self.describe())
         if self.on_turn is not None:
             self.on_turn(self._ran)
         self._ran = {}
         ready = [h for h in self._ready if self._may_run(h)]
         self._ready.clear()
-        while self._scheduled and self._scheduled[0].when() <= self._now:
-            timer = heapq.heappop(self._scheduled)
-            timer._scheduled = False  # type: ignore[attr-defined]
-            if timer.cancelled():
-                self._timer_cancelled_count -= 1
-            elif self._may_run(timer):
+        while timers and timers[0][0] <= self.now:
+            timer = heapq.heappop(timers)[2]
+            if not timer.cancelled() and self._may_run(timer):
                 ready.append(timer)
-        self.rng.shuffle(ready)
+        if len(ready) > 1:
+            self.rng.shuffle(ready)
         self._ready.extend(ready)
 
     def start_instant(self) -> None:
@@ -233,7 +276,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._stalled = [h for h in self._stalled if h not in mine]
         self._ready.extend(mine)
 
-    def bury(self, tasks: list[asyncio.Task[Any]]) -> None:
+    def bury(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
         """Keep dead tasks until the loop is closed: collected earlier, their `finally` would run after all."""
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from baton.core.block_hash import HashScope
 from baton.core.config import Config
-from baton.core.errors import PeerLost
 from baton.core.layout import Capability
 from baton.core.metrics import Metrics
 from baton.core.step import Runner, Step, StepResult
@@ -31,6 +30,8 @@ from baton.models.hash_model import EOS, NUMERICS, layout
 from baton.prefill_node.policy import prefill_policy
 from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.network import Conditions, SimNetwork
+from baton.sim.provenance import Provenance
+from baton.sim.registry import SimRegistry
 from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, Lender, SimTransport, WireSpeed
 from baton.worker.node import NodeParts, WorkerNode
@@ -72,46 +73,32 @@ class Site:
     """Called when a worker's process ended by a bug."""
 
 
-class SimRegistry:
-    """The registry as a dictionary. `outage` makes every call fail, as a lost Redis does."""
+class _WatchedRunner:
+    """A runner that says in the trace what it executed, and to the oracle which blocks it read and wrote."""
 
-    def __init__(self) -> None:
-        self.outage = False
-        self.num_refused = 0
-        self._infos: dict[str, WorkerInfo] = {}
-
-    async def register(self, info: WorkerInfo) -> None:
-        self._check()
-        self._infos[info.worker_id] = info
-
-    async def deregister(self, worker_id: str, boot_id: str) -> None:
-        self._check()
-        if worker_id in self._infos and self._infos[worker_id].boot_id == boot_id:
-            del self._infos[worker_id]
-
-    async def list(self) -> tuple[WorkerInfo, ...]:
-        self._check()
-        return tuple(self._infos.values())
-
-    async def close(self) -> None:
-        """Nothing to close."""
-
-    def _check(self) -> None:
-        if self.outage:
-            self.num_refused += 1
-            raise PeerLost("the registry is gone")
-
-
-class _TracedRunner:
-    """A runner that says in the trace what it executed."""
-
-    def __init__(self, inner: Runner, trace: Trace, name: str) -> None:
-        self._inner, self._trace, self._name = inner, trace, name
+    def __init__(
+        self, inner: Runner, scheduler: Scheduler, block_size: int, provenance: Provenance, trace: Trace
+    ) -> None:
+        self._inner, self._scheduler, self._block_size = inner, scheduler, block_size
+        self._provenance, self._trace = provenance, trace
 
     async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
+        size, marks, written = self._block_size, self._provenance, []
+        tenants = {s.request_id: s.request.tenant for s in self._scheduler.sequences()}
+        for chunk in step.chunks:
+            tenant, first = tenants[chunk.request_id], chunk.start // size
+            if "." in chunk.request_id and chunk.start % size:
+                marks.forked(chunk.block_table[first], tenant)
+            for block in chunk.block_table[: -(-chunk.start // size)]:
+                marks.reads(block, tenant)
+            blocks = chunk.block_table[first : -(-chunk.end // size)]
+            written.append((tenant, [(b, marks.begins_writing(b)) for b in blocks]))
         result = await self._inner.execute(step, on_layers)
+        for tenant, blocks_written in written:
+            for block, generation in blocks_written:
+                marks.wrote(block, generation, tenant)
         chunks = " ".join(f"{c.request_id}[{c.start}:{c.end}]" for c in step.chunks)
-        self._trace.note(self._name, "step", step.step_id, chunks)
+        self._trace.note(self._provenance.worker_id, "step", step.step_id, chunks)
         return result
 
     async def close(self) -> None:
@@ -126,10 +113,16 @@ class Machine:
         self.process: SimProcess | None = None
         self.node: WorkerNode | None = None
         self.runner: HashRunner | None = None
+        self.thawed_s = 0.0
+        """World time when it last woke up; what is late then is not late by its own fault."""
         self._site = site
         self._terms = terms
         self._builders = builders
         self._main: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.worker_id
 
     @property
     def alive(self) -> bool:
@@ -150,7 +143,8 @@ class Machine:
     def start(self) -> None:
         assert not self.alive, f"{self.worker_id} is running"
         self.boots += 1
-        self.process = SimProcess(self._site.loop, self.worker_id)
+        origin_s = clock_origin(self._site.loop, self.worker_id, self.boots)
+        self.process = SimProcess(self._site.loop, self.worker_id, origin_s)
         self._site.trace.note(self.worker_id, "start", self.boots)
         self._main = self.process.spawn(self._run(self.process), f"{self.worker_id} boot {self.boots}")
         self._main.add_done_callback(self._on_end)
@@ -163,6 +157,16 @@ class Machine:
         self._site.network.crash(self.worker_id, silent)
         self._site.fabric.crash(self.worker_id, silent)
 
+    def freeze(self) -> None:
+        assert self.process is not None
+        self.process.freeze()
+        self._site.trace.note(self.worker_id, "freezes")
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.thaw()
+        self.thawed_s = self._site.loop.now
+
     async def stop(self) -> None:
         """SIGTERM: the node ends in order. Afterwards no task of it may be left."""
         assert self._main is not None
@@ -171,7 +175,7 @@ class Machine:
 
     def _on_end(self, main: asyncio.Task[None]) -> None:
         if not main.cancelled() and (error := main.exception()) is not None:
-            self._site.failed(f"{self.worker_id} died of a bug: {_leaf(error)!r}")
+            self._site.failed(f"{self.worker_id} died of a bug: {leaf(error)!r}")
 
     async def _run(self, process: SimProcess) -> None:
         site, terms, config = self._site, self._terms, self._terms.config
@@ -181,7 +185,8 @@ class Machine:
         memory.buffer[:] = random.Random(self.worker_id).randbytes(len(memory.buffer))  # nobody may lean on zeroes
         pool = self._builders.pool(num_blocks, terms.block_size)
         leases = self._builders.leases(pool, metrics)
-        transport = SimTransport(site.fabric, self.worker_id, memory)
+        provenance = Provenance(self.worker_id, pool, site.failed)
+        transport = SimTransport(site.fabric, self.worker_id, memory, provenance)
         puller = self._builders.puller(memory, {transport.name: transport}, pool, config.handoff, metrics)
         capability = Capability(
             model="hash", model_fingerprint="hash-1", layout=shape, max_model_len=terms.max_model_len,
@@ -190,24 +195,28 @@ class Machine:
         )
         policy = (prefill_policy if self.role is Role.PREFILL else decode_policy)(config, capability.eos_token_ids)
         self.runner = HashRunner(memory.buffer, shape, terms.costs)
-        parts = NodeParts(
-            pool, Scheduler(pool, policy.limits, HashScope.of(capability)),
-            _TracedRunner(self.runner, site.trace, self.worker_id), memory, leases, puller,
-            site.network.dial(self.worker_id), metrics,
-        )
+        scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
+        runner = _WatchedRunner(self.runner, scheduler, terms.block_size, provenance, site.trace)
+        dial = site.network.dial(self.worker_id)
+        parts = NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics)
         info = WorkerInfo(self.worker_id, f"{self.worker_id}.{self.boots}", self.role, self.worker_id, capability)
         self.node = node = WorkerNode(info, parts, policy, config)
-        site.fabric.attach(Lender(info, memory, leases.may_read, process))
+        site.fabric.attach(Lender(info, memory, leases.may_read, process, provenance))
         site.network.listen(self.worker_id, node, process)
         try:
-            await serve_registered(node, site.registry, config)
+            await serve_registered(node, site.registry.at(self.worker_id), config)
         finally:
             site.network.crash(self.worker_id, silent=False)
             await puller.close()
             await transport.close()
 
 
-def _leaf(error: BaseException) -> BaseException:
+def clock_origin(loop: SimLoop, host: str, boot: int) -> int:
+    """What a host's monotonic clock shows when the world begins: days since it was switched on."""
+    return random.Random(f"clock {loop.seed} {host} {boot}").randrange(2**21)
+
+
+def leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

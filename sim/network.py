@@ -1,7 +1,7 @@
-"""The simulated network: the doors of core/services.py over links that delay, lose, hold and reset.
+"""The simulated network: the doors of core/services.py over links that delay, lose, hold, reset and repeat.
 
-Owns which host reaches which, and every call under way. Does not know what the calls are about. Messages are frozen
-dataclasses, so they are passed as they are.
+Owns which host reaches which, and every call under way. Does not know what the calls are about: a service is an
+object, a call one of its methods. Messages are frozen dataclasses, so they are passed as they are.
 
 Life of a call:
 
@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,10 +29,11 @@ from baton.core.messages import StepMessage, UpMessage, WorkerStatus
 from baton.core.services import Dial, WorkerService
 from baton.core.worker import WorkerInfo
 from baton.sim.loop import SimLoop, SimProcess
+from baton.sim.pipe import Control, End, Pipe
 from baton.sim.trace import Trace
 
-WINDOW_FRAMES = 64
-"""Frames one direction holds before its sender waits: HTTP/2 flow control, in frames."""
+REPLAY_DEPTH = 6
+"""How far back a replayed message is: older than any that is merely late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,112 +48,13 @@ class Conditions:
     """A call over a link that was cut for so long is given up at both ends."""
 
 
-class _End:
-    """The sender is through with this direction."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Control:
-    """A frame for the network itself: acts on arrival, whether or not anybody reads."""
-
-    act: Callable[[], None]
-
-
-class _Pipe:
-    """One direction of a call: frames on the way, then frames that arrived and were not read."""
-
-    def __init__(self, network: SimNetwork, src: str, dst: str) -> None:
-        self.src, self.dst = src, dst
-        self.discards = False
-        """The reader has left: frames vanish, and the sender does not know yet."""
-        self._network = network
-        self._travelling: deque[tuple[float, Any]] = deque()
-        self._arrived: deque[Any] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-        self._last_arrival = 0.0
-        self._reader: asyncio.Future[None] | None = None
-        self._sender: asyncio.Future[None] | None = None
-        self._broken: BatonError | None = None
-
-    @property
-    def num_travelling(self) -> int:
-        return len(self._travelling)
-
-    @property
-    def num_arrived(self) -> int:
-        return len(self._arrived)
-
-    async def send(self, frame: object) -> None:
-        """Returns when there was room for the frame; raises what the call ended with."""
-        while self._is_full() and self._broken is None:
-            self._sender = self._network.loop.create_future()
-            await self._sender
-        if self._broken is not None:
-            raise self._broken
-        self.put(frame)
-
-    def put(self, frame: object) -> None:
-        if self._broken is None and not (self.discards and not isinstance(frame, _Control)):
-            self._last_arrival = max(self._last_arrival, self._network.arrival())
-            self._travelling.append((self._last_arrival, frame))
-            self._arm()
-
-    async def get(self) -> Any:
-        while not self._arrived:
-            if self._broken is not None:
-                raise self._broken
-            self._reader = self._network.loop.create_future()
-            await self._reader
-        frame = self._arrived.popleft()
-        _wake(self._sender)
-        return frame
-
-    def end(self, error: BatonError) -> None:
-        """Nothing travels any more. What has arrived can still be read, then `error` is raised."""
-        if self._broken is None:
-            self._broken = error
-            self._travelling.clear()
-            _wake(self._reader)
-            _wake(self._sender)
-
-    def pump(self) -> None:
-        """The head frame is due, or its link healed."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._travelling and self._network.reaches(self.src, self.dst):
-            due, frame = self._travelling[0]
-            if due > self._network.loop.time():
-                return self._arm()
-            self._travelling.popleft()
-            if isinstance(frame, _Control):
-                frame.act()
-            else:
-                self._arrived.append(frame)
-                _wake(self._reader)
-        return None
-
-    def _arm(self) -> None:
-        if self._timer is None and self._travelling:
-            loop, context = self._network.loop, self._network.context
-            self._timer = loop.call_at(self._travelling[0][0], self.pump, context=context)
-
-    def _is_full(self) -> bool:
-        return not self.discards and len(self._travelling) + len(self._arrived) >= WINDOW_FRAMES
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
-
-
 class _Call:
     """One call between two hosts. `task` is the server's, once the opening frame has arrived."""
 
     def __init__(self, network: SimNetwork, client: str, server: str, method: str) -> None:
         self.client, self.server, self.method = client, server, method
-        self.up = _Pipe(network, client, server)
-        self.down = _Pipe(network, server, client)
+        self.up = Pipe(network, client, server)
+        self.down = Pipe(network, server, client)
         self.task: asyncio.Task[None] | None = None
 
     def between(self, a: str, b: str | None) -> bool:
@@ -177,9 +78,15 @@ class _Incoming:
 
     async def __anext__(self) -> UpMessage:
         frame = await self._call.up.get()
-        if frame is _End:
+        if frame is End:
             raise StopAsyncIteration
         return cast(UpMessage, frame)
+
+
+CallRule = Callable[[str, str, str], bool]
+"""(client, server, method) of a call that is being delivered -> whether it is delivered once more."""
+FrameRule = Callable[[str, str, object], bool]
+"""(sender, reader, frame) of a frame that arrived -> whether an earlier one arrives again behind it."""
 
 
 class SimNetwork:
@@ -187,20 +94,30 @@ class SimNetwork:
 
     def __init__(self, loop: SimLoop, trace: Trace, conditions: Conditions | None = None) -> None:
         self.loop = loop
-        self.context = contextvars.Context()
-        """The world's: what the network does belongs to no process."""
         self.conditions = conditions or Conditions()
+        self.repeated_calls: dict[object, CallRule] = {}
+        """By who set them: unary calls that a retry below us delivers twice."""
+        self.replayed_frames: dict[object, FrameRule] = {}
+        """By who set them: messages that a worker's stream brings again, as a sender that starts over would."""
         self._trace = trace
         self._rng: random.Random = loop.fork("network")
-        self._listening: dict[str, tuple[WorkerService, SimProcess]] = {}
+        self._listening: dict[str, tuple[object, SimProcess]] = {}
         self._gone: set[str] = set()
         self._cuts: dict[tuple[str, str], float] = {}
         self._calls: dict[_Call, None] = {}
+        self.num_sent = 0
+        """Frames so far."""
+        self._queueing_s = self._queueing_jitter_s = 0.0
+        c = self.conditions
+        self._usual_delay_s = c.delay_s + c.jitter_s + (3 * c.retransmit_s if c.loss else 0.0)
+        self.longest_delay_s = self._usual_delay_s
+        """Of a frame that is lost no more than twice and held by nobody, so far."""
 
     # ---- what production code gets -----------------------------------------------------------------------------
 
-    def listen(self, host: str, service: WorkerService, process: SimProcess) -> None:
-        """Serve `service` at `host`. A restart under the same name resets what was open to its predecessor."""
+    def listen(self, host: str, service: object, process: SimProcess) -> None:
+        """Serve the methods of `service` at `host`. A restart under the same name resets what was open to its
+        predecessor."""
         self._gone.discard(host)
         self._drop([c for c in self._calls if c.between(host, None)], "was restarted")
         self._listening[host] = (service, process)
@@ -213,14 +130,24 @@ class SimNetwork:
 
         return reach
 
+    async def ask(self, client: str, server: str, method: str, **arguments: Any) -> AsyncGenerator[Any, None]:
+        """Call a method that answers with a stream; closing the iterator ends the call at the server, too."""
+        call = self.open(client, server, method, arguments)
+        try:
+            async with closing(answers(call)) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self.leave(call)
+
     # ---- faults --------------------------------------------------------------------------------------------------
 
     def cut(self, src: str, dst: str) -> None:
         """Frames from src to dst are held, silently, until `heal`; keep-alive may end the calls before."""
-        since = self.loop.time()
+        since = self.loop.now
         self._cuts[src, dst] = since
         self._trace.note("network", "cut", src, dst)
-        self.loop.call_later(self.conditions.keepalive_s, self._keepalive, src, dst, since, context=self.context)
+        self.loop.at(since + self.conditions.keepalive_s, self._keepalive, src, dst, since)
 
     def heal(self, src: str, dst: str) -> None:
         self._cuts.pop((src, dst), None)
@@ -228,6 +155,20 @@ class SimNetwork:
         for call in list(self._calls):
             call.up.pump()
             call.down.pump()
+
+    @contextlib.contextmanager
+    def congested(self, delay_s: float, jitter_s: float) -> Iterator[None]:
+        """Until the end of the block frames take longer, by so much and up to so much more."""
+        self._queueing_s += delay_s
+        self._queueing_jitter_s += jitter_s
+        now_s = self._usual_delay_s + self._queueing_s + self._queueing_jitter_s
+        self.longest_delay_s = max(self.longest_delay_s, now_s)
+        self._trace.note("network", "congested")
+        try:
+            yield
+        finally:
+            self._queueing_s -= delay_s
+            self._queueing_jitter_s -= jitter_s
 
     def reset(self, a: str, b: str) -> int:
         """Reset every call between two hosts; returns how many there were."""
@@ -242,7 +183,7 @@ class SimNetwork:
         self._trace.note("network", "crash", host, "silent" if silent else "reset")
         if silent:
             self._gone.add(host)
-            self.loop.call_later(self.conditions.keepalive_s, self._give_up_on, host, context=self.context)
+            self.loop.at(self.loop.now + self.conditions.keepalive_s, self._give_up_on, host)
         else:
             self._drop([c for c in self._calls if c.between(host, None)], "reset the connection")
 
@@ -267,23 +208,27 @@ class SimNetwork:
         return (src, dst) not in self._cuts and src not in self._gone and dst not in self._gone
 
     def arrival(self) -> float:
-        """When a frame sent now arrives, unless something holds it."""
+        """World time at which a frame sent now arrives, unless something holds it."""
         c = self.conditions
         late = 0.0
         while self._rng.random() < c.loss:
             late = 2 * late + c.retransmit_s
-        return self.loop.time() + c.delay_s + self._rng.random() * c.jitter_s + late
+        self.num_sent += 1
+        delay_s, jitter_s = c.delay_s + self._queueing_s, c.jitter_s + self._queueing_jitter_s
+        return self.loop.now + delay_s + self._rng.random() * jitter_s + late
 
     def open(self, client: str, server: str, method: str, arguments: dict[str, Any]) -> _Call:
         call = _Call(self, client, server, method)
         self._calls[call] = None
-        call.up.put(_Control(lambda: self._accept(call, arguments)))
+        if method == "stream":
+            call.down.repeat = self._replay_on(call.down)
+        call.up.put(Control(lambda: self._accept(call, arguments)))
         return call
 
     def leave(self, call: _Call) -> None:
-        """The client is through with the call; the server hears of it when the news arrives."""
-        call.down.discards = True
-        call.up.put(_Control(lambda: self._left(call)))
+        """The client is through with the call; the server hears of it when the news arrives, if it ever does."""
+        call.down.discards = call.client not in self._gone
+        call.up.put(Control(lambda: self._left(call)))
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
@@ -294,45 +239,67 @@ class SimNetwork:
         service, process = self._listening[call.server]
         serving = self._serve(call, service, arguments)
         call.task = process.spawn(serving, f"{call.method} from {call.client}")
+        ends = (call.client, call.server, call.method)
+        if not call.down.discards and any(rule(*ends) for rule in self.repeated_calls.values()):
+            self._trace.note("network", "repeats", call.method, call.client, call.server)
+            ghost = _Call(self, call.client, call.server, call.method)
+            ghost.down.discards = True  # the client reads one answer
+            self.loop.at(self.arrival(), self._accept, ghost, arguments)
 
     def _left(self, call: _Call) -> None:
         self._calls.pop(call, None)
         call.end_server(PeerLost(f"{call.client} left"))
 
-    async def _serve(self, call: _Call, service: WorkerService, arguments: dict[str, Any]) -> None:
+    async def _serve(self, call: _Call, service: object, arguments: dict[str, Any]) -> None:
         """The server's side of a call, in the server's process."""
+        if call.method == "stream":
+            arguments = {"up": _Incoming(call)}
         try:
-            if call.method == "stream":
-                await _forward(service.stream(_Incoming(call)), call)
-            elif call.method == "prefill":
-                await _forward(service.prefill(**arguments), call)
+            answer = getattr(service, call.method)(**arguments)
+            if isinstance(answer, AsyncIterator):
+                async with closing(answer) as messages:
+                    async for message in messages:
+                        await call.down.send(message)
             else:
-                await call.down.send(await getattr(service, call.method)(**arguments))
-            call.down.put(_End)
+                await call.down.send(await answer)
+            call.down.put(End)
         except BatonError as e:
             call.down.put(e)
         except Exception as e:
             self.loop.call_exception_handler({"message": f"{call.method} of {call.server} failed", "exception": e})
             call.down.put(InternalError(f"{call.method} failed: {e!r}"))
 
+    def _replay_on(self, pipe: Pipe) -> Callable[[object], object | None]:
+        """For the downward pipe of one stream: remembers its last frames, and brings one again when a rule says so."""
+        recent: deque[object] = deque(maxlen=REPLAY_DEPTH)
+
+        def again(frame: object) -> object | None:
+            old = None
+            if recent and any(rule(pipe.src, pipe.dst, recent[0]) for rule in self.replayed_frames.values()):
+                old = recent[0]
+                self._trace.note("network", "replays", pipe.src, pipe.dst)
+            recent.append(frame)
+            return old
+
+        return again
+
     def _drop(self, calls: list[_Call], what: str) -> None:
         """End calls at both ends, each hearing of it after a link delay of its own."""
         for call in calls:
             self._calls.pop(call, None)
             error = PeerLost(f"{call.server} {what}")
-            self.loop.call_at(self.arrival(), call.down.end, error, context=self.context)
-            self.loop.call_at(self.arrival(), call.end_server, error, context=self.context)
+            self.loop.at(self.arrival(), call.down.end, error)
+            self.loop.at(self.arrival(), call.end_server, error)
 
     def _keepalive(self, src: str, dst: str, since: float) -> None:
         if self._cuts.get((src, dst)) == since:
-            calls = [c for c in self._calls if c.between(src, dst)]
-            self._drop(calls, "does not answer keep-alive")
-            self.loop.call_later(self.conditions.keepalive_s, self._keepalive, src, dst, since, context=self.context)
+            self._drop([c for c in self._calls if c.between(src, dst)], "does not answer keep-alive")
+            self.loop.at(self.loop.now + self.conditions.keepalive_s, self._keepalive, src, dst, since)
 
     def _give_up_on(self, host: str) -> None:
         if host in self._gone:
             self._drop([c for c in self._calls if c.between(host, None)], "does not answer keep-alive")
-            self.loop.call_later(self.conditions.keepalive_s, self._give_up_on, host, context=self.context)
+            self.loop.at(self.loop.now + self.conditions.keepalive_s, self._give_up_on, host)
 
 
 class SimWorker:
@@ -347,7 +314,7 @@ class SimWorker:
         call = self._network.open(self._host, self._server, "stream", {})
         sending = asyncio.ensure_future(_send_up(up, call))
         try:
-            async with closing(_answers(call)) as messages:
+            async with closing(answers(call)) as messages:
                 async for message in messages:
                     yield message
         finally:
@@ -355,27 +322,21 @@ class SimWorker:
             sending.cancel()
             await asyncio.wait([sending])
 
-    async def prefill(self, call: PrefillCall) -> AsyncGenerator[PrefillEvent, None]:
-        opened = self._network.open(self._host, self._server, "prefill", {"call": call})
-        try:
-            async with closing(_answers(opened)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._network.leave(opened)
+    def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
+        return self._network.ask(self._host, self._server, "prefill", call=call)
 
     async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
-        arguments = {"lease_id": lease_id, "release": release, "timeout_s": timeout_s}
-        return cast(ReleaseAnswer, await self._unary("lease", arguments, timeout_s))
+        answer = await self._unary("lease", timeout_s, lease_id=lease_id, release=release)
+        return cast(ReleaseAnswer, answer)
 
     async def drain(self, on: bool, timeout_s: float) -> WorkerStatus:
-        return cast(WorkerStatus, await self._unary("drain", {"on": on, "timeout_s": timeout_s}, timeout_s))
+        return cast(WorkerStatus, await self._unary("drain", timeout_s, on=on))
 
     async def status(self, timeout_s: float) -> WorkerStatus:
-        return cast(WorkerStatus, await self._unary("status", {"timeout_s": timeout_s}, timeout_s))
+        return cast(WorkerStatus, await self._unary("status", timeout_s))
 
-    async def _unary(self, method: str, arguments: dict[str, Any], timeout_s: float) -> object:
-        call = self._network.open(self._host, self._server, method, arguments)
+    async def _unary(self, method: str, timeout_s: float, **arguments: Any) -> object:
+        call = self._network.open(self._host, self._server, method, {**arguments, "timeout_s": timeout_s})
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await call.down.get()
@@ -399,8 +360,8 @@ async def closing(iterator: AsyncIterator[Any]) -> AsyncIterator[AsyncIterator[A
             await aclose()
 
 
-async def _answers(call: _Call) -> AsyncGenerator[Any, None]:
-    while (frame := await call.down.get()) is not _End:
+async def answers(call: _Call) -> AsyncGenerator[Any, None]:
+    while (frame := await call.down.get()) is not End:
         if isinstance(frame, BatonError):
             raise frame
         yield frame
@@ -411,10 +372,4 @@ async def _send_up(up: AsyncIterator[UpMessage], call: _Call) -> None:
         async with closing(up) as messages:
             async for message in messages:
                 await call.up.send(message)
-        call.up.put(_End)
-
-
-async def _forward(answers: AsyncIterator[object], call: _Call) -> None:
-    async with closing(answers) as messages:
-        async for message in messages:
-            await call.down.send(message)
+        call.up.put(End)

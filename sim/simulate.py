@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from baton.sim.loop import SimDeadlock, SimLivelock, SimLoop, run
 from baton.sim.oracle import OracleFailure
-from baton.sim.world import Plan, World, draw_plan
+from baton.sim.plan import Plan, draw_plan
+from baton.sim.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,6 @@ def _report(seed: int, world: World, failure: str) -> Report:
         if machine.node is not None:
             counters.update({name: int(value) for name, value in machine.node.parts.metrics.rendered()})
     return Report(
-        seed, failure, tuple((f.name, f.evidence) for f in world.plan.faults), tuple(sorted(outcomes.items())),
+        seed, failure, tuple((f.name, f.evidence) for f in world.faults.values()), tuple(sorted(outcomes.items())),
         len(world.oracle.records), world.trace.num_events, world.loop.num_turns, world.loop.time(),
         tuple(sorted(counters.items())), world.trace.digest)

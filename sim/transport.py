@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from baton.core.errors import BatonError, Incompatible, PeerLost
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.memory import KVMemory
-from baton.kv_transfer.transport import MayRead, Pull, PullOrder, PullRefused, failed
+from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull, PullOrder, PullRefused, failed
 from baton.sim.loop import SimLoop, SimProcess
+from baton.sim.provenance import Mark, Provenance
 from baton.sim.trace import Trace
 
 
@@ -36,6 +37,10 @@ class PullFault(enum.StrEnum):
     """The transport reports an error half way."""
     CORRUPT = "corrupt"
     """One bit of one block is flipped on the wire."""
+    MISPLACED = "misplaced"
+    """Every block lands one place further on, the last one at the first place."""
+    SHORT = "short"
+    """The transport says done, and one block never came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Lender:
     memory: KVMemory
     may_read: MayRead
     process: SimProcess
+    provenance: Provenance | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -66,6 +72,8 @@ class Moving:
     lender: str
     pull: Pull
     fault: PullFault | None
+    generations: tuple[int, ...] = ()
+    """Of the destination blocks when they were given to this pull."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     late_landings: int = 0
     """Blocks that landed after a stall: what quarantine is for."""
@@ -140,10 +148,13 @@ class Fabric:
 class SimTransport:
     """kv_transfer.transport.Transport for one boot of a worker."""
 
-    def __init__(self, fabric: Fabric, worker_id: str, memory: KVMemory) -> None:
+    def __init__(
+        self, fabric: Fabric, worker_id: str, memory: KVMemory, provenance: Provenance | None = None
+    ) -> None:
         self._fabric = fabric
         self._worker_id = worker_id
         self._memory = memory
+        self._provenance = provenance
         self._peers: dict[str, Lender] = {}
 
     @property
@@ -182,11 +193,13 @@ class SimTransport:
         if lender is None or lender.process.dead:
             return failed(order, PeerLost(f"no connection to {peer_id}"))
         one = Moving(self._worker_id, peer_id, Pull(order), self._fabric.fault_of(self._worker_id, peer_id, order))
+        if self._provenance is not None and order.lease_id != PROBE_LEASE:
+            one.generations = self._provenance.generations(order.destination)
         self._fabric.moving[one] = None
         if one.fault is not None:
             self._fabric.hit.append(one)
             self._fabric.trace.note(self._worker_id, "pull-fault", peer_id, one.fault)
-        wire = _Wire(self._fabric, one, lender, self._memory)
+        wire = _Wire(self._fabric, one, lender, self._memory, self._provenance)
         self._fabric.loop.create_task(wire.move(), context=self._fabric.context.copy())
         return one.pull
 
@@ -205,35 +218,49 @@ class _Wire:
     """Carries one pull. Runs as the world: neither reader nor lender needs to run for bytes to land, except that a
     stopped lender sends nothing."""
 
-    def __init__(self, fabric: Fabric, moving: Moving, lender: Lender, destination: KVMemory) -> None:
+    def __init__(
+        self, fabric: Fabric, moving: Moving, lender: Lender, destination: KVMemory, reader: Provenance | None
+    ) -> None:
         self._fabric = fabric
         self._moving = moving
         self._lender = lender
         self._destination = destination
+        self._reader = reader
         self._stalled = False
 
     async def move(self) -> None:
         fabric, one, order = self._fabric, self._moving, self._moving.pull.order
         half = len(order.source) // 2
-        broken = fabric.rng.randrange(len(order.source)) if one.fault is PullFault.CORRUPT else -1
+        broken = fabric.rng.randrange(len(order.source)) if one.fault in (PullFault.CORRUPT, PullFault.SHORT) else -1
         await self._wait(fabric.speed.latency_s)
         if not self._lender.may_read(order.lease_id, order.source):
             fabric.end(one, PullRefused(f"{one.lender} does not lend {order.source} under {order.lease_id}"))
             return
-        for i, (source, destination) in enumerate(zip(order.source, order.destination, strict=True)):
+        for i, source in enumerate(order.source):
             if i == half:
                 await self._stall_or_fail()
             if one not in fabric.moving:
                 return
             data = bytearray(self._lender.memory.block(source)[order.part])
+            mark = self._lender.provenance.mark(source) if self._lender.provenance is not None else None
             await self._wait(len(data) / fabric.speed.bytes_per_s)
             if one not in fabric.moving:
                 return
-            if i == broken:
+            if i == broken and one.fault is PullFault.CORRUPT:
                 data[fabric.rng.randrange(len(data))] ^= 1 << fabric.rng.randrange(8)
-            self._destination.block(destination)[order.part] = data
-            one.late_landings += self._stalled
+            is_short = i == broken and one.fault is PullFault.SHORT
+            self._land((i + 1) % len(order.source) if one.fault is PullFault.MISPLACED else i, data, mark, is_short)
         fabric.end(one)
+
+    def _land(self, i: int, data: bytearray, mark: Mark | None, is_short: bool) -> None:
+        """What a short pull leaves in a block is not new, and may yet be right: its digest says."""
+        one = self._moving
+        destination = one.pull.order.destination[i]
+        if self._reader is not None and one.generations:
+            self._reader.lands(destination, one.generations[i], mark)
+        if not is_short:
+            self._destination.block(destination)[one.pull.order.part] = data
+        one.late_landings += self._stalled
 
     async def _stall_or_fail(self) -> None:
         fabric, one = self._fabric, self._moving

@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from baton.core.request import Request, SamplingParams
+from baton.core.request import Choice, Request, SamplingParams
 from baton.models.hash_model import VOCABULARY, expected
 
 
@@ -22,6 +22,8 @@ class Job:
     cancel_after_tokens: int | None = None
     read_delay_s: float = 0.0
     """Pause after each chunk it reads."""
+    router: float = 0.0
+    """In [0, 1): which of the routers that are up."""
     may_miss_deadline: bool = False
     """Its deadline is so short that missing it is no fault of ours."""
 
@@ -42,6 +44,13 @@ class Shape:
     p_follow_up: float = 0.25
     """A follow-up's prompt is an earlier prompt, its answer, and something new: the multi-turn chat."""
     deadline_s: float = 60.0
+    p_choices: float = 0.2
+    """Several parallel answers."""
+    max_choices: int = 3
+    fancy: float = 1.0
+    """Scales how often penalties, biases, seeds and log-probs are asked for."""
+    tenants: tuple[str, ...] = ("", "acme", "umbra")
+    """All of them use the same prefixes, and must not share a block."""
 
 
 @dataclass(slots=True)
@@ -69,18 +78,35 @@ class Workload:
         rng, shape = self.rng, self.shape
         self._num_jobs += 1
         hurried = rng.random() < shape.p_hurried
-        sampling = SamplingParams(
-            max_tokens=rng.randint(*shape.output_tokens), ignore_eos=rng.random() < 0.3,
-            stop_token_ids=(rng.randrange(VOCABULARY),) if rng.random() < 0.2 else (),
-        )
         deadline_s = rng.uniform(0.05, 0.5) if hurried else shape.deadline_s
-        request = Request(f"q{self._num_jobs}", self._prompt(), sampling, deadline_s=deadline_s)
-        self._past.append(request.prompt + expected(request, shape.max_model_len)[0].token_ids)
+        tenant = rng.choice(shape.tenants)
+        num_choices = rng.randint(2, shape.max_choices) if rng.random() < shape.p_choices else 1
+        request = Request(f"q{self._num_jobs}", self._prompt(), self._sampling(),
+                          tuple(Choice(i) for i in range(num_choices)), tenant, deadline_s)
+        self._past.append(request.prompt + rng.choice(expected(request, shape.max_model_len)).token_ids)
         kind = rng.random()
         after_s = rng.uniform(0.0, 0.6) if kind < shape.p_cancel / 2 else None
         after_tokens = rng.randint(0, 4) if shape.p_cancel / 2 <= kind < shape.p_cancel else None
         slow = shape.p_cancel <= kind < shape.p_cancel + shape.p_slow
-        return Job(arrival_s, request, after_s, after_tokens, rng.uniform(0.01, 0.2) if slow else 0.0, hurried)
+        pause_s = rng.uniform(0.01, 0.2) if slow else 0.0
+        return Job(arrival_s, request, after_s, after_tokens, pause_s, rng.random(), hurried)
+
+    def _sampling(self) -> SamplingParams:
+        rng, shape = self.rng, self.shape
+
+        def sometimes(p: float) -> bool:
+            return rng.random() < p * shape.fancy
+
+        return SamplingParams(
+            max_tokens=rng.randint(*shape.output_tokens), ignore_eos=rng.random() < 0.3,
+            stop_token_ids=(rng.randrange(VOCABULARY),) if rng.random() < 0.2 else (),
+            seed=rng.randrange(2**64) if sometimes(0.2) else None,
+            frequency_penalty=rng.choice((-0.5, 0.5)) if sometimes(0.15) else 0.0,
+            presence_penalty=0.3 if sometimes(0.1) else 0.0,
+            repetition_penalty=1.3 if sometimes(0.15) else 1.0,
+            logit_bias=((rng.randrange(VOCABULARY), 2.0),) if sometimes(0.1) else (),
+            logprobs=rng.randint(0, 3) if sometimes(0.1) else None,
+        )
 
     def _prompt(self) -> tuple[int, ...]:
         rng, shape = self.rng, self.shape

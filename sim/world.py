@@ -1,85 +1,49 @@
-"""The deterministic world: 2 prefill workers, 3 decode workers and a router, all production code, on virtual time.
+"""The deterministic world: routers, prefill and decode workers, all production code, on virtual time.
 
-Owns the machines, the clients, and when a run is over. The workload, the faults and the oracle are handed in or drawn
+Owns the hosts, the clients, and when a run is over. The workload, the faults and the oracle are handed in or drawn
 from the seed: a seed is all there is to a run.
 
-Life of a run: machines start -> clients come, in waves, until every fault has landed in the middle of work -> faults
-heal -> the world falls quiet -> nothing may be held -> everything stops in order -> no task may be left.
+Life of a run: hosts start -> clients come, in waves, until every fault has landed in the middle of work -> faults
+heal -> a request through each router is served at once -> the world falls quiet -> nothing may be held -> everything
+stops in order -> no task may be left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import random
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass, field
 from typing import TextIO
 
-from baton.core.config import Config, load
+from baton.core.config import Config
 from baton.core.errors import BatonError
-from baton.core.metrics import Metrics
+from baton.core.messages import TokenChunk
+from baton.core.request import Request, SamplingParams
 from baton.core.worker import Role
-from baton.engine.hash_runner import StepCosts
-from baton.router.dispatch import Dispatcher
-from baton.router.fleet import Fleet
-from baton.router.policy import CostPolicy
-from baton.sim.faults import Fault, draw_faults
+from baton.models.hash_model import VOCABULARY
+from baton.router.link import WorkerState
 from baton.sim.loop import SimLoop, SimProcess
-from baton.sim.machine import Builders, Machine, SimRegistry, Site, Terms
-from baton.sim.network import Conditions, SimNetwork
+from baton.sim.machine import Machine, Site
+from baton.sim.network import SimNetwork
 from baton.sim.oracle import Oracle, OracleFailure, Record, require
+from baton.sim.plan import Plan
+from baton.sim.registry import SimRegistry
+from baton.sim.router_host import RouterHost
 from baton.sim.trace import Trace
-from baton.sim.transport import Fabric, WireSpeed
-from baton.sim.workload import Job, Shape, Workload
+from baton.sim.transport import Fabric
+from baton.sim.workload import Job, Workload
 
-ROUTER = "router"
-WAVE_JOBS = 20
 MORE_JOBS = 8
 """Further clients per wave while a fault has not found its moment."""
 MAX_WAVES = 12
+READY_S = 20.0
+"""By then every router knows every worker."""
+HEAL_S = 5.0
+"""After the last fault: routers dial again (back-off up to 2 s), keep-alive ends what a cut link held."""
+PROBE_S = 6.0
+"""Then a request takes no longer than this: the longest one on the slowest wire takes 2.5 s."""
 QUIET_S = 14.0
 """Nothing holds a block for longer than this after the last client: leases, quarantine and back-off all end before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a seed decides before the first turn; a test may decide parts of it."""
-
-    terms: Terms
-    shape: Shape
-    faults: tuple[Fault, ...]
-    num_prefill: int = 2
-    num_decode: int = 3
-    num_jobs: int = WAVE_JOBS
-    builders: Builders = field(default_factory=Builders)
-
-
-def draw_plan(seed: int) -> Plan:
-    rng = random.Random(f"plan {seed}")
-    block_size = rng.choice((2, 3, 4))
-    max_model_len = 48
-    longest = -(-max_model_len // block_size)
-    num_blocks = {
-        Role.PREFILL: longest + rng.randint(0, 2 * longest),
-        Role.DECODE: longest + rng.randint(0, 2 * longest),
-    }
-    chunk = rng.choice((block_size, 2 * block_size, 16))
-    config = load({}, [
-        f"handoff.lease_ttl_s={rng.choice((0.2, 1, 3))}", "handoff.pull_timeout_s=1", "handoff.alive_interval_s=0.2",
-        "handoff.peer_timeout_s=1", "handoff.release_timeout_s=0.5", "handoff.quarantine_max_s=4",
-        "handoff.probe_bytes=256", f"handoff.quarantine_cap={rng.choice((0.1, 0.5, 1.0))}",
-        f"router.local_prefill_max_tokens={rng.choice((0, 0, 2, 8))}", "router.max_attempts=8",
-        f"prefill.max_chunk_tokens={chunk}", "prefill.max_step_tokens=24", "prefill.max_sequences=6",
-        f"decode.max_chunk_tokens={chunk}", "decode.max_step_tokens=16", "decode.max_sequences=8",
-    ])
-    conditions = Conditions(delay_s=rng.choice((0.0002, 0.002, 0.01)), loss=rng.choice((0.0, 0.01, 0.04)))
-    speed = WireSpeed(bytes_per_s=rng.choice((2e4, 1e5, 5e5)), late_s=rng.uniform(1.0, 8.0))
-    costs = StepCosts(per_token_s=rng.choice((0.0008, 0.005)))
-    terms = Terms(block_size, max_model_len, num_blocks, config, costs, conditions, speed)
-    shape = Shape(max_model_len=max_model_len, mean_gap_s=rng.choice((0.005, 0.02, 0.08)))
-    return Plan(terms, shape, draw_faults(rng))
 
 
 class World:
@@ -88,26 +52,28 @@ class World:
     def __init__(self, loop: SimLoop, plan: Plan, out: TextIO | None = None) -> None:
         self.loop = loop
         self.plan = plan
-        self.trace = Trace(loop.time, out)
-        self.rng = loop.fork("faults")
+        self.trace = Trace(lambda: loop.now, out)
         self.network = SimNetwork(loop, self.trace, plan.terms.conditions)
         self.fabric = Fabric(loop, self.trace, plan.terms.speed)
-        self.fabric.reaches = self.network.reaches
-        self.registry = SimRegistry()
-        self.oracle = Oracle(plan.terms.max_model_len)
+        self.fabric.reaches = lambda a, b: self.network.reaches(a, b) and self.network.reaches(b, a)
+        self.registry = SimRegistry(self.network)
+        self.oracle = Oracle(plan.terms.config, plan.terms.max_model_len, lambda: self.network.longest_delay_s)
         self.site = Site(loop, self.trace, self.network, self.fabric, self.registry, self.fail)
         self.machines = {m.worker_id: m for m in (
             *(self._machine(f"prefill-{i}", Role.PREFILL) for i in range(plan.num_prefill)),
             *(self._machine(f"decode-{i}", Role.DECODE) for i in range(plan.num_decode)),
         )}
-        self.router = SimProcess(loop, ROUTER)
-        self.dispatcher: Dispatcher | None = None
-        self.metrics = Metrics()
+        self.routers = {f"router-{i}": RouterHost(self.site, self.config, f"router-{i}", self.oracle.accounted)
+                        for i in range(plan.num_routers)}
+        kept = range(len(plan.faults)) if plan.kept_faults is None else plan.kept_faults
+        self.faults = {i: fault for i, fault in enumerate(plan.faults) if i in kept}
         self.over = False
         """The last client has ended: faults that still wait for a moment give up."""
         self._failures: list[str] = []
-        self._clients: list[asyncio.Task[None]] = []
+        self._reading: dict[str, asyncio.Task[None]] = {}
+        """By request id: clients whose calls are open."""
         self._workload = Workload(loop.fork("workload"), plan.shape)
+        self._num_jobs = 0
 
     @property
     def config(self) -> Config:
@@ -116,6 +82,9 @@ class World:
     def of(self, role: Role) -> list[Machine]:
         """Machines of a role that run: neither dead nor frozen."""
         return [m for m in self.machines.values() if m.role is role and m.alive and m.process and m.process.running]
+
+    def running_routers(self) -> list[RouterHost]:
+        return [r for r in self.routers.values() if r.process is not None and r.process.running and r.dispatcher]
 
     def fail(self, message: str) -> None:
         """A failure found where raising would not end the run."""
@@ -128,71 +97,109 @@ class World:
         self.loop.on_turn = self._watch
         for machine in self.machines.values():
             machine.start()
-        routing = self.router.spawn(self._route(), "fleet")
-        await asyncio.sleep(2.0)
-        faults = [asyncio.ensure_future(self._inflict(f)) for f in self.plan.faults]
+        for router in self.routers.values():
+            router.start()
+        await self._until_ready()
+        faults = [asyncio.ensure_future(self._inflict(i)) for i in self.faults]
         await self._serve()
         self.over = True
         await asyncio.wait_for(asyncio.gather(*faults), 120.0)
+        await asyncio.sleep(HEAL_S)
+        await self._probe()
         await asyncio.sleep(QUIET_S)
         self._check_quiet()
-        await self._stop(routing)
+        await self._stop()
+
+    async def _until_ready(self) -> None:
+        deadline = self.loop.now + READY_S
+        while not all(r.fleet and self._knows_all(r) for r in self.routers.values()):
+            require(self.loop.now < deadline, f"after {READY_S} s some router does not know every worker")
+            await asyncio.sleep(0.05)
+
+    def _knows_all(self, router: RouterHost) -> bool:
+        assert router.fleet is not None
+        ready = [w for w in router.fleet.workers() if w.state is WorkerState.READY]
+        return len(ready) == len(self.machines)
 
     async def _serve(self) -> None:
         num_jobs = self.plan.num_jobs
         for _ in range(MAX_WAVES):
-            for job in self._workload.wave(num_jobs, self.loop.time()):
-                self._clients.append(self.router.spawn(self._client(job), job.request.request_id))
-            done, late = await asyncio.wait(self._clients, timeout=600.0)
-            require(not late, f"{len(late)} clients still wait: {[t.get_name() for t in late]}")
-            for client in self._clients:
-                client.result()
-            self._clients.clear()
-            if all(f.landed for f in self.plan.faults):
+            if self.plan.kept_jobs is not None:
+                num_jobs = min(num_jobs, self.plan.kept_jobs - self._num_jobs)
+            await self._wave(self._workload.wave(num_jobs, self.loop.now))
+            self._num_jobs += num_jobs
+            if all(f.landed for f in self.faults.values()) or self._num_jobs == self.plan.kept_jobs:
                 return
             num_jobs = MORE_JOBS
             await asyncio.sleep(1.0)  # a fault may be in the middle of its strike
 
-    async def _inflict(self, fault: Fault) -> None:
-        await asyncio.sleep(self.rng.uniform(0.0, 1.0))
+    async def _wave(self, jobs: Iterable[Job]) -> None:
+        clients = [asyncio.ensure_future(self.client(job)) for job in jobs]
+        if not clients:
+            return
+        _, late = await asyncio.wait(clients, timeout=600.0)
+        require(not late, f"{len(late)} clients still wait: {sorted(self._reading)}")
+        for client in clients:
+            client.result()
+
+    async def _inflict(self, index: int) -> None:
+        fault, rng = self.faults[index], self.loop.fork(f"fault {index}")
+        await asyncio.sleep(rng.uniform(0.0, 1.5))
         while not (fault.landed or self.over):
-            await fault.inflict(self)
+            await fault.inflict(self, rng)
         self.trace.note("fault", fault.name, fault.evidence)
 
-    async def _route(self) -> None:
-        fleet = Fleet(self.registry.list, self.network.dial(ROUTER), self.config, self.metrics, ROUTER)
-        policy = CostPolicy(self.config.router, random.Random(f"policy {self.loop.seed}"))
-        self.dispatcher = Dispatcher(fleet, policy, self.config, self.metrics)
-        await fleet.run()
+    # ---- clients -------------------------------------------------------------------------------------------------
 
-    async def _client(self, job: Job) -> None:
-        await asyncio.sleep(max(0.0, job.arrival_s - self.loop.time()))
-        assert self.dispatcher is not None
-        record = self.oracle.begins(job, self.loop.time())
-        name = job.request.request_id
-        self.trace.note(name, "asks", len(job.request.prompt), job.request.sampling.max_tokens)
-        chunks = self.dispatcher.generate(job.request)
+    async def client(self, job: Job, router: RouterHost | None = None) -> Record:
+        """One client's whole life; `router`: where it goes, if not to the one that it draws."""
+        await asyncio.sleep(max(0.0, job.arrival_s - self.loop.now))
+        while router is None:
+            up = [r for r in self.routers.values() if r.alive]
+            router = up[int(job.router * len(up))] if up else None
+            if router is None:
+                await asyncio.sleep(0.1)
+        boots, name = router.boots, job.request.request_id
+        record = self.oracle.begins(job, self.loop.now, router.trouble_between)
+        self.trace.note(name, "asks", router.name, len(job.request.prompt), job.request.sampling.max_tokens)
+        chunks = self.network.ask(_host_of(name), router.name, "generate", request=job.request)
         try:
             async with asyncio.timeout(job.cancel_after_s):
-                await self._read(record, chunks)
-        except TimeoutError:
+                self._reading[name] = asyncio.ensure_future(self._read(record, chunks))
+                await asyncio.wait([self._reading[name]])
+                await self._reading[name]
+        except (TimeoutError, asyncio.CancelledError):
             record.left = True
         except BatonError as e:
             record.error = e
         finally:
+            reading = self._reading.pop(name)
+            reading.cancel()
+            await asyncio.wait([reading])
             await chunks.aclose()
-        self.trace.note(name, "ends", record.outcome, *record.tokens)
-        self.oracle.ends(record, self.loop.time())
+        record.router_lost = router.boots != boots or not router.alive
+        tokens = (t.token_id for seen in record.choices.values() for t in seen.tokens)
+        self.trace.note(name, "ends", record.outcome, *tokens)
+        self.oracle.ends(record, self.loop.now)
+        return record
 
-    async def _read(self, record: Record, chunks: AsyncGenerator[object, None]) -> None:
+    async def _read(self, record: Record, chunks: AsyncGenerator[TokenChunk, None]) -> None:
         job = record.job
         async for chunk in chunks:
-            self.oracle.chunk(record, chunk)  # type: ignore[arg-type]
-            if job.cancel_after_tokens is not None and len(record.tokens) >= job.cancel_after_tokens:
-                if record.finish is None:
-                    record.left = True
+            self.oracle.chunk(record, chunk)
+            if job.cancel_after_tokens is not None and record.num_tokens >= job.cancel_after_tokens:
+                record.left = not record.is_answered
                 return
             await asyncio.sleep(job.read_delay_s)
+
+    def reading_clients(self) -> list[str]:
+        """Requests whose clients wait for tokens now."""
+        return list(self._reading)
+
+    def vanish(self, request_id: str) -> None:
+        """Its client's machine is switched off."""
+        self.network.crash(_host_of(request_id), silent=True)
+        self._reading[request_id].cancel()
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -200,21 +207,33 @@ class World:
         """After every turn of the loop: blocks move only in a worker's own process."""
         if self._failures:
             raise OracleFailure(self._failures[0])
-        machines = [self.machines[p.name] for p in ran if p is not self.router]
-        self.oracle.turn([m.node for m in machines if m.node is not None])
+        self.oracle.turn([self.machines[p.name] for p in ran if p.name in self.machines], self.loop.now)
+
+    async def _probe(self) -> None:
+        """Whatever happened before: now every router serves at once."""
+        rng = self.loop.fork("probe")
+        jobs = []
+        for name in self.routers:
+            prompt = tuple(rng.randrange(VOCABULARY) for _ in range(self.plan.terms.max_model_len // 3))
+            sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+            request = Request(f"probe-{name}", prompt, sampling, deadline_s=PROBE_S)
+            jobs.append(self.client(Job(self.loop.now, request), self.routers[name]))
+        for record in await asyncio.gather(*jobs):
+            require(record.is_answered, f"healed {HEAL_S} s ago, {record.request_id} failed: {record.error!r}")
 
     def _check_quiet(self) -> None:
         for machine in self.machines.values():
             require(machine.alive and machine.node is not None, f"{machine.worker_id} was not started again")
             assert machine.node is not None
             self.oracle.quiet(machine.node)
-        assert self.dispatcher is not None
-        require(self.dispatcher.num_inflight == 0, f"the router still has {self.dispatcher.num_inflight} requests")
+        for router in self.routers.values():
+            require(router.alive, f"{router.name} was not started again")
+            require(router.num_requests == 0, f"{router.name} still has {router.num_requests} requests")
+        self.oracle.books_balance()
 
-    async def _stop(self, routing: asyncio.Task[None]) -> None:
-        routing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await routing
+    async def _stop(self) -> None:
+        for router in self.routers.values():
+            await router.stop()
         for machine in self.machines.values():
             await machine.stop()
         await asyncio.sleep(2.0)
@@ -228,3 +247,6 @@ class World:
     def _machine(self, worker_id: str, role: Role) -> Machine:
         return Machine(self.site, self.plan.terms, worker_id, role, self.plan.builders)
 
+
+def _host_of(request_id: str) -> str:
+    return f"client-{request_id}"
