@@ -58,9 +58,13 @@ class Dispatcher:
         self._quarantine = Quarantine(router.quarantine_s, metrics)
         self._moves = Moves(fleet, metrics, self._live.values, self._start_move)
         fleet.on_change = self._moves.look
-        move_word_s = handoff.peer_timeout_s + handoff.release_timeout_s
         self._around = Around(
-            metrics, router.client_buffer_tokens, move_word_s, self._on_first_token, self._moves.ended
+            metrics,
+            router.client_buffer_tokens,
+            config.cluster.drain_timeout_s,
+            handoff.peer_timeout_s + handoff.release_timeout_s,
+            self._on_first_token,
+            self._moves.ended,
         )
         self._epochs = itertools.count(1)
 
@@ -147,7 +151,7 @@ class Dispatcher:
             log.info("request %s cannot move to %s: %s", run.request.request_id, route.decode, e.message)
             move.close("lose")
             return False
-        run.move = move
+        run.begin_move(move)
         return True
 
     def _attempt(self, run: Run, route: Route) -> Attempt:

@@ -9,8 +9,8 @@ Life of a run: admitted -> `begin` an attempt -> tokens; meanwhile a move may be
 attempt that speaks -> lost: `next` raises, the dispatcher begins another -> all choices finished, failed or closed.
 
 While a move is under way, the loss of the attempt it moves is not the end: the word of the move is awaited, bounded by
-`move_word_s`. A move that ends without having spoken may have taken the request from its source all the same: the
-source must speak within `move_word_s`, or is lost as well.
+`word_s`. A move has `move_s` to speak. One that ends without may have taken the request from its source all the same:
+then the source must speak within `word_s`, or is lost as well.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from baton.core.errors import (
     DeadlineExceeded,
     Incompatible,
     IntegrityError,
+    NotFound,
     Overloaded,
     PeerLost,
 )
@@ -48,7 +49,8 @@ class Around:
 
     metrics: Metrics
     buffer_tokens: int
-    move_word_s: float
+    move_s: float
+    word_s: float
     first_token: Callable[[Run, Attempt], None]
     """Called with the first token of each attempt."""
     move_ended: Callable[[Run, Attempt, str], None]
@@ -87,8 +89,10 @@ class Run:
         """Raised once the buffer is empty."""
         self._loss: BatonError | None = None
         """The attempt is lost; the word of the move decides."""
-        self._bound: asyncio.TimerHandle | None = None
-        """Of the wait for a word: of the move, or of the source after it."""
+        self._move_bound: asyncio.TimerHandle | None = None
+        """When the move must have spoken."""
+        self._source_bound: asyncio.TimerHandle | None = None
+        """When its source must have, after a move that failed."""
         self._news: asyncio.Future[None] | None = None
 
     def late(self) -> DeadlineExceeded:
@@ -126,6 +130,10 @@ class Run:
         self.attempt = attempt
         self._failure = None
 
+    def begin_move(self, move: Attempt) -> None:
+        self.move = move
+        self._await_move(self._around.move_s)
+
     def fail(self, error: BatonError, event: str = "lose", why: str = "") -> None:
         """No attempt goes on; the reader hears the error. Their workers are told at once, however slowly it reads."""
         self._end_all(event, error.code, why=why)
@@ -153,7 +161,7 @@ class Run:
                 return
             self._switch()
         assert attempt is self.attempt, f"epoch {attempt.epoch} of {attempt.request_id} is closed and still heard"
-        self._stop_waiting()
+        self._source_bound = _cancelled(self._source_bound)
         if error is not None:
             self._lost(error)
             return
@@ -186,14 +194,16 @@ class Run:
         must speak soon: the move may have got further than we heard."""
         move, self.move = self.move, None
         assert move is not None, "no move is under way"
-        self._stop_waiting()
+        self._move_bound = _cancelled(self._move_bound)
         event = {"refused": "refuse", "lost": "lose"}.get(end, "cancel")
         self._record(move, event, error.code if error else end, "the move took too long")
         if self._loss is not None:
             loss, self._loss = self._loss, None
             self.fail(loss)
-        else:
-            self._wait_for_a_word(self._source_is_silent)
+        elif self._source_bound is not None and isinstance(error, NotFound):
+            self._source_is_silent()  # an earlier move has taken it from there
+        elif self._source_bound is None:
+            self._source_bound = asyncio.get_running_loop().call_later(self._around.word_s, self._source_is_silent)
         self._around.move_ended(self, move, end)
 
     # ---- inside --------------------------------------------------------------------------------------------------
@@ -202,6 +212,7 @@ class Run:
         """The move has spoken: it is the attempt from now on, and what the source still says is stale."""
         move, self.move, self._loss = self.move, None, None
         assert move is not None, "no move is under way"
+        self._move_bound = _cancelled(self._move_bound)
         self._record(self.attempt, "move", "moved", "another worker has taken it over")
         self.attempt = move
         self._around.move_ended(self, move, "moved")
@@ -209,7 +220,7 @@ class Run:
     def _lost(self, error: BatonError) -> None:
         attempt = self.attempt
         assert attempt is not None, "nothing was lost"
-        self._stop_waiting()
+        self._source_bound = _cancelled(self._source_bound)
         if isinstance(error, RETRYABLE):
             self.conclude(attempt.epoch, attempt.decode.capability)
         event = "refuse" if isinstance(error, Overloaded) and attempt.life.at("sent") else "lose"
@@ -218,7 +229,7 @@ class Run:
         elif self.move is not None and isinstance(error, RETRYABLE):
             self._loss = error
             self._record(attempt, event, error.code)
-            self._wait_for_a_word(lambda: self.end_move("late", error))
+            self._await_move(self._around.word_s)
         else:
             self.fail(error, event, "the router does not believe what it says")
 
@@ -229,9 +240,9 @@ class Run:
                      "move failed. It is sent to another worker.")
         )
 
-    def _wait_for_a_word(self, otherwise: Callable[[], None]) -> None:
-        self._stop_waiting()
-        self._bound = asyncio.get_running_loop().call_later(self._around.move_word_s, otherwise)
+    def _await_move(self, seconds: float) -> None:
+        _cancelled(self._move_bound)
+        self._move_bound = asyncio.get_running_loop().call_later(seconds, self.end_move, "late")
 
     def _put(self, chunk: TokenChunk) -> None:
         limit = self._around.buffer_tokens
@@ -251,7 +262,7 @@ class Run:
 
     def _end_all(self, event: str, outcome: str, move_end: str = "cancelled", why: str = "") -> None:
         self._loss = None
-        self._stop_waiting()
+        self._source_bound, self._move_bound = _cancelled(self._source_bound), _cancelled(self._move_bound)
         move, self.move = self.move, None
         if move is not None:
             self._record(move, "cancel", move_end, "the request has ended")
@@ -266,11 +277,12 @@ class Run:
         start_s, now_s = attempt.opened_at - self.arrived, asyncio.get_running_loop().time() - self.arrived
         self.records.append(AttemptRecord(attempt.epoch, attempt.route, start_s, now_s, outcome))
 
-    def _stop_waiting(self) -> None:
-        if self._bound is not None:
-            self._bound.cancel()
-            self._bound = None
-
     def _wake(self) -> None:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    """For `self._bound = _cancelled(self._bound)`."""
+    if timer is not None:
+        timer.cancel()

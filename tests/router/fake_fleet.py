@@ -154,6 +154,11 @@ class ScriptedWorker:
         for down in self._downs:
             down.put_nowait(error or PeerLost(f"{self.worker_id} was killed"))
 
+    def die(self) -> None:
+        """kill -9: its streams break, its address refuses."""
+        self.down = True
+        self.break_streams()
+
     async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncGenerator[StepMessage, None]:
         if self.down:
             raise PeerLost(f"{self.worker_id} does not answer")
