@@ -17,18 +17,21 @@ from baton.core.request import FinishReason, Request, SamplingParams
 from baton.core.services import WorkerService
 from baton.core.worker import Role
 from baton.models.hash_model import expected
-from baton.router.dispatch import Dispatcher
 from baton.sim.loop import SimLoop, run
 from baton.sim.machine import Machine
 from baton.sim.network import Conditions
+from baton.sim.plan import Plan, draw_plan
+from baton.sim.router_host import RouterHost
 from baton.sim.transport import WireSpeed
-from baton.sim.world import Plan, World, draw_plan
+from baton.sim.world import World
 
 BLOCK = 4
 MAX_MODEL_LEN = 48
 
 
-def plan(num_prefill: int = 1, num_decode: int = 1, bytes_per_s: float = 1e5, **handoff: object) -> Plan:
+def plan(
+    num_prefill: int = 1, num_decode: int = 1, bytes_per_s: float = 1e5, num_routers: int = 1, **handoff: object
+) -> Plan:
     """A quiet world: ample pools, no loss, no faults, every prompt computed on a prefill worker."""
     drawn = draw_plan(0)
     config = drawn.terms.config
@@ -41,7 +44,9 @@ def plan(num_prefill: int = 1, num_decode: int = 1, bytes_per_s: float = 1e5, **
         drawn.terms, block_size=BLOCK, max_model_len=MAX_MODEL_LEN, num_blocks=dict.fromkeys(Role, 60), config=changed,
         conditions=Conditions(), speed=WireSpeed(bytes_per_s=bytes_per_s),
     )
-    return dataclasses.replace(drawn, terms=terms, faults=(), num_prefill=num_prefill, num_decode=num_decode)
+    return dataclasses.replace(
+        drawn, terms=terms, faults=(), num_routers=num_routers, num_prefill=num_prefill, num_decode=num_decode
+    )
 
 
 def request(
@@ -60,12 +65,18 @@ def right(r: Request) -> list[int]:
 class Answer:
     """What a client has seen so far, and when (virtual seconds)."""
 
-    tokens: list[int] = field(default_factory=list)
+    choices: dict[int, list[int]] = field(default_factory=dict)
     token_s: float | None = None
     """When the first token came."""
     finish: FinishReason | None = None
+    """In the last chunk that came."""
     error: BatonError | None = None
     took_s: float = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the first choice."""
+        return self.choices.get(0, [])
 
 
 Story = Callable[["Scene"], Awaitable[None]]
@@ -79,29 +90,41 @@ class Scene(World):
         self._story = story
 
     async def _serve(self) -> None:
-        async def told() -> None:
-            await self._story(self)
+        await self._story(self)
 
-        await self.router.spawn(told(), "story")
+    @property
+    def router(self) -> RouterHost:
+        """The first of them."""
+        return next(iter(self.routers.values()))
 
-    async def ask(self, r: Request, answer: Answer | None = None, dispatcher: Dispatcher | None = None) -> Answer:
-        """One client; cancelling it is the client going away. What it gets is in `answer` at once."""
-        got, started = answer or Answer(), self.loop.time()
-        router = dispatcher or self.dispatcher
-        assert router is not None
-        chunks = router.generate(r)
+    async def ask(self, r: Request, answer: Answer | None = None, router: RouterHost | None = None) -> Answer:
+        """One client, in its router's process; cancelling it is the client going away. What it gets is in `answer` at
+        once."""
+        got, started, host = answer or Answer(), self.loop.now, router or self.router
+        assert host.process is not None
+        call = host.process.spawn(self._ask(r, got, host), r.request_id)
+        try:
+            await asyncio.wait([call])
+        finally:
+            call.cancel()
+            await asyncio.wait([call])
+            got.took_s = self.loop.now - started
+        call.result()
+        return got
+
+    async def _ask(self, r: Request, got: Answer, router: RouterHost) -> None:
+        assert router.dispatcher is not None
+        chunks = router.dispatcher.generate(r)
         try:
             async for chunk in chunks:
-                got.tokens += chunk.token_ids
+                got.choices.setdefault(chunk.choice, []).extend(chunk.token_ids)
                 got.finish = chunk.finish
                 if got.tokens and got.token_s is None:
-                    got.token_s = self.loop.time()
+                    got.token_s = self.loop.now
         except BatonError as e:
             got.error = e
         finally:
             await chunks.aclose()
-            got.took_s = self.loop.time() - started
-        return got
 
     def machine(self, role: Role) -> Machine:
         """The only one of its role."""

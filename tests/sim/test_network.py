@@ -18,7 +18,8 @@ from baton.core.services import WorkerService
 from baton.core.worker import Role, WorkerInfo, WorkerLoad
 from baton.models.hash_model import layout
 from baton.sim.loop import SimLoop, SimProcess, run
-from baton.sim.network import WINDOW_FRAMES, Conditions, SimNetwork
+from baton.sim.network import Conditions, SimNetwork
+from baton.sim.pipe import WINDOW_FRAMES
 from baton.sim.trace import Trace
 
 INFO = WorkerInfo("w", "w.1", Role.PREFILL, "w", Capability("m", "f", layout(2), 8, 8))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 
+from baton.core.config import load
 from baton.core.errors import PeerLost
 from baton.core.handoff import LentBlock
 from baton.core.messages import TokenChunk
@@ -20,13 +21,14 @@ from baton.engine.block_pool import BlockPool
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.puller import Link, Puller, _Transfer
 from baton.models.hash_model import expected
-from baton.sim.faults import BadPulls, Fault, Partition
+from baton.sim.faults import Fault, Partition
 from baton.sim.machine import Builders
+from baton.sim.more_faults import BadPulls
 from baton.sim.oracle import Oracle, OracleFailure
+from baton.sim.plan import Plan, draw_plan
 from baton.sim.simulate import simulate
 from baton.sim.transport import PullFault, WireSpeed
 from baton.sim.workload import Job
-from baton.sim.world import Plan, draw_plan
 
 SEEDS = range(1, 4)
 
@@ -112,9 +114,9 @@ def test_a_puller_that_skips_digests_is_caught_by_the_tokens() -> None:
     assert any("an undisturbed run" in f for f in failures)
 
 
-def test_a_puller_without_quarantine_is_caught_by_the_tokens() -> None:
+def test_a_puller_without_quarantine_is_caught_by_the_late_bytes_themselves() -> None:
     failures = caught(Builders(puller=HastyPuller), lambda: BadPulls(PullFault.LATE, 20))
-    assert any("an undisturbed run" in f for f in failures)
+    assert any("a pull wrote to block" in f for f in failures)
 
 
 def test_a_pool_that_leaks_a_block_is_caught_by_the_ledger() -> None:
@@ -127,7 +129,7 @@ def test_an_evicted_block_that_can_still_be_found_is_caught() -> None:
 
 
 def test_a_lease_that_never_expires_is_caught_when_the_world_is_quiet() -> None:
-    failures = caught(Builders(leases=ForgetfulLeases), lambda: Partition(True, True, 12.0))
+    failures = caught(Builders(leases=ForgetfulLeases), lambda: Partition("workers", True, 12.0))
     assert any("still holds" in f for f in failures)
 
 
@@ -143,7 +145,7 @@ TOKENS = expected(REQUEST, 48)[0].token_ids
 
 
 def watch(chunks: Iterable[TokenChunk], error: Exception | None = None, took_s: float = 1.0) -> None:
-    oracle = Oracle(48)
+    oracle = Oracle(load(), 48)
     record = oracle.begins(Job(0.0, REQUEST), 0.0)
     for chunk in chunks:
         oracle.chunk(record, chunk)

@@ -6,23 +6,19 @@ import asyncio
 import dataclasses
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from baton.core.config import Config
-from baton.core.metrics import Metrics
 from baton.core.request import Request
 from baton.core.worker import Role
-from baton.router.dispatch import Dispatcher
-from baton.router.fleet import Fleet
-from baton.router.policy import CostPolicy
-from baton.sim.faults import BadPulls, Freeze
-from baton.sim.loop import SimProcess
+from baton.sim.faults import Freeze
+from baton.sim.more_faults import BadPulls
 from baton.sim.network import Conditions
+from baton.sim.plan import Plan, draw_plan
 from baton.sim.simulate import Report, simulate
 from baton.sim.transport import PullFault
-from baton.sim.world import Plan, draw_plan
 from tests.sim.scene import Scene, gone, play, request, right
 from tests.sim.scene import plan as quiet
 
@@ -116,36 +112,22 @@ def test_an_id_that_comes_again_gets_nothing_of_its_last_use(seed: int) -> None:
     play(seed, plan, story)
 
 
-class TwoRouters(Scene):
-    """The ledger is watched where the workers are; a second router has none."""
-
-    def _watch(self, ran: Iterable[SimProcess]) -> None:
-        super()._watch(p for p in ran if p.name in self.machines)
-
-
 def test_two_routers_may_use_the_same_ids_at_once() -> None:
     """A worker's engine knew a sequence by request id and epoch: the second attempt of that name removed the first's
     sequence, whose client then waited for its deadline."""
 
     async def story(s: Scene) -> None:
-        second = SimProcess(s.loop, "router-2")
-        fleet = Fleet(s.registry.list, s.network.dial("router-2"), s.config, Metrics(), "router-2")
-        policy = CostPolicy(s.config.router, random.Random(5))
-        dispatcher = Dispatcher(fleet, policy, s.config, Metrics())
-        running = second.spawn(fleet.run(), "fleet of router-2")
-        await asyncio.sleep(2.0)
+        one, other = s.routers.values()
         rng = random.Random(1)
         for k in range(20):
             requests = [request(f"id-{k}", [rng.randrange(60) for _ in range(rng.randint(10, 30))]) for _ in range(2)]
-            first = s.router.spawn(s.ask(requests[0]), "one")
+            first = asyncio.create_task(s.ask(requests[0], router=one))
             await asyncio.sleep(rng.uniform(0.0, 0.03))
-            other = second.spawn(s.ask(requests[1], dispatcher=dispatcher), "other")
-            for r, client in zip(requests, (first, other), strict=True):
+            second = asyncio.create_task(s.ask(requests[1], router=other))
+            for r, client in zip(requests, (first, second), strict=True):
                 answer = await client
                 assert answer.error is None
                 assert answer.tokens == right(r)
                 assert answer.took_s < 2.0
-        running.cancel()
-        await asyncio.wait([running])
 
-    play(3, quiet(), story, TwoRouters)
+    play(3, quiet(num_routers=2), story)
