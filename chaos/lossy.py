@@ -51,6 +51,9 @@ class Conditions:
     cut: bool = False
 
 
+COUNTERS = ("packets", "lost", "duplicated", "corrupted", "cut")
+
+
 @dataclass(slots=True)
 class Direction:
     """From one host to another."""
@@ -76,9 +79,6 @@ class Direction:
             counters["duplicated"] += 1
             arrivals.append((c.delay_s + late * c.jitter_s, packet))
         return arrivals
-
-
-COUNTERS = ("packets", "lost", "duplicated", "corrupted", "cut")
 
 
 def _flipped(packet: bytes, bit: int) -> bytes:

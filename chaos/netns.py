@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -70,11 +71,20 @@ async def why_no_namespaces() -> str | None:
 
 async def sweep() -> None:
     """Remove the namespaces of runs that were killed."""
-    for line in (await run_tool("ip", "netns", "list")).splitlines():
-        name = line.split()[0]
-        owner = name.removeprefix(f"{PREFIX}-").partition("-")[0]
-        if name.startswith(f"{PREFIX}-") and owner.isdigit() and gone(int(owner)):
+    for owner, name in await _namespaces():
+        if gone(owner):
             await run_tool("ip", "netns", "del", name)
+
+
+async def namespaces_of(pid: int) -> list[str]:
+    return [name for owner, name in await _namespaces() if owner == pid] if shutil.which("ip") else []
+
+
+async def _namespaces() -> list[tuple[int, str]]:
+    """(pid of the run, name)."""
+    names = [line.split()[0] for line in (await run_tool("ip", "netns", "list")).splitlines()]
+    found = (re.fullmatch(rf"{PREFIX}-(\d+)-.+", name) for name in names)
+    return [(int(match[1]), match[0]) for match in found if match]
 
 
 @dataclass(slots=True)

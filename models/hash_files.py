@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -89,6 +90,11 @@ class HashFiles:
     directory: Path
     spec: HashSpec
     fingerprint: str
+
+
+def text_of(token_ids: Iterable[int]) -> str:
+    """What the router makes of tokens that the model says: one character each, and nothing of the end."""
+    return "".join(chr(_BYTES[t - 1]) for t in token_ids if t != EOS)
 
 
 def is_hash(name: str) -> bool:

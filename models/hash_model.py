@@ -104,7 +104,7 @@ def sample(state: bytes, draw: Draw) -> SampledToken:
     """`state` of both layers, lower first."""
     sampling = draw.sampling
     key = struct.pack("<QIQ", draw.seed, draw.choice, draw.position)
-    digest = _hash(state, key, repr((sampling.logit_bias, _counted(draw))).encode())
+    digest = _hash(state, key, repr((sorted(sampling.logit_bias), _counted(draw))).encode())
     token = int.from_bytes(digest[:8], "little") % VOCABULARY
     return SampledToken(token, None if sampling.logprobs is None else _logprob(state, token, sampling.logprobs))
 

@@ -9,7 +9,7 @@ for long, or with the dial.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -171,7 +171,9 @@ class GrpcInference:
         self._channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
-    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def generate(
+        self, request: inference_pb2.GenerateRequest
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Closing the iterator cancels the request. Raises what the router refused or ended it with, and PeerLost when
         the router cannot be reached or its connection breaks."""
         async with rebuilt_errors(self._peer):
