@@ -1,7 +1,8 @@
 """Inside the process of one Ray worker: the entry on a thread with its own event loop, and what the pool may ask.
 
 The process lives exactly as long as the entry: when that ends unasked the process exits, and Ray starts the next
-one. Only a process that fails before it ever registered waits a while, for the pool to read why.
+one. Only a process that fails before it ever registered waits a while, for the pool to read why. It drains when its
+pool asks it to end (`stop`); a SIGTERM to the process is Ray's own, which ends it at once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ActorState:
 
 
 class WorkerActor:
-    """Made into an actor by ray_pool. Ray calls its methods on threads of its own."""
+    """Made into an actor by ray_pool. To Ray it is an async one, as it has coroutines: all calls share a loop of Ray's,
+    so none may block."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         """`spec`: the fields of a WorkerSpec."""
@@ -55,11 +57,11 @@ class WorkerActor:
     def state(self) -> ActorState:
         return ActorState(os.getpid(), machine_id(), self._up.is_set(), self._failure)
 
-    def stop(self, grace_s: float) -> bool:
-        """Cancel the entry. Returns whether it ended within `grace_s`."""
+    async def stop(self, grace_s: float) -> bool:
+        """Cancel the entry, which drains. Returns whether it ended within `grace_s`."""
         self._stopping = True
         self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
-        return self._ended.wait(grace_s)
+        return await asyncio.to_thread(self._ended.wait, grace_s)
 
     def _run(self) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

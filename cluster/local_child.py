@@ -1,7 +1,8 @@
 """The process of one local worker: `python -m baton.cluster.local_child PARENT_PID READY_FD < spec.json`.
 
-It writes one line to READY_FD when the worker has registered. SIGTERM cancels the entry. Exit codes: 0 after SIGTERM,
-2 for a SetupError (its sentence is the last line of output), 1 for anything else.
+It writes one line to READY_FD when the worker has registered. SIGTERM cancels the entry, which drains; a second one
+ends the drain. Exit codes: 0 after SIGTERM, 2 for a SetupError (its sentence is the last line of output), 1 for
+anything else.
 """
 
 from __future__ import annotations

@@ -49,42 +49,53 @@ class LocalPool:
         try:
             await child.come_up(timeout_s)
         except BaseException:
-            self._children.pop(spec.worker_id, None)
-            await child.stop(0.0)
+            await self._end(child, 0.0)
             raise
 
     async def stop(self, worker_id: str, grace_s: float) -> None:
-        child = self._children.pop(worker_id, None)
+        child = self._children.get(worker_id)
         if child is None:
             raise NotFound(f"there is no worker {worker_id} in this pool.")
-        await child.stop(grace_s)
+        await self._end(child, grace_s)
 
     async def members(self) -> tuple[PoolMember, ...]:
         return tuple(self._children[name].member() for name in sorted(self._children))
 
     async def close(self) -> None:
-        children, self._children = list(self._children.values()), {}
-        await asyncio.gather(*(child.stop(CLOSE_GRACE_S) for child in children))
+        await asyncio.gather(*(self._end(child, CLOSE_GRACE_S) for child in list(self._children.values())))
         if self._own_log_dir:
             shutil.rmtree(self._log_dir, ignore_errors=True)
+
+    async def _end(self, child: _Child, grace_s: float) -> None:
+        """It stays a member until its process is gone: nobody may start another under its name before."""
+        await child.stop(grace_s)
+        if self._children.get(child.worker_id) is child:
+            del self._children[child.worker_id]
 
 
 class _Child:
     """One worker: the current process, and the task that replaces it when it ends."""
 
     def __init__(self, spec: WorkerSpec, log_path: Path) -> None:
+        self.worker_id = spec.worker_id
         self._spec = spec
         self._log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
         self._restarts = 0
         self._keeper: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def member(self) -> PoolMember:
+        pid = self._process.pid if self._process is not None else None
+        return PoolMember(self.worker_id, self._spec.role, pid, self._restarts, self._state())
+
+    def _state(self) -> MemberState:
+        if self._stopping:
+            return MemberState.STOPPING
         if self._process is None:
-            return PoolMember(self._spec.worker_id, self._spec.role, None, self._restarts, MemberState.RESTARTING)
-        state = MemberState.RUNNING if self._ready.is_set() else MemberState.STARTING
-        return PoolMember(self._spec.worker_id, self._spec.role, self._process.pid, self._restarts, state)
+            return MemberState.RESTARTING
+        return MemberState.RUNNING if self._ready.is_set() else MemberState.STARTING
 
     async def come_up(self, timeout_s: float) -> None:
         """The first process. After that the keeper has it."""
@@ -102,7 +113,9 @@ class _Child:
         self._keeper = asyncio.create_task(self._keep(), name=f"keep {self._spec.worker_id}")
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL `grace_s` later. Returns when the process and its group are gone."""
+        """SIGTERM, and SIGKILL `grace_s` later. Returns when the process and its group are gone. A second SIGTERM ends
+        the drain that the first began."""
+        self._stopping = True
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)

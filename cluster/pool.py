@@ -1,7 +1,8 @@
 """A pool keeps worker processes alive. What runs in them it knows by name only; who they serve, not at all.
 
 Life of a member: started (its process runs the entry, the worker registers, `start` returns) -> its process ends by
-itself, however -> started again after a back-off, as often as it takes -> stopped: asked to end, then made to.
+itself, however -> started again after a back-off, as often as it takes -> stopped: asked to end, which it does when
+nothing is left on it, then made to.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ class MemberState(enum.StrEnum):
     RUNNING = "running"
     RESTARTING = "restarting"
     """Its process ended by itself and is being replaced, or does not answer its pool."""
+    STOPPING = "stopping"
+    """It was asked to end, and drains. Nobody starts it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,9 @@ class WorkerPool(Protocol):
         ...
 
     async def stop(self, worker_id: str, grace_s: float) -> None:
-        """Ask a worker to end, and after `grace_s` end it. When this returns its process is gone, and it is no
-        member. Raises NotFound for an id that is none."""
+        """Ask a worker to end, and after `grace_s` end it. Asked, it drains: what runs on it moves away for at most
+        cluster.drain_timeout_s, so a grace that is longer loses nothing. When this returns its process is gone, and it
+        is no member; until then it is one. Raises NotFound for an id that is none."""
         ...
 
     async def members(self) -> tuple[PoolMember, ...]:
@@ -65,5 +69,6 @@ class WorkerPool(Protocol):
         ...
 
     async def close(self) -> None:
-        """Stop every worker and leave nothing behind: no process, no file. Safe to call twice."""
+        """Stop every worker and leave nothing behind: no process, no file. Safe to call twice. If the routers
+        went before, no worker has a request to wait for."""
         ...

@@ -65,6 +65,7 @@ class _Member:
     actor: Any
     pid: int | None = None
     restarts: int = 0
+    stopping: bool = False
 
 
 class RayPool:
@@ -155,14 +156,20 @@ class RayPool:
                 member.restarts += answer.pid != member.pid
                 member.pid = pid = answer.pid
                 state = MemberState.RUNNING if answer.up else MemberState.STARTING
+        state = MemberState.STOPPING if member.stopping else state
         return PoolMember(spec.worker_id, spec.role, pid, member.restarts, state)
 
     async def _end(self, member: _Member, grace_s: float) -> None:
-        """The entry first, then the actor, then, if it ran on this machine, make sure of its process."""
-        self._members.pop(member.spec.worker_id, None)
-        actor, pids = member.actor, set[int]()
-        if actor is None:
-            return
+        """The entry first, then the actor, then, if it ran on this machine, make sure of its process. It stays a member
+        until then: nobody may start another under its name before."""
+        member.stopping = True
+        if member.actor is not None:
+            await self._end_actor(member.spec.worker_id, member.actor, grace_s)
+        if self._members.get(member.spec.worker_id) is member:
+            del self._members[member.spec.worker_id]
+
+    async def _end_actor(self, worker_id: str, actor: Any, grace_s: float) -> None:
+        pids = set[int]()
         with contextlib.suppress(PeerLost):
             answer = await _asked(actor.state, _ANSWER_TIMEOUT_S)
             if answer.machine == machine_id():
@@ -172,7 +179,7 @@ class RayPool:
         try:
             await self._controlled(lambda: _kill(actor))
         except PeerLost as e:
-            log.warning("Ray did not end worker %s (%s); ending its process", member.spec.worker_id, e.message)
+            log.warning("Ray did not end worker %s (%s); ending its process", worker_id, e.message)
             await _swept(pids, 0.0)
         await _swept(pids)
 

@@ -48,3 +48,15 @@ async def come_back(config: Config, worker_id: str, registry: Registry) -> None:
             await serve(config, worker_id, registry)
         except asyncio.CancelledError:
             continue
+
+
+async def drain(config: Config, worker_id: str, registry: Registry) -> None:
+    """Serves; told to end, it says `draining` in the registry and leaves when somebody registers as `enough`."""
+    try:
+        await serve(config, worker_id, registry)
+    finally:
+        capability = Capability(config.model.name, "f00d", KVLayout(1, 1, 4, 16, "fp32"), 64, 4)
+        await registry.register(WorkerInfo(worker_id, "last words", Role.PREFILL, "draining", capability))
+        while "enough" not in {info.worker_id for info in await registry.list()}:
+            await asyncio.sleep(0.05)
+        await registry.deregister(worker_id, "last words")

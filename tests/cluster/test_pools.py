@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -172,6 +173,75 @@ def test_a_stopped_worker_deregisters_and_leaves_no_process(run: Callable[..., N
             await world.pool.stop("p-0", 1)
         await world.pool.start(world.spec())
         assert (await world.member()).restarts == 0
+
+    run(body)
+
+
+async def enough(world: World) -> None:
+    """What was left on the draining worker has moved away."""
+    entry = await world.entry_of()
+    assert entry is not None
+    await world.registry.register(dataclasses.replace(entry, worker_id="enough"))
+
+
+def test_a_worker_that_is_told_to_end_drains_first_and_is_a_member_until_it_has(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await world.pool.start(world.spec(entry="drain"))
+        pid = (await world.member()).pid
+        stopping = asyncio.create_task(world.pool.stop("p-0", DEADLINE_S))
+
+        async def drains() -> bool:
+            entry = await world.entry_of()
+            return entry is not None and entry.address == "draining"
+
+        await world.until(drains)
+        member = await world.member()
+        assert (member.pid, member.state) == (pid, MemberState.STOPPING)
+        with pytest.raises(SetupError, match="there is a worker p-0 already"):
+            await world.pool.start(world.spec())
+        assert not stopping.done()
+        await enough(world)
+        await stopping
+        assert await world.pool.members() == ()
+        assert await world.entry_of() is None, "it left by itself"
+        await world.pool.start(world.spec())
+
+    run(body)
+
+
+@pytest.mark.parametrize("run", ["local"], indirect=True)
+def test_a_worker_process_that_is_told_to_end_drains_too_and_is_replaced(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await world.pool.start(world.spec(entry="drain"))
+        pid = (await world.member()).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGTERM)
+
+        async def drains() -> bool:
+            entry = await world.entry_of()
+            return entry is not None and entry.address == "draining"
+
+        async def replaced() -> bool:
+            entry, now = await world.entry_of(), await world.member()
+            return now.restarts == 1 and now.state is MemberState.RUNNING and entry is not None
+
+        await world.until(drains)
+        assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        await enough(world)
+        await world.until(replaced)
+        assert (await world.member()).pid != pid
+
+    run(body)
+
+
+def test_a_grace_that_ends_before_the_drain_ends_the_worker(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await world.pool.start(world.spec(entry="drain"))
+        pid = (await world.member()).pid
+        await world.pool.stop("p-0", 0.5)
+        assert pid is not None
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        assert await world.pool.members() == ()
 
     run(body)
 
