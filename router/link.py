@@ -273,7 +273,7 @@ class Link:
                     self._take(message)
                     if self._synced:  # until then the deadline is that of the prefix map
                         silence.reschedule(loop.time() + dead_s)
-        except _Unbelievable:
+        except (_Unbelievable, TimeoutError):
             raise
         except (PeerLost, OSError):
             self._note_break(refused=self.heard == heard_before)

@@ -76,6 +76,8 @@ def with_delivered(r: Request, *delivered: Sequence[int]) -> Request:
     return replace(r, choices=tuple(Choice(k, tuple(tokens)) for k, tokens in enumerate(delivered)))
 
 
+Said = StepMessage | BatonError | None
+"""What a stream brings: a message, what it breaks with, or its end in good order."""
 Act = TokenChunk | float | BatonError
 """A script's next act: say this, wait so many seconds, or let the stream break with this error."""
 Script = Callable[[Submit], Iterator[Act]]
@@ -122,13 +124,15 @@ class ScriptedWorker:
     boot_id: str = ""
     frozen: bool = False
     down: bool = False
+    unreachable: bool = False
+    """Whoever dials it hears nothing at all."""
     load: WorkerLoad = field(default_factory=lambda: WorkerLoad(available_blocks=64, total_blocks=64))
     held: dict[BlockHash, None] = field(default_factory=dict)
     seq: int = 0
     submits: list[Submit] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
     routers: list[str] = field(default_factory=list)
-    _downs: list[asyncio.Queue[StepMessage | BatonError]] = field(default_factory=list)
+    _downs: list[asyncio.Queue[Said]] = field(default_factory=list)
 
     @property
     def info(self) -> WorkerInfo:
@@ -159,16 +163,25 @@ class ScriptedWorker:
         self.down = True
         self.break_streams()
 
+    def end_streams(self) -> None:
+        """It stops in order."""
+        for down in self._downs:
+            down.put_nowait(None)
+
     async def stream(self, up: AsyncIterator[UpMessage]) -> AsyncGenerator[StepMessage, None]:
         if self.down:
-            raise PeerLost(f"{self.worker_id} does not answer")
-        down: asyncio.Queue[StepMessage | BatonError] = asyncio.Queue()
+            raise PeerLost(f"{self.worker_id} refuses")
+        if self.unreachable:
+            await asyncio.Event().wait()
+        down: asyncio.Queue[Said] = asyncio.Queue()
         self._downs.append(down)
         tasks: list[asyncio.Task[None]] = []
         tasks.append(asyncio.create_task(self._read(up, down, tasks)))
         try:
             while True:
                 message = await self._next(down)
+                if message is None:
+                    return
                 if isinstance(message, BatonError):
                     raise message
                 yield message
@@ -177,7 +190,7 @@ class ScriptedWorker:
             for task in tasks:
                 task.cancel()
 
-    async def _next(self, down: asyncio.Queue[StepMessage | BatonError]) -> StepMessage | BatonError:
+    async def _next(self, down: asyncio.Queue[Said]) -> Said:
         while True:
             try:
                 async with asyncio.timeout(0.5):
@@ -190,7 +203,7 @@ class ScriptedWorker:
     async def _read(
         self,
         up: AsyncIterator[UpMessage],
-        down: asyncio.Queue[StepMessage | BatonError],
+        down: asyncio.Queue[Said],
         tasks: list[asyncio.Task[None]],
     ) -> None:
         async for message in up:
@@ -205,7 +218,7 @@ class ScriptedWorker:
                 case Cancel():
                     self.cancels.append(message)
 
-    async def _perform(self, submit: Submit, down: asyncio.Queue[StepMessage | BatonError]) -> None:
+    async def _perform(self, submit: Submit, down: asyncio.Queue[Said]) -> None:
         for act in self.script(submit):
             if isinstance(act, float):
                 await asyncio.sleep(act)
