@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from baton.core.config import RouterConfig
 from baton.core.layout import difference
 from baton.core.worker import Role, Route, WorkerInfo, WorkerLoad
-from baton.router.policy import Candidate, Candidates, CostPolicy, Facts, Policy, RoundRobin
+from baton.router.policy import Candidate, Candidates, CostPolicy, Facts, Policy, RoundRobin, price_move
 from tests.router.fake_fleet import BLOCK, capability
 
 POLICIES: list[Callable[[RouterConfig], Policy]] = [lambda c: CostPolicy(c, random.Random(5)), RoundRobin]
@@ -38,9 +38,13 @@ def worker(
     return Candidate(info, WorkerLoad(**load), held, queued, sequences, bandwidth or {})  # type: ignore[arg-type]
 
 
-def fleet(*workers: Candidate) -> Candidates:
+def fleet(*workers: Candidate, draining: tuple[Candidate, ...] = ()) -> Candidates:
+    holders = sorted((w for w in (*workers, *draining) if w.held_blocks), key=lambda w: -w.held_blocks)
     return Candidates(
-        [w for w in workers if w.info.role is Role.DECODE], [w for w in workers if w.info.role is Role.PREFILL], fits
+        [w for w in workers if w.info.role is Role.DECODE],
+        [w for w in workers if w.info.role is Role.PREFILL],
+        fits,
+        holders,
     )
 
 
@@ -48,8 +52,8 @@ def cost_policy(limit: int = 4, seed: int = 5, **config: float) -> CostPolicy:
     return CostPolicy(RouterConfig(local_prefill_max_tokens=limit, **config), random.Random(seed))  # type: ignore[arg-type]
 
 
-def choose(policy: Policy, num_tokens: int, *workers: Candidate) -> Route:
-    route = policy.price(Facts(num_tokens), fleet(*workers))
+def choose(policy: Policy, num_tokens: int, *workers: Candidate, draining: tuple[Candidate, ...] = ()) -> Route:
+    route = policy.price(Facts(num_tokens), fleet(*workers, draining=draining))
     assert route is not None
     return route
 
@@ -82,15 +86,23 @@ def test_a_route_names_offered_workers_that_fit_and_says_why(
         for i, (kind, model, held, queued, n, rate, step) in enumerate(offered)
     ]
     candidates = fleet(*workers)
-    route = make(RouterConfig(local_prefill_max_tokens=limit)).price(Facts(num_tokens), candidates)
+    route = make(RouterConfig(local_prefill_max_tokens=limit, fetch_min_tokens=4)).price(Facts(num_tokens), candidates)
     if not candidates.decode:
         assert route is None
         return
     assert route is not None
     decode = {c.info.worker_id: c.info for c in candidates.decode}[route.decode]
-    if route.prefill is not None:
-        assert route.prefill in [c.info for c in candidates.prefill]
-        assert fits(route.prefill, decode)
+    lenders = [p for p in (route.prefill, *route.spares) if p is not None]
+    assert len({p.worker_id for p in lenders}) == len(lenders) <= 3
+    assert route.prefill is not None or not route.spares
+    for lender in lenders:
+        assert lender in [c.info for c in candidates.prefill]
+        assert fits(lender, decode)
+    computing = route.prefill or decode
+    if route.holder is not None:
+        held = {c.info.worker_id: c.held_blocks for c in (*candidates.decode, *candidates.prefill)}
+        assert held[route.holder.worker_id] > held[computing.worker_id]
+        assert fits(route.holder, computing)
     assert route.reason
     assert route.cost_s >= 0
     assert route.cost_s == pytest.approx(sum(s for _, s in route.terms))
@@ -157,8 +169,11 @@ def test_the_prefix_decides_until_the_queue_costs_more_than_it_saves() -> None:
     def holder(queued: int) -> Candidate:
         return worker("p0", held=200, queued=queued)
 
-    assert choose(cost_policy(), 500, holder(300), worker("p1"), worker("d0")).prefill == holder(300).info
-    assert choose(cost_policy(), 500, holder(500), worker("p1"), worker("d0")).prefill == worker("p1").info
+    alone = cost_policy(fetch_min_tokens=10**6)
+    assert choose(alone, 500, holder(300), worker("p1"), worker("d0")).prefill == holder(300).info
+    assert choose(alone, 500, holder(500), worker("p1"), worker("d0")).prefill == worker("p1").info
+    shared = choose(cost_policy(fetch_min_tokens=100), 500, holder(300), worker("p1"), worker("d0"))
+    assert (shared.prefill, shared.holder) == (worker("p1").info, holder(300).info), "the prefix goes to who is idle"
 
 
 def test_blocks_that_decode_holds_are_not_priced_as_moved() -> None:
@@ -216,3 +231,109 @@ def test_round_robin_meets_every_pair() -> None:
     workers = [worker(w) for w in ("p0", "p1", "d0", "d1")]
     pairs = {(r.prefill.worker_id, r.decode) for r in (choose(policy, 50, *workers) for _ in range(8)) if r.prefill}
     assert len(pairs) == 4
+
+
+# ---- spares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", POLICIES, ids=NAMES)
+def test_a_route_names_two_spares_that_fit_and_are_other_workers(make: Callable[[RouterConfig], Policy]) -> None:
+    workers = [worker(f"p{i}", "beef" if i == 2 else "f00d") for i in range(5)]
+    route = choose(make(RouterConfig()), 500, *workers, worker("d0"))
+    assert route.prefill is not None
+    names = {route.prefill.worker_id, *(s.worker_id for s in route.spares)}
+    assert len(names) == 3
+    assert "p2" not in names
+
+
+def test_spares_are_the_next_best_of_the_chosen_decode_worker() -> None:
+    queues = {"p0": 300, "p1": 0, "p2": 200, "p3": 100}
+    prefills = [worker(name, queued=queued) for name, queued in queues.items()]
+    far = worker("d1", sequences=40, bandwidth=dict.fromkeys(queues, 1e12))
+    route = choose(cost_policy(), 500, *prefills, worker("d0"), far)
+    assert (route.prefill, route.decode) == (prefills[1].info, "d0")
+    assert route.spares == (prefills[3].info, prefills[2].info)
+
+
+def test_a_local_route_has_no_spares() -> None:
+    assert choose(cost_policy(limit=64), 30, worker("p0"), worker("p1"), worker("d0")).spares == ()
+
+
+# ---- a holder of the prefix ------------------------------------------------------------------------------------------
+
+SLOW = {"prefill_tokens_per_s": 100.0}
+
+
+def test_a_prefix_that_another_holds_is_pulled_when_that_is_cheaper_than_computing_it() -> None:
+    holder, computing = worker("d1", held=200, sequences=30, **SLOW), worker("p0", **SLOW)
+    route = choose(cost_policy(fetch_min_tokens=100), 500, computing, worker("d0", **SLOW), holder)
+    assert (route.prefill, route.decode, route.holder) == (computing.info, "d0", holder.info)
+    terms = dict(route.terms)
+    assert terms["prefill"] == pytest.approx(100 / 100.0), "only what the holder lacks is computed"
+    assert terms["fetch"] == pytest.approx(200 * capability().layout.block_bytes / 1e9)
+    assert "400 tokens pulled from d1 first" in route.reason
+
+
+@pytest.mark.parametrize(
+    ("fetch_min_tokens", "bytes_per_s", "fetched"), [(401, 1e9, False), (400, 1e9, True), (400, 100.0, False)]
+)
+def test_a_fetch_must_be_worth_it(fetch_min_tokens: int, bytes_per_s: float, fetched: bool) -> None:
+    """200 blocks of 16 bytes take 32 s at 100 bytes/s; to compute them takes 4 s."""
+    computing = worker("p0", bandwidth={"d1": bytes_per_s}, **SLOW)
+    policy = cost_policy(fetch_min_tokens=fetch_min_tokens, limit=0)
+    route = choose(policy, 500, computing, worker("d1", held=200, sequences=30, **SLOW))
+    assert (route.holder is not None) == fetched
+
+
+def test_the_decode_worker_may_lend_its_prefix_to_the_prefill_worker_that_computes_the_rest() -> None:
+    decode = worker("d0", held=200, **SLOW)
+    route = choose(cost_policy(fetch_min_tokens=100, limit=0), 1000, worker("p0", prefill_tokens_per_s=1e4), decode)
+    assert route.prefill is not None
+    assert route.holder == decode.info
+    assert dict(route.terms)["transfer"] == pytest.approx(300 * capability().layout.block_bytes / 1e9)
+
+
+def test_a_draining_worker_still_lends_what_it_holds_and_one_that_stores_differently_does_not() -> None:
+    policy, workers = cost_policy(fetch_min_tokens=100), (worker("p0", **SLOW), worker("d0", **SLOW))
+    leaving, odd = worker("d1", held=200), worker("d2", "beef", held=220)
+    assert choose(policy, 500, *workers, draining=(leaving,)).holder == leaving.info
+    assert choose(policy, 500, *workers, draining=(leaving, odd)).holder == leaving.info
+    assert choose(policy, 500, *workers, draining=(odd,)).holder is None
+
+
+def test_a_local_route_may_fetch_too() -> None:
+    route = choose(cost_policy(limit=200, fetch_min_tokens=100), 150, worker("d0", **SLOW), draining=(
+        worker("d1", held=60),))
+    assert (route.prefill, route.decode) == (None, "d0")
+    assert route.holder is not None
+    assert dict(route.terms)["prefill"] == pytest.approx(30 / 100.0)
+
+
+def test_of_several_holders_the_cheapest_counts_not_the_one_that_holds_most() -> None:
+    far, near = worker("d1", held=240), worker("d2", held=230)
+    computing = worker("p0", bandwidth={"d1": 1000.0, "d2": 1e9}, **SLOW)
+    policy = cost_policy(fetch_min_tokens=100, limit=0)
+    route = choose(policy, 500, computing, worker("d0", **SLOW), draining=(far, near))
+    assert (route.prefill, route.holder) == (computing.info, near.info)
+
+
+# ---- moves -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_move_goes_where_the_wire_is_fast_and_few_are_in_its_way() -> None:
+    source = worker("d0").info
+    config = RouterConfig()
+
+    def target(*workers: Candidate, num_choices: int = 1) -> str | None:
+        route = price_move(Facts(100, num_choices), config, source, fleet(*workers))
+        assert route is None or (route.prefill, route.holder, route.spares) == (None, None, ())
+        assert route is None or route.cost_s == pytest.approx(sum(s for _, s in route.terms))
+        return route.decode if route else None
+
+    assert target(worker("d1", bandwidth={"d0": 1e3}), worker("d2", bandwidth={"d0": 1e9})) == "d2"
+    assert target(worker("d1", sequences=3), worker("d2", sequences=2)) == "d2"
+    assert target(worker("d1", held=50), worker("d2"), worker("d3")) == "d1", "its prefix need not move"
+    assert target(worker("d1", "beef"), worker("p0")) is None
+    assert target(worker("d1", total_blocks=100, available_blocks=51)) == "d1"
+    assert target(worker("d1", total_blocks=100, available_blocks=50)) is None, "100 tokens, and one to come"
+    assert target(worker("d1", total_blocks=100, available_blocks=51), num_choices=2) is None
