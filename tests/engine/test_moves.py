@@ -127,6 +127,23 @@ def test_each_of_several_choices_is_what_it_is_alone_wherever_it_goes_on(samplin
         assert len({tuple(tokens) for tokens in together.values()}) == 4
 
 
+def test_only_what_was_answered_counts_as_said() -> None:
+    """From the definition, so that the border between prompt and output is the request's on all the way."""
+
+    def answer(border: int) -> list[int]:
+        tokens = list(PROMPT)
+        for _ in range(NUM_OUTPUT):
+            logits = _logits(tokens)[0]
+            for token in set(tokens[border:]):
+                logits[token] -= 2.0
+            tokens.append(int(logits.argmax()))
+        return tokens[len(PROMPT) :]
+
+    stayed = alone(SamplingParams(temperature=0.0, presence_penalty=2.0), 0)
+    assert [t.token_id for t in stayed] == answer(len(PROMPT))
+    assert answer(0) != answer(len(PROMPT)) != answer(len(PROMPT) + 1), "the border matters"
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_who_else_runs_and_what_is_cached_changes_no_token(sampling: SamplingParams) -> None:
     """Others share its prefix, its seed and its steps, in a pool where somebody has to give way."""
