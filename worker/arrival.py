@@ -25,6 +25,8 @@ class Arrival:
         """Leading full blocks that need not come."""
         self._parts = parts
         self._may_grow = may_grow
+        self._num_tokens = seq.num_tokens
+        """What was asked for. The sequence may get its first token while its KV still comes: that has none."""
         self._extra_blocks = 0
         self._credit: Credit | None = None
         self._announced: dict[int, int] = {}
@@ -42,7 +44,7 @@ class Arrival:
         """Hold what the prefix map has of the sequence, and promise blocks for the rest and `extra_blocks` more.
         Raises Overloaded when they cannot be promised; nothing is held then."""
         parts, seq = self._parts, self.seq
-        held = parts.pool.match(parts.steps.scheduler.hashes(seq, (seq.num_tokens - 1) // parts.pool.block_size))
+        held = parts.pool.match(parts.steps.scheduler.hashes(seq, (self._num_tokens - 1) // parts.pool.block_size))
         parts.pool.acquire(held)
         self.blocks.extend(held)
         self.num_held = len(held)
@@ -52,7 +54,7 @@ class Arrival:
 
     def _promise_rest(self) -> None:
         parts = self._parts
-        needed = parts.blocks_for(self.seq.num_tokens) + self._extra_blocks - len(self.blocks)
+        needed = parts.blocks_for(self._num_tokens) + self._extra_blocks - len(self.blocks)
         # Sequences that already wait for blocks come first, or a stream of credits would starve them.
         if needed + parts.steps.scheduler.num_blocks_wanted <= parts.pool.num_available:
             self._credit = parts.pool.reserve(needed)
@@ -81,7 +83,7 @@ class Arrival:
         a lender's word is not enough."""
         layers = event.layers or Layers(0, self._parts.num_layers)
         indices = [b.index for b in event.blocks]
-        known = self._parts.blocks_for(self.seq.num_tokens)
+        known = self._parts.blocks_for(self._num_tokens)
         end = max(indices, default=-1) + 1 if self._may_grow else known
         faults = [i for i in indices if not self.num_held <= i < end or self._announced.get(i, 0) != layers.start]
         if faults or len(set(indices)) < len(indices) or not 0 <= layers.start < layers.end <= self._parts.num_layers:
@@ -124,7 +126,7 @@ class Arrival:
     def publish(self) -> None:
         """Enter the full verified blocks in the prefix map: whoever asks next finds them."""
         parts = self._parts
-        full = min(self.num_verified(), self.seq.num_tokens // parts.pool.block_size)
+        full = min(self.num_verified(), self._num_tokens // parts.pool.block_size)
         for index, block_hash in enumerate(parts.steps.scheduler.hashes(self.seq, full)):
             if index >= self.num_held:
                 parts.pool.publish(self.blocks[index], block_hash)
@@ -134,7 +136,7 @@ class Arrival:
         are in quarantine and stay there. Raises Overloaded; nothing is held then."""
         parts = self._parts
         self.publish()
-        good = min(self.num_verified(), (self.seq.num_tokens - 1) // parts.pool.block_size)
+        good = min(self.num_verified(), (self._num_tokens - 1) // parts.pool.block_size)
         self._drop_credit()
         parts.pool.release(self.blocks[good:])
         del self.blocks[good:]

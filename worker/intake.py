@@ -236,7 +236,8 @@ class Intake:
     def _check_output(self, state: HandoffState) -> None:
         """The lender's state must be what it streamed."""
         for choice in state.choices:
-            if len(choice.output) != self.answers[choice.index].sent:
+            answer = self.answers[choice.index]
+            if choice.output != (*answer.choice.delivered, *answer.first):
                 raise IntegrityError(f"choice {choice.index} was handed over with other tokens than were sent")
 
     def _on_no_lender_left(self, arrival: Arrival, cause: BatonError) -> None:
