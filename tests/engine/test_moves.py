@@ -129,19 +129,22 @@ def test_each_of_several_choices_is_what_it_is_alone_wherever_it_goes_on(samplin
 
 def test_only_what_was_answered_counts_as_said() -> None:
     """From the definition, so that the border between prompt and output is the request's on all the way."""
+    likely = set(PROMPT)
 
     def answer(border: int) -> list[int]:
         tokens = list(PROMPT)
         for _ in range(NUM_OUTPUT):
             logits = _logits(tokens)[0]
+            logits[list(likely)] += 8.0
             for token in set(tokens[border:]):
                 logits[token] -= 2.0
             tokens.append(int(logits.argmax()))
         return tokens[len(PROMPT) :]
 
-    stayed = alone(SamplingParams(temperature=0.0, presence_penalty=2.0), 0)
+    bias = tuple((token, 8.0) for token in likely)
+    stayed = alone(SamplingParams(temperature=0.0, presence_penalty=2.0, logit_bias=bias), 0)
     assert [t.token_id for t in stayed] == answer(len(PROMPT))
-    assert answer(0) != answer(len(PROMPT)) != answer(len(PROMPT) + 1), "the border matters"
+    assert answer(len(PROMPT)) not in (answer(0), answer(len(PROMPT) - 1)), "the border matters"
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
