@@ -25,6 +25,7 @@ import hmac
 import itertools
 import json
 import logging
+import select
 import socket
 import struct
 from collections import deque
@@ -398,6 +399,24 @@ class OrderTransport:
             await self.fence(peer_id)
         if self._closed is not None:
             await self._closed()
+
+
+class Hangup:
+    """Hears that the other side closed the connection even while nobody reads from it."""
+
+    def __init__(self, sock: socket.socket, heard: Callable[[], None]) -> None:
+        self._epoll = select.epoll()
+        self._epoll.register(sock, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        self._heard = heard
+        asyncio.get_running_loop().add_reader(self._epoll, self._on_event)
+
+    def _on_event(self) -> None:
+        self._epoll.poll(0)  # once is enough
+        self._heard()
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._epoll)
+        self._epoll.close()
 
 
 def check_lent(may_read: MayRead, lease_id: str, blocks: tuple[int, ...]) -> None:

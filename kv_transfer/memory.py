@@ -59,6 +59,11 @@ class KVMemory:
         return self._view[: self.num_blocks * self.block_bytes]
 
     @property
+    def all_blocks(self) -> memoryview:
+        """Probe and landing blocks included, writable: total_bytes bytes."""
+        return self._view[:]
+
+    @property
     def address(self) -> int:
         """Where block 0 starts in this process."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self._backing))

@@ -6,6 +6,7 @@ The first entry of the result is the first preference; the adverts go into the c
 from __future__ import annotations
 
 import logging
+import sys
 
 from baton.core.config import HandoffConfig
 from baton.core.errors import SetupError
@@ -16,6 +17,9 @@ from baton.kv_transfer.tcp import open_tcp
 from baton.kv_transfer.transport import Transport
 
 log = logging.getLogger("baton.kv_transfer")
+
+_OTHER_UCX = {"nixl": "ucxx", "ucx": "nixl_cu13"}
+"""Transport -> the package that brings a second libucx into the process."""
 
 
 async def open_transports(
@@ -48,6 +52,12 @@ async def _open(
     name: str, worker_id: str, boot_id: str, memory: KVMemory, leases: LeaseTable, config: HandoffConfig,
     announce: str | None,
 ) -> Transport:
+    other = _OTHER_UCX.get(name)
+    if other in sys.modules:
+        raise SetupError(
+            f"handoff.transports = {list(config.transports)} asks for {name} in a process that has loaded {other}. "
+            "Each brings a UCX library of its own: keep one of nixl and ucx.", "handoff.transports"
+        )
     if name == "tcp":
         return await open_tcp(memory, leases.may_read, config, leases.metrics, announce)
     if name == "shm":
@@ -58,9 +68,9 @@ async def _open(
 
         return await open_ucx(memory, leases.may_read, config, leases.metrics, announce)
     if name == "nccl":
-        from baton.kv_transfer.nccl import NcclTransport
+        from baton.kv_transfer.nccl import open_nccl
 
-        return await NcclTransport.open(memory, leases.may_read, config, leases.metrics, announce)
+        return await open_nccl(memory, leases.may_read, config, leases.metrics, announce)
     from baton.kv_transfer.nixl import NixlTransport
 
     return await NixlTransport.open(f"{worker_id}:{boot_id}", memory, lambda: leases.num_live > 0)

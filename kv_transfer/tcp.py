@@ -101,8 +101,8 @@ class _Ends:
 class DataPort:
     """A listening socket on handoff.data_bind, and what peers must know to reach it."""
 
-    def __init__(self, config: HandoffConfig, announce: str | None) -> None:
-        """Raises SetupError when the address cannot be bound, or told to peers."""
+    def __init__(self, config: HandoffConfig, announce: str | None, **more: str) -> None:
+        """Tells peers `more`, too. Raises SetupError when the address cannot be bound, or told to peers."""
         if announce is None and config.data_bind in ("", "0.0.0.0", "::"):
             raise SetupError(f"handoff.data_bind = {config.data_bind!r} is no address that peers can reach. "
                              "Set it to an address of this machine.", "handoff.data_bind")
@@ -118,7 +118,7 @@ class DataPort:
                              "Set it to an address of this machine.", "handoff.data_bind") from None
         self.token = secrets.token_bytes(TOKEN_BYTES)
         host, port = announce or config.data_bind, self.sock.getsockname()[1]
-        self.advert = pack_advert(host=host, port=port, token=self.token.hex())
+        self.advert = pack_advert(host=host, port=port, token=self.token.hex(), **more)
 
 
 async def call(transport: str, peer: WorkerInfo, memory: KVMemory) -> socket.socket:
