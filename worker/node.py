@@ -132,6 +132,7 @@ class WorkerNode:
             outbox.closed = True
             for intake in [i for i in self._intakes.values() if i.outbox is outbox]:
                 intake.end(Cancelled("the router's stream ended"))
+            await asyncio.wait([reader])  # whoever gave us `up` closes it next, and nobody may be inside it then
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
         self._num_calls += 1
