@@ -36,6 +36,8 @@ from baton.core.worker import Role
 
 WORK_TIMEOUT_S = 6.0
 RECOVERY_S = 20.0
+REDIAL_S = 3.0
+"""gRPC waits up to 2 s between two dials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,11 @@ class Nemesis:
     """Requests that were open when a worker was killed last."""
 
     def disturbed(self, name: str, since_s: float) -> bool:
-        """A fault was on this host at some time since then, or is."""
-        return any(name in f.hosts and (f.recovered_s is None or f.recovered_s >= since_s) for f in self.landed)
+        """A fault was on this host at some time since then, or is; a client's channel to it may not know yet that it is
+        over."""
+        return any(
+            name in f.hosts and (f.recovered_s is None or f.recovered_s + REDIAL_S >= since_s) for f in self.landed
+        )
 
     async def run(self, until_s: float) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -216,10 +221,14 @@ class Nemesis:
                 return Drawn(kind, CableDown(scene, net, victim), (victim,), rng.uniform(0.5, 5.0))
 
             yield kind, down
-        for kind, names in (("limit prefill", plan.prefills), ("limit decode", plan.decodes)):
-            def limit(kind: str = kind, names: tuple[str, ...] = names) -> Drawn:
-                victim = rng.choice(names)
-                rate = rng.choice((2_000_000, 8_000_000))
+        for kind, names, rates in (
+            ("limit prefill", plan.prefills, (2_000_000, 8_000_000)),  # blocks
+            ("limit decode", plan.decodes, (50_000, 200_000)),  # tokens
+        ):
+            def limit(
+                kind: str = kind, names: tuple[str, ...] = names, rates: tuple[int, ...] = rates
+            ) -> Drawn:
+                victim, rate = rng.choice(names), rng.choice(rates)
                 return Drawn(kind, Limit(scene, net, victim, rate), (victim,), rng.uniform(2.0, 5.0))
 
             yield kind, limit

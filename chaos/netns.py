@@ -138,7 +138,7 @@ class Namespaces:
         """Of what the host sends. The queue holds half a second; what does not fit is dropped."""
         await run_tool(
             "tc", "-n", self._namespace(host), "qdisc", "replace", "dev", CABLE, "root", "tbf",
-            "rate", f"{bits_per_s}bit", "burst", "32kb", "latency", "500ms",
+            "rate", f"{bits_per_s}bit", "burst", "4kb", "latency", "500ms",
         )
 
     async def limited(self, host: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from baton.chaos.clients import Outcome, Question
+from baton.chaos.faults import REGISTRY
 from baton.chaos.nemesis import Landed
 from baton.chaos.plan import Plan
 
@@ -42,16 +43,24 @@ class Findings:
 
 
 def gaps(findings: Findings) -> dict[str, list[float]]:
-    """Seconds without news at each client that a fault concerned, by the fault's kind: it was aboard one of the
-    victims, or its request was dispatched again."""
+    """Seconds without news at each client that a fault concerned, by the fault's kind."""
     by_kind: defaultdict[str, list[float]] = defaultdict(list)
     questions = {q.name: q for q in findings.questions}
     for fault in findings.landed:
         for name in fault.open_requests:
-            question = questions[name]
-            if question.workers & set(fault.hosts) or any(a.router in fault.hosts for a in question.attempts):
-                by_kind[fault.kind].append(gap(question, fault.at_s))
+            if _concerned(questions[name], fault, findings.plan):
+                by_kind[fault.kind].append(gap(questions[name], fault.at_s))
     return dict(by_kind)
+
+
+def _concerned(q: Question, fault: Landed, plan: Plan) -> bool:
+    """It was at that router or aboard that decode worker; it waited for its first token, and was aboard that prefill
+    worker; the registry is everybody's."""
+    if fault.hosts == (REGISTRY,):
+        return True
+    waits = not any(s <= fault.at_s for s in q.news_s)
+    aboard = q.workers & set(fault.hosts) - (set() if waits else set(plan.prefills))
+    return bool(aboard) or any(a.router in fault.hosts for a in q.attempts)
 
 
 def gap(question: Question, at_s: float) -> float:
