@@ -132,7 +132,7 @@ class Bench:
         self.fabric = Fabric(loop, self.trace, world_terms.speed)
         self.fabric.reaches = self.network.reaches
         self.failures: list[str] = []
-        site = Site(loop, self.trace, self.network, self.fabric, SimRegistry(), self.failures.append)
+        site = Site(loop, self.trace, self.network, self.fabric, SimRegistry(self.network), self.failures.append)
 
         def machine(role: Role, number: int) -> Machine:
             return Machine(site, world_terms, f"{role}-{number}", role, Builders())
@@ -164,6 +164,16 @@ class Bench:
     def counter(self, machine: Machine, name: str, **labels: str) -> float:
         assert machine.node is not None
         return machine.node.parts.metrics.value(name, **labels)
+
+    async def unhealthy(self, machine: Machine) -> str | None:
+        """As the machine finds itself: on its own clock."""
+
+        async def ask() -> str | None:
+            assert machine.node is not None
+            return machine.node.unhealthy()
+
+        assert machine.process is not None
+        return await machine.process.spawn(ask(), "health")
 
     async def quiet(self) -> None:
         """Leases and quarantine have had their time: nothing may be held anywhere."""

@@ -408,18 +408,17 @@ def test_a_prefill_worker_told_to_stop_waits_until_nothing_it_lends_is_pulled() 
 def test_a_worker_whose_engine_stands_still_is_unhealthy_until_it_moves() -> None:
     async def story(b: Bench) -> None:
         machine, stream = b.decode[0], b.stream(b.decode[0])
-        assert machine.node is not None
         assert machine.runner is not None
-        assert machine.node.unhealthy() is None
+        assert await b.unhealthy(machine) is None
         machine.runner.slowness = 2e3
         heard = stream.submit(request("r", PROMPT), 1)
         await asyncio.sleep(1.0)
-        assert machine.node.unhealthy() is None, "busy is not stuck"
+        assert await b.unhealthy(machine) is None, "busy is not stuck"
         await asyncio.sleep(4.0)
-        assert "no engine step" in (machine.node.unhealthy() or "")
+        assert "no engine step" in (await b.unhealthy(machine) or "")
         machine.runner.slowness = 1.0
         await heard.ended()
-        assert machine.node.unhealthy() is None
+        assert await b.unhealthy(machine) is None
 
     play(story, world_terms=terms(stall_timeout_s=3))
 
@@ -430,7 +429,7 @@ def test_a_broken_ledger_raises_the_alarm() -> None:
         assert node is not None
         (stray,) = node.parts.pool.allocate(1) or ()
         await asyncio.sleep(15.0)
-        assert "ledger" in (node.unhealthy() or "")
+        assert "ledger" in (await b.unhealthy(b.decode[0]) or "")
         assert b.counter(b.decode[0], "baton_ledger_broken") == 1
         node.parts.pool.release([stray])
 
