@@ -20,7 +20,7 @@ from baton.core.errors import PeerLost, SetupError
 from baton.core.worker import Span
 
 if TYPE_CHECKING:
-    from baton.wire.admin_pb2 import FleetStatus, RequestTrace
+    from baton.wire.admin_pb2 import FleetStatus, FleetWorker, RequestTrace
 
 Answer = TypeVar("Answer", bound=Message)
 Address = Annotated[
@@ -92,6 +92,7 @@ def summary(answer: FleetStatus, columns: int | None) -> Iterator[str]:
     for title, rows, spare in (
         ("workers", worker_rows(answer), ("step", "prefill tok/s", "address", "requests", "role")),
         ("pairs", pair_rows(answer), ("measured",)),
+        *([("never paired", apart, ())] if (apart := apart_rows(answer)) else []),
         ("counters", [{"name": c.name, "value": f"{c.value:g}"} for c in answer.counters], ()),
     ):
         yield f"\n{title}" if rows else f"\n{title}: none"
@@ -99,8 +100,7 @@ def summary(answer: FleetStatus, columns: int | None) -> Iterator[str]:
 
 
 def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
-    from baton.wire.admin_pb2 import WorkerState  # protobuf is loaded by the commands that speak it
-    from baton.wire.worker_pb2 import Role
+    from baton.wire.worker_pb2 import Role  # protobuf is loaded by the commands that speak it
 
     rows = []
     for w in answer.workers:
@@ -109,7 +109,7 @@ def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
         rows.append({
             "worker": w.info.worker_id,
             "role": Role.Name(w.info.role).lower(),
-            "state": WorkerState.Name(w.state).lower(),
+            "state": state_of(w),
             "address": w.info.address,
             "requests": str(w.in_flight),
             "active/lent/cached/free/quarantined": blocks,
@@ -117,6 +117,29 @@ def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
             "step": f"{w.load.decode_step_s * 1e3:.1f} ms",
         })
     return rows
+
+
+def state_of(worker: FleetWorker) -> str:
+    """With what is left on a worker that drains, and for how long a silent one has been so."""
+    from baton.wire.admin_pb2 import WorkerState
+
+    state = WorkerState.Name(worker.state).lower()
+    load = worker.load
+    match state:
+        case "draining":
+            return f"{state}, {load.num_running + load.num_waiting} requests and {load.num_lent_out} leases left"
+        case "suspect" | "dead":
+            return f"{state}, silent for {worker.silent_s:.0f} s"
+    return state
+
+
+def apart_rows(answer: FleetStatus) -> list[dict[str, str]]:
+    """Each worker with the peers that one field keeps it apart from."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for w in answer.workers:
+        for apart in w.kept_apart:
+            rows.setdefault((w.info.worker_id, apart.difference), []).append(apart.peer)
+    return [{"worker": name, "with": ", ".join(peers), "because": why} for (name, why), peers in rows.items()]
 
 
 def pair_rows(answer: FleetStatus) -> list[dict[str, str]]:

@@ -174,7 +174,8 @@ def _worker(view: WorkerView) -> admin_pb2.FleetWorker:
     return admin_pb2.FleetWorker(
         info=codec.INFO.encode(view.info), state=view.state.name,
         load=codec.LOAD.encode(view.load), ledger=codec.LEDGER.encode(view.ledger) if view.ledger else None,
-        silent_s=view.silent_s, in_flight=view.num_requests, index_blocks=view.indexed_blocks)
+        silent_s=view.silent_s, in_flight=view.num_requests, index_blocks=view.indexed_blocks,
+        kept_apart=[admin_pb2.KeptApart(peer=peer, difference=why) for peer, why in view.refused])
 
 
 def _pairs(workers: tuple[WorkerView, ...]) -> list[admin_pb2.FleetPair]:

@@ -24,7 +24,7 @@ DEAD: WorkerState
 DRAINING: WorkerState
 
 class FleetWorker(_message.Message):
-    __slots__ = ("info", "state", "load", "ledger", "silent_s", "in_flight", "index_blocks")
+    __slots__ = ("info", "state", "load", "ledger", "silent_s", "in_flight", "index_blocks", "kept_apart")
     INFO_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class FleetWorker(_message.Message):
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     INDEX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_APART_FIELD_NUMBER: _ClassVar[int]
     info: _worker_pb2.WorkerInfo
     state: WorkerState
     load: _worker_pb2.WorkerLoad
@@ -39,7 +40,16 @@ class FleetWorker(_message.Message):
     silent_s: float
     in_flight: int
     index_blocks: int
-    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ..., ledger: _Optional[_Union[_worker_pb2.Ledger, _Mapping]] = ..., silent_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., index_blocks: _Optional[int] = ...) -> None: ...
+    kept_apart: _containers.RepeatedCompositeFieldContainer[KeptApart]
+    def __init__(self, info: _Optional[_Union[_worker_pb2.WorkerInfo, _Mapping]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ..., ledger: _Optional[_Union[_worker_pb2.Ledger, _Mapping]] = ..., silent_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., index_blocks: _Optional[int] = ..., kept_apart: _Optional[_Iterable[_Union[KeptApart, _Mapping]]] = ...) -> None: ...
+
+class KeptApart(_message.Message):
+    __slots__ = ("peer", "difference")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    difference: str
+    def __init__(self, peer: _Optional[str] = ..., difference: _Optional[str] = ...) -> None: ...
 
 class FleetPair(_message.Message):
     __slots__ = ("prefill", "decode", "transport", "bytes_per_s", "refused")

@@ -10,6 +10,7 @@ from baton.core.errors import BatonError, PeerLost
 from baton.core.messages import Cancel, Hello, KVEvents, Submit, TokenChunk
 from baton.core.worker import Role, Route, WorkerLoad
 from baton.router.fleet import FORGET_S
+from baton.router.grpc_front import _worker
 from baton.router.link import InFlight, UpQueue
 from baton.sim.loop import SimLoop, run
 from tests.router.fake_fleet import (
@@ -380,6 +381,8 @@ def test_pairs_that_do_not_fit_are_named_with_the_field_that_differs() -> None:
                 ("p0", "numerics: torch-fp32 vs bf16"),
             ), "any two workers may lend to each other"
             assert views["d0"].refused == (("p1", "numerics: bf16 vs torch-fp32"),)
+            told = _worker(views["d0"]).kept_apart
+            assert [(k.peer, k.difference) for k in told] == [("p1", "numerics: bf16 vs torch-fp32")]
             assert fleet.fleet.fits(views["p0"].info, views["d0"].info)
             assert not fleet.fleet.fits(views["p1"].info, views["d0"].info)
 
