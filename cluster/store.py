@@ -11,22 +11,20 @@ boot's register, or (Redis) expired `expire_s` after the last refresh, for worke
 from __future__ import annotations
 
 import asyncio
-import base64
-import dataclasses
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import redis.asyncio as redis
+from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from baton.core.errors import ConfigError, PeerLost
-from baton.core.layout import Capability, KVLayout
-from baton.core.worker import Role, WorkerInfo
+from baton.core.errors import ConfigError, Incompatible, PeerLost
+from baton.core.worker import WorkerInfo
+from baton.wire import codec, worker_pb2
 
 log = logging.getLogger("baton.cluster")
 
@@ -122,10 +120,10 @@ class RedisRegistry:
     def _read(self, key: bytes, value: bytes) -> WorkerInfo | None:
         try:
             return _from_json(value)
-        except (ValueError, TypeError, KeyError) as e:
+        except (ParseError, Incompatible) as e:
             if self._unreadable.get(key) != value:  # Once per content: this is polled.
                 self._unreadable[key] = value
-                log.warning("skipping registry entry %r, which this version cannot read: %r", key, e)
+                log.warning("skipping registry entry %r, which this version cannot read: %s", key, e)
             return None
 
     @asynccontextmanager
@@ -140,18 +138,13 @@ class RedisRegistry:
 
 
 def _to_json(info: WorkerInfo) -> str:
-    return json.dumps(dataclasses.asdict(info), default=lambda raw: base64.b64encode(raw).decode())
+    return MessageToJson(codec.INFO.encode(info), preserving_proto_field_name=True, indent=None)
 
 
 def _from_json(raw: bytes) -> WorkerInfo:
-    """Raises ValueError, TypeError or KeyError for what `_to_json` of this version does not write."""
-    entry = json.loads(raw)
-    capability = dict(entry.pop("capability"))
-    layout = KVLayout(**capability.pop("layout"))
-    adverts = capability.pop("transports")
-    transports = tuple((str(name), base64.b64decode(advert, validate=True)) for name, advert in adverts)
-    eos_token_ids = tuple(capability.pop("eos_token_ids"))
-    role = Role(entry.pop("role"))
-    return WorkerInfo(
-        role=role, **entry,
-        capability=Capability(layout=layout, transports=transports, eos_token_ids=eos_token_ids, **capability))
+    """The wire's own rules: fields of a later version are stepped over. Raises ParseError or Incompatible for what is
+    no worker."""
+    entry = codec.INFO.decode(Parse(raw, worker_pb2.WorkerInfo(), ignore_unknown_fields=True))
+    if not entry.worker_id or not entry.boot_id:
+        raise ParseError("it has no worker_id or no boot_id.")
+    return entry

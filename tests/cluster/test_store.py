@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import json
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import redis.asyncio as redis
 
 from baton.cluster.embedded import EmbeddedRedis, start_embedded_redis
-from baton.cluster.store import MemoryRegistry, RedisRegistry, Registry
+from baton.cluster.store import MemoryRegistry, RedisRegistry, Registry, _to_json
 from baton.core.errors import ConfigError, PeerLost
 from baton.core.layout import Capability, KVLayout
 from baton.core.worker import Role, WorkerInfo
@@ -98,7 +99,8 @@ def test_rubbish_in_redis_is_skipped_and_logged_once(caplog: pytest.LogCaptureFi
             await registry.register(good)
             await raw.set("baton:worker:bad", "no json")
             await raw.set("baton:worker:old", '{"worker_id": "old", "boot_id": "b", "role": "juggler", "address": ""}')
-            await raw.set("baton:worker:newer", _with_unknown_field(good))
+            for at, entry in enumerate(_no_workers(good)):
+                await raw.set(f"baton:worker:no-{at}", json.dumps(entry))
             for _ in range(3):
                 assert await registry.list() == (good,)
             await registry.deregister("bad", "b")
@@ -107,15 +109,39 @@ def test_rubbish_in_redis_is_skipped_and_logged_once(caplog: pytest.LogCaptureFi
 
     with caplog.at_level(logging.WARNING, "baton.cluster"):
         asyncio.run(body())
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 2 + 5
+    for named in ("boot_id", "Capability without layout", "block_size", "transports", "Role number 0"):
+        assert named in caplog.text
     assert "baton:worker:bad" in caplog.text
 
 
-def _with_unknown_field(entry: WorkerInfo) -> str:
-    import json
+def _no_workers(good: WorkerInfo) -> list[dict[str, Any]]:
+    """Something missing, here and deeper; something of another kind, twice; a member that is none."""
+    entry = json.loads(_to_json(good))
+    capability, layout = entry["capability"], entry["capability"]["layout"]
+    return [
+        {name: value for name, value in entry.items() if name != "boot_id"},
+        entry | {"capability": {name: value for name, value in capability.items() if name != "layout"}},
+        entry | {"capability": capability | {"layout": layout | {"block_size": "many"}}},
+        entry | {"capability": capability | {"transports": [{"name": "shm", "advert": "x"}]}},
+        entry | {"role": "juggler"},
+    ]
 
-    fields = dataclasses.asdict(dataclasses.replace(entry, capability=dataclasses.replace(CAPABILITY, transports=())))
-    return json.dumps({**fields, "hat": "red"})
+
+def test_an_entry_of_a_later_version_is_read_as_far_as_it_is_known() -> None:
+    async def body() -> None:
+        async with embedded() as server:
+            registry, raw = RedisRegistry(server.url), redis.Redis.from_url(server.url)
+            good = info("good")
+            entry = json.loads(_to_json(good))
+            capability = entry["capability"]
+            later = entry | {"hat": "red", "capability": capability | {"layout": capability["layout"] | {"scales": 1}}}
+            await raw.set("baton:worker:good", json.dumps(later))
+            assert await registry.list() == (good,)
+            await raw.aclose()
+            await registry.close()
+
+    asyncio.run(body())
 
 
 def test_a_worker_that_stops_refreshing_leaves_redis() -> None:
