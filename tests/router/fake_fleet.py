@@ -191,14 +191,14 @@ class ScriptedWorker:
                 task.cancel()
 
     async def _next(self, down: asyncio.Queue[Said]) -> Said:
-        while True:
-            try:
-                async with asyncio.timeout(0.5):
-                    message = await down.get()
-            except TimeoutError:
-                message = StepMessage(self.info.boot_id, self.load, ledger=LEDGER)
-            if not self.frozen:
-                return message
+        try:
+            async with asyncio.timeout(0.5):
+                said = await down.get()
+        except TimeoutError:
+            said = StepMessage(self.info.boot_id, self.load, ledger=LEDGER)
+        while self.frozen:
+            await asyncio.sleep(0.02)
+        return said
 
     async def _read(
         self,

@@ -78,7 +78,14 @@ class Relay:
 
     def _take_over(self, submit: Submit) -> Iterator[Act]:
         assert submit.take_from is not None
-        r, source = submit.request, self.attempts[submit.take_from.epoch]
+        source = self.attempts[submit.take_from.epoch]
+        try:
+            yield from self._fetch(submit, source)
+        finally:
+            source.paused = False  # its lease has ended, or ends with the call
+
+    def _fetch(self, submit: Submit, source: Running) -> Iterator[Act]:
+        r = submit.request
         for point, wait_s in WAIT_S.items():
             if source.forgotten or (point is Point.PAUSED and source.is_over(r)):
                 yield from refuse("not_found", "it does not run here")(submit)
@@ -87,7 +94,7 @@ class Relay:
             source.forgotten = point is Point.TAKEN and self.forgets
             self.points.append((point, r.request_id))
             if point in self.at:
-                source.paused = False  # its lease ends with the call
+                source.paused = False
                 yield from self.at.pop(point)(submit)
                 return
             yield wait_s
