@@ -9,10 +9,12 @@ Here are the faults of hosts and links; sim/more_faults.py has those of data, me
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from baton.core.errors import BatonError
 from baton.core.worker import Role
 from baton.kv_transfer.transport import PROBE_LEASE
 from baton.sim.registry import HOST as REGISTRY
@@ -78,7 +80,7 @@ class Crash(Landing):
             return
         pulls = sum(victim.worker_id in (m.lender, m.reader) for m in world.fabric.moving)
         self.evidence = f"{victim.worker_id} had {work_of(world, victim)}, {pulls} pulls moving"
-        victim.kill(self._silent)
+        world.kill(victim, self._silent)
         if self._down_s:
             await asyncio.sleep(self._down_s)
         victim.start()
@@ -143,6 +145,46 @@ class FreezeRouter(Landing):
             if held:
                 self.evidence = f"{victim.name} had {requests} requests, and {held} messages piled up"
             victim.thaw()
+
+
+class Restart(Landing):
+    """A planned restart: the worker is told to stop under work, moves away what runs on it, and comes back. Clients
+    must not notice."""
+
+    def __init__(self, role: Role, down_s: float) -> None:
+        super().__init__(f"planned-restart-{role}")
+        self._role, self._down_s = role, down_s
+
+    async def inflict(self, world: World, rng: random.Random) -> None:
+        victim = await moment(world, rng, lambda: busy(world, self._role))
+        if victim is None:
+            return
+        self.evidence = f"{victim.worker_id} was told to stop with {work_of(world, victim)}"
+        if await victim.stop():
+            await asyncio.sleep(self._down_s)
+            victim.start()
+
+
+class Drain(Landing):
+    """An operator drains a worker under work, and after a while takes it back."""
+
+    def __init__(self, role: Role, duration_s: float) -> None:
+        super().__init__(f"drain-{role}")
+        self._role, self._duration_s = role, duration_s
+
+    async def inflict(self, world: World, rng: random.Random) -> None:
+        victim = await moment(world, rng, lambda: busy(world, self._role))
+        if victim is None or victim.node is None:
+            return
+        work, worker = work_of(world, victim), world.network.dial("operator")(victim.node.info)
+        with contextlib.suppress(BatonError):
+            await worker.drain(True, 2.0)
+            self.evidence = f"{victim.worker_id} was drained with {work}"
+            await asyncio.sleep(self._duration_s)
+        while victim.node is not None and victim.node.load().draining:
+            with contextlib.suppress(BatonError):
+                await worker.drain(False, 2.0)
+            await asyncio.sleep(0.1)
 
 
 class Slow(Landing):

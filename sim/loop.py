@@ -3,7 +3,7 @@
 Owns the clock and the order in which ready callbacks run. Does not know what runs on it: production code calls
 asyncio and asyncio.get_running_loop().time() and cannot tell the difference.
 
-Life of one turn (`_Clock.select`, which asyncio calls once per turn):
+Life of one turn (`_run_once`, in the place of asyncio's):
 
     1. nothing is ready: the clock jumps to the next timer. No timer either: SimDeadlock, with what every task waits for
     2. due timers join the ready callbacks; callbacks of dead processes vanish, those of frozen ones wait
@@ -122,24 +122,39 @@ class SimTask(asyncio.Task[Any]):
 
 
 class SimFuture(asyncio.Future[Any]):
-    def __init__(self, *, loop: SimLoop) -> None:
-        self._number = loop.next_number()
-        super().__init__(loop=loop)
+    _number = 0
 
     def __hash__(self) -> int:
+        """A number it gets when somebody first asks: few futures are ever kept in a set."""
+        if not self._number:
+            self._number = self.get_loop().next_number()  # type: ignore[attr-defined]
         return self._number
 
     __eq__ = object.__eq__
 
 
-class _Clock(selectors.BaseSelector):
-    """The place where asyncio would wait for sockets: here the clock moves instead."""
+class _SimTimer(asyncio.TimerHandle):
+    """A TimerHandle that is made and cancelled faster: most of a world's work is timers."""
 
-    loop: SimLoop
+    def __init__(
+        self, when: float, callback: Callable[..., Any], args: tuple[Any, ...], loop: SimLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._when, self._callback, self._args, self._loop = when, callback, args, loop
+        self._context = contextvars.copy_context() if context is None else context
+        self._cancelled = self._scheduled = False
+        self._repr = self._source_traceback = None
 
-    def select(self, timeout: float | None = None) -> list[Any]:
-        self.loop.turn(timeout)
-        return []
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._callback, self._args = None, None  # type: ignore[assignment]
+
+
+class _NoSockets(selectors.BaseSelector):
+    """asyncio asks for a place to wait for sockets."""
+
+    def select(self, timeout: float | None = None) -> Never:
+        raise RuntimeError("the simulator's loop never waits")
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> Never:
         raise RuntimeError("there are no sockets in the simulator: use sim.network")
@@ -155,10 +170,9 @@ class SimLoop(asyncio.SelectorEventLoop):
     """`rng` belongs to the schedule; a part of the world that needs chance derives its own with `fork`."""
 
     _ready: deque[asyncio.Handle]
+    _stopping: bool
 
     def __init__(self, seed: int) -> None:
-        clock = _Clock()
-        clock.loop = self
         self.seed = seed
         self.rng = random.Random(f"schedule {seed}")
         self.problems: list[str] = []
@@ -173,14 +187,14 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._ticked = 0.0
         """The same in whole ticks, for the clocks of processes."""
         self._numbers = 0
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _SimTimer]] = []
         self._num_timers = 0
         self._turns_at_this_instant = 0
         self._stalled: list[asyncio.Handle] = []
         self._graveyard: list[asyncio.Task[Any]] = []
         self.world = contextvars.Context()
         """Of callbacks that belong to no process."""
-        super().__init__(clock)
+        super().__init__(_NoSockets())
         self.set_task_factory(lambda loop, coro, **kw: SimTask(coro, loop=self, **kw))
         self.set_exception_handler(lambda loop, what: self._note(what))
 
@@ -196,16 +210,28 @@ class SimLoop(asyncio.SelectorEventLoop):
         process = _process.get()
         if process is not None:
             when = math.ceil((when - process.origin_s) * TICKS_PER_S) / TICKS_PER_S
-        return self._schedule(asyncio.TimerHandle(when, callback, args, self, context))
+        return self._schedule(when, callback, args, context)
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        process = _process.get()
+        if process is None:
+            return self._schedule(self.now + delay, callback, args, context)
+        when = math.ceil((self._ticked + delay) * TICKS_PER_S) / TICKS_PER_S
+        return self._schedule(when, callback, args, context)
 
     def at(self, when: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle:
         """For the world: call back at world time `when`, as nobody's process."""
-        return self._schedule(asyncio.TimerHandle(when, callback, args, self, self.world))
+        return self._schedule(when, callback, args, self.world)
 
-    def _schedule(self, timer: asyncio.TimerHandle) -> asyncio.TimerHandle:
-        """In a heap of our own: tuples compare faster than handles, and asyncio's is looked at before each turn."""
+    def _schedule(
+        self, when: float, callback: Callable[..., Any], args: tuple[Any, ...], context: contextvars.Context | None
+    ) -> asyncio.TimerHandle:
+        """In a heap of our own: tuples compare faster than handles."""
+        timer = _SimTimer(when, callback, args, self, context)
         self._num_timers += 1
-        heapq.heappush(self._timers, (timer._when, self._num_timers, timer))  # type: ignore[attr-defined]
+        heapq.heappush(self._timers, (when, self._num_timers, timer))
         return timer
 
     def fork(self, name: str) -> random.Random:
@@ -228,18 +254,13 @@ class SimLoop(asyncio.SelectorEventLoop):
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Never:  # type: ignore[override]
         raise RuntimeError("there are no threads in the simulator: this code belongs behind an adapter")
 
-    def turn(self, timeout: float | None) -> None:
-        """One turn's bookkeeping; see the module's head. `timeout` is asyncio's: None when nothing is ready."""
+    def _run_once(self) -> None:
+        """One turn, in asyncio's place; see the module's head."""
         timers = self._timers
-        while timers and timers[0][2].cancelled():
+        while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)
-        if timeout is None:
-            if not timers:
-                raise SimDeadlock("everybody waits and no timer is set:\n" + self.describe())
-            if timers[0][0] > self.now:
-                self.now = timers[0][0]
-                self._ticked = math.floor(self.now * TICKS_PER_S) / TICKS_PER_S
-                self.start_instant()
+        if not (self._ready or self._stopping):
+            self._jump()
         self.num_turns += 1
         self._turns_at_this_instant += 1
         if self._turns_at_this_instant > MAX_TURNS_PER_INSTANT:
@@ -251,11 +272,22 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._ready.clear()
         while timers and timers[0][0] <= self.now:
             timer = heapq.heappop(timers)[2]
-            if not timer.cancelled() and self._may_run(timer):
+            if not timer._cancelled and self._may_run(timer):
                 ready.append(timer)
         if len(ready) > 1:
             self.rng.shuffle(ready)
-        self._ready.extend(ready)
+        for handle in ready:
+            if not handle._cancelled:
+                handle._run()
+
+    def _jump(self) -> None:
+        """The clock moves to the next timer."""
+        if not self._timers:
+            raise SimDeadlock("everybody waits and no timer is set:\n" + self.describe())
+        if self._timers[0][0] > self.now:
+            self.now = self._timers[0][0]
+            self._ticked = math.floor(self.now * TICKS_PER_S) / TICKS_PER_S
+            self.start_instant()
 
     def start_instant(self) -> None:
         self._turns_at_this_instant = 0
@@ -323,6 +355,7 @@ class SimLoop(asyncio.SelectorEventLoop):
                 self._graveyard.clear()
                 self._stalled.clear()
                 self._ready.clear()
+                self._timers.clear()
                 gc.collect(2 if gc.isenabled() else 1)  # the run itself has promoted some of them
         finally:
             sys.unraisablehook = hook

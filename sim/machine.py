@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, Lender, SimTransport, WireSpeed
 from baton.worker.node import NodeParts, WorkerNode
 from baton.worker.registration import serve_registered
+
+STOP_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +74,25 @@ class Site:
     registry: SimRegistry
     failed: Callable[[str], None]
     """Called when a worker's process ended by a bug."""
+    dies_of: Callable[[str, Step], bool] = lambda worker_id, step: False
+    """Asked before a worker executes a step. True: it is dead now."""
+    num_computed: Counter[str] = field(default_factory=Counter)
+    """Tokens that went through an engine, by sequence."""
 
 
 class _WatchedRunner:
     """A runner that says in the trace what it executed, and to the oracle which blocks it read and wrote."""
 
     def __init__(
-        self, inner: Runner, scheduler: Scheduler, block_size: int, provenance: Provenance, trace: Trace
+        self, inner: Runner, scheduler: Scheduler, block_size: int, provenance: Provenance, site: Site
     ) -> None:
         self._inner, self._scheduler, self._block_size = inner, scheduler, block_size
-        self._provenance, self._trace = provenance, trace
+        self._provenance, self._site = provenance, site
 
     async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
-        size, marks, written = self._block_size, self._provenance, []
+        site, size, marks, written = self._site, self._block_size, self._provenance, []
+        if site.dies_of(marks.worker_id, step):
+            await site.loop.create_future()
         tenants = {s.request_id: s.request.tenant for s in self._scheduler.sequences()}
         for chunk in step.chunks:
             tenant, first = tenants[chunk.request_id], chunk.start // size
@@ -97,8 +106,10 @@ class _WatchedRunner:
         for tenant, blocks_written in written:
             for block, generation in blocks_written:
                 marks.wrote(block, generation, tenant)
+        for chunk in step.chunks:
+            site.num_computed[chunk.request_id] += len(chunk.token_ids)
         chunks = " ".join(f"{c.request_id}[{c.start}:{c.end}]" for c in step.chunks)
-        self._trace.note(self._provenance.worker_id, "step", step.step_id, chunks)
+        site.trace.note(marks.worker_id, "step", step.step_id, chunks)
         return result
 
     async def close(self) -> None:
@@ -167,11 +178,22 @@ class Machine:
         self.process.thaw()
         self.thawed_s = self._site.loop.now
 
-    async def stop(self) -> None:
-        """SIGTERM: the node ends in order. Afterwards no task of it may be left."""
-        assert self._main is not None
-        self._main.cancel()
-        await asyncio.wait([self._main])
+    async def stop(self) -> bool:
+        """SIGTERM: the node drains and ends in order, and no task of it may be left. False: it died on the way."""
+        main, process = self._main, self.process
+        assert main is not None, f"{self.worker_id} was never started"
+        assert process is not None, f"{self.worker_id} was never started"
+        main.cancel()
+        while not main.done():
+            if process.dead:
+                return False
+            await asyncio.wait([main], timeout=STOP_POLL_S)
+        await asyncio.sleep(STOP_POLL_S)
+        if left := [t.get_name() for t in process.tasks()]:
+            self._site.failed(f"{self.worker_id} stopped in order and left {left}")
+        process.kill()
+        self.node = None
+        return True
 
     def _on_end(self, main: asyncio.Task[None]) -> None:
         if not main.cancelled() and (error := main.exception()) is not None:
@@ -196,7 +218,7 @@ class Machine:
         policy = (prefill_policy if self.role is Role.PREFILL else decode_policy)(config, capability.eos_token_ids)
         self.runner = HashRunner(memory.buffer, shape, terms.costs)
         scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
-        runner = _WatchedRunner(self.runner, scheduler, terms.block_size, provenance, site.trace)
+        runner = _WatchedRunner(self.runner, scheduler, terms.block_size, provenance, site)
         dial = site.network.dial(self.worker_id)
         parts = NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics)
         info = WorkerInfo(self.worker_id, f"{self.worker_id}.{self.boots}", self.role, self.worker_id, capability)

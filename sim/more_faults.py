@@ -8,25 +8,30 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from baton.core.messages import StepMessage
+from baton.core.request import Request
 from baton.core.worker import Role
 from baton.kv_transfer.transport import PROBE_LEASE, PullOrder
+from baton.models.hash_model import VOCABULARY
 from baton.sim.faults import (
     PAIRS,
     ClockJump,
     Congestion,
     Crash,
     CrashRouter,
+    Drain,
     Fault,
     Freeze,
     FreezeRouter,
     Landing,
     Partition,
     Reset,
+    Restart,
     Slow,
     busy,
     moment,
 )
 from baton.sim.transport import PullFault
+from baton.sim.workload import Job
 
 if TYPE_CHECKING:
     from baton.sim.world import World
@@ -112,6 +117,23 @@ class Replays(Landing):
             self.evidence = f"{chunks} token chunks and {events} KV events came again"
 
 
+class Poison(Landing):
+    """A request under which every worker crashes that computes it. It may have two."""
+
+    def __init__(self) -> None:
+        super().__init__("poison")
+
+    async def inflict(self, world: World, rng: random.Random) -> None:
+        if await moment(world, rng, lambda: busy(world, Role.DECODE)) is None:
+            return
+        name = f"poison-{rng.randrange(10**6)}"
+        world.poison.add(name)
+        prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(6, 20)))
+        record = await world.client(Job(world.loop.now, Request(name, prompt), router=rng.random()))
+        if record.crashes:
+            self.evidence = f"{', '.join(record.crashes)} crashed, then it was refused: {record.error!r:.60}"
+
+
 class VanishedClients(Landing):
     """Clients are switched off while they read: no word, no reset."""
 
@@ -151,7 +173,7 @@ class RegistryFault(Landing):
                 self.evidence = f"{registry.num_refused - refused} calls refused {work}"
         elif self._kind == "stale":
             registry.fall_behind()
-            victim.kill(silent=False)
+            world.kill(victim, silent=False)
             victim.start()
             await asyncio.sleep(self._duration_s)
             registry.catch_up()
@@ -187,6 +209,10 @@ def _draw(rng: random.Random) -> Fault:
         lambda: BadPulls(rng.choice(list(PullFault)), rng.randint(1, 5)),
         lambda: RepeatedCalls(rng.randint(1, 8)),
         lambda: Replays(rng.randint(1, 8)),
+        Poison,
+        lambda: Restart(role, rng.choice((0.0, down_s))),
+        lambda: Restart(role, rng.choice((0.0, down_s))),
+        lambda: Drain(role, rng.uniform(0.5, 4.0)),
         lambda: VanishedClients(rng.randint(1, 3)),
         lambda: RegistryFault(rng.choice(("outage", "stale", "empty")), rng.uniform(1.0, 5.0)),
     )

@@ -20,11 +20,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from baton.core.config import Config
-from baton.core.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded, PeerLost
+from baton.core.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    Overloaded,
+    PeerLost,
+    RequestQuarantined,
+)
 from baton.core.messages import TokenChunk
 from baton.core.request import FinishReason, SampledToken
 from baton.models.hash_model import Answer, expected
 from baton.router.placing import PLACE_WAIT_S, NobodyReady
+from baton.router.quarantine import MAX_CRASHES
 from baton.router.trace import TraceRecord
 from baton.sim.machine import Machine
 from baton.sim.workload import Job
@@ -64,6 +72,8 @@ class Record:
     """For so long, between two times, its router could not act: nobody can blame it for being late."""
     router_lost: bool = False
     """Its router died under it, or was out of its reach."""
+    crashes: list[str] = field(default_factory=list)
+    """Boots that crashed while they computed for it."""
     accounts: list[TraceRecord] = field(default_factory=list)
     """What its router wrote in its own log."""
 
@@ -95,6 +105,7 @@ class Oracle:
         self._delays_s = delays_s
         self._config = config
         self._max_model_len = max_model_len
+        self._crashed: set[str] = set()
         self._turns: dict[str, int] = {}
 
     @property
@@ -140,7 +151,21 @@ class Oracle:
             late = job.may_miss_deadline and isinstance(record.error, DeadlineExceeded | Cancelled)
             crowded = isinstance(record.error, Overloaded | NobodyReady) and took >= PLACE_WAIT_S
             cut_off = record.router_lost and isinstance(record.error, PeerLost)
-            require(late or crowded or cut_off, f"{name} failed with {record.error!r} after {record.num_tokens} tokens")
+            excused = late or crowded or cut_off or self._is_rightly_quarantined(record)
+            require(excused, f"{name} failed with {record.error!r} after {record.num_tokens} tokens")
+
+    def _is_rightly_quarantined(self, record: Record) -> bool:
+        """It names two boots, and both did crash; or its like was."""
+        if not isinstance(record.error, RequestQuarantined):
+            return False
+        named = {boot for boot in self._crashed if boot in record.error.message}
+        return len(named) >= MAX_CRASHES or any(self._is_alike(record, other) for other in self.records.values())
+
+    @staticmethod
+    def _is_alike(one: Record, other: Record) -> bool:
+        a, b = one.job.request, other.job.request
+        alike = (a.tenant, a.prompt, a.sampling) == (b.tenant, b.prompt, b.sampling)
+        return alike and one is not other and isinstance(other.error, RequestQuarantined)
 
     def accounted(self, account: TraceRecord) -> None:
         """A router closed its books on a request."""
@@ -164,6 +189,14 @@ class Oracle:
                         f"{name} got {got} tokens, its router wrote {output}")
 
     # ---- workers -------------------------------------------------------------------------------------------------
+
+    def crashed(self, boot_id: str, request_ids: Iterable[str]) -> None:
+        """A worker dies, and everybody can tell, with these requests on board."""
+        self._crashed.add(boot_id)
+        for request_id in request_ids:
+            if (record := self.records.get(request_id)) is not None and record.ended_s is None:
+                record.crashes.append(boot_id)
+                require(len(record.crashes) <= MAX_CRASHES, f"{request_id} was aboard {record.crashes} as they crashed")
 
     def turn(self, machines: Iterable[Machine], now: float) -> None:
         for machine in machines:
@@ -194,7 +227,7 @@ class Oracle:
     def _nothing_runs_for_the_dead(self, machine: Machine, node: WorkerNode, now: float) -> None:
         """No sequence of a request that is past its deadline, or long over for its client."""
         for seq in node.parts.scheduler.sequences():
-            record = self.records.get(seq.request_id.partition("@")[0])
+            record = self.records.get(asked_as(seq.request_id))
             if record is None:
                 continue
             deadline = record.started_s + record.job.request.deadline_s + record.trouble_s(record.started_s, now)
@@ -213,6 +246,11 @@ class Oracle:
         require(held == (0, 0, 0), f"{name} still holds (quarantined, lent, active) = {held} blocks: {ledger}")
         require(load.num_running + load.num_waiting == 0, f"{name} still runs {load}")
         require(load.available_blocks == load.total_blocks, f"{name} keeps credit for nobody: {load}")
+
+
+def asked_as(engine_id: str) -> str:
+    """The client's name of a request that a worker's engine knows as `engine_id`."""
+    return engine_id.partition("@")[0]
 
 
 def require(holds: object, message: str) -> None:

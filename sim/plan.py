@@ -50,9 +50,10 @@ def draw_plan(seed: int) -> Plan:
     }
     chunk = rng.choice((block_size, 2 * block_size, 16))
     config = load({}, [
-        f"handoff.lease_ttl_s={rng.choice((0.2, 1, 3))}", "handoff.pull_timeout_s=1", "handoff.alive_interval_s=0.2",
+        f"handoff.lease_ttl_s={rng.choice((0.5, 1, 3))}", "handoff.pull_timeout_s=1", "handoff.alive_interval_s=0.2",
         "handoff.peer_timeout_s=1", "handoff.release_timeout_s=0.5", "handoff.quarantine_max_s=4",
-        "handoff.probe_bytes=256", f"handoff.quarantine_cap={rng.choice((0.1, 0.5, 1.0))}",
+        "handoff.probe_bytes=256", "cluster.drain_timeout_s=10",
+        f"handoff.quarantine_cap={rng.choice((0.1, 0.5, 1.0))}",
         f"router.local_prefill_max_tokens={rng.choice((0, 0, 2, 8))}", "router.max_attempts=8",
         f"prefill.max_chunk_tokens={chunk}", "prefill.max_step_tokens=24", "prefill.max_sequences=6",
         f"decode.max_chunk_tokens={chunk}", "decode.max_step_tokens=16", "decode.max_sequences=8",

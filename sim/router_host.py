@@ -19,7 +19,7 @@ from baton.router.fleet import Fleet
 from baton.router.policy import CostPolicy
 from baton.router.trace import TraceLog, TraceRecord
 from baton.sim.loop import SimProcess
-from baton.sim.machine import Site, clock_origin, leaf
+from baton.sim.machine import STOP_POLL_S, Site, clock_origin, leaf
 
 
 class RouterHost:
@@ -80,9 +80,13 @@ class RouterHost:
 
     async def stop(self) -> None:
         """SIGTERM. Afterwards no task of it may be left."""
-        assert self._main is not None
+        assert self._main is not None, f"{self.name} was never started"
+        assert self.process is not None, f"{self.name} was never started"
         self._main.cancel()
         await asyncio.wait([self._main])
+        await asyncio.sleep(STOP_POLL_S)
+        if left := [t.get_name() for t in self.process.tasks()]:
+            self._site.failed(f"{self.name} stopped in order and left {left}")
 
     def trouble_between(self, start: float, end: float) -> float:
         """Seconds of trouble in that time."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from baton.sim.clocks import host_clocks
 from baton.sim.loop import SimDeadlock, SimLivelock, SimLoop, run
 from baton.sim.oracle import OracleFailure
 from baton.sim.plan import Plan, draw_plan
@@ -23,13 +26,18 @@ class Report:
     outcomes: tuple[tuple[str, int], ...]
     """How the requests ended."""
     num_requests: int
-    num_events: int
+    num_lines: int
+    """Of the trace."""
     num_turns: int
+    """Events: turns of the loop, each followed by the oracle's counters."""
     virtual_s: float
     counters: tuple[tuple[str, float], ...]
-    """Of all workers' last boots together: fallbacks, quarantines, preemptions and the like."""
+    """Of all hosts' last boots together: fallbacks, quarantines, preemptions and the like."""
     digest: str
     """Of the whole trace."""
+    kept_faults: tuple[int, ...] | None = None
+    kept_jobs: int | None = None
+    """What of the seed's faults and clients was left in this run; None: all."""
 
     @property
     def ok(self) -> bool:
@@ -37,25 +45,40 @@ class Report:
 
     @property
     def replay(self) -> str:
-        """The command that runs this seed again, with its trace."""
-        return f"baton simulate --seed {self.seed} --trace"
+        """The command that runs this world again, with its trace."""
+        command = f"baton simulate --seed {self.seed}"
+        if self.kept_faults is not None:
+            command += f" --faults {','.join(map(str, self.kept_faults)) or 'none'}"
+        if self.kept_jobs is not None:
+            command += f" --jobs-kept {self.kept_jobs}"
+        return f"{command} --trace"
 
     def __str__(self) -> str:
-        faults = "; ".join(f"{name}: {evidence or 'did not land'}" for name, evidence in self.faults)
+        faults = "; ".join(f"{name}: {evidence or 'did not land'}" for name, evidence in self.faults) or "no faults"
         ended = ", ".join(f"{n} {outcome}" for outcome, n in self.outcomes)
         head = (f"seed {self.seed}: {'ok' if self.ok else 'FAILED'}, {self.num_requests} requests ({ended}), "
-                f"{self.num_events} events in {self.virtual_s:.1f} s, trace {self.digest}\n  {faults}")
+                f"{self.num_turns} events in {self.virtual_s:.1f} s, trace {self.digest} of {self.num_lines} lines\n"
+                f"  {faults}")
         return head if self.ok else f"{head}\n  {self.failure}\n  replay: {self.replay}"
 
 
-def simulate(seed: int, trace: bool = False, plan: Plan | None = None) -> Report:
-    """Run the world of a seed (or of a given plan). Prints the trace to standard output if asked; never raises for
-    what the run finds, that is in the report."""
+def simulate(
+    seed: int,
+    trace: bool = False,
+    plan: Plan | None = None,
+    kept_faults: Collection[int] | None = None,
+    kept_jobs: int | None = None,
+) -> Report:
+    """Run the world of a seed (or of a given plan), or what is kept of it. Prints the trace to standard output if
+    asked; never raises for what the run finds, that is in the report."""
     worlds: list[World] = []
+    whole = plan or draw_plan(seed)
+    plan = dataclasses.replace(whole, kept_faults=kept_faults, kept_jobs=kept_jobs)
 
     async def main(loop: SimLoop) -> None:
-        worlds.append(World(loop, plan or draw_plan(seed), sys.stdout if trace else None))
-        await worlds[0].run()
+        with host_clocks(loop):
+            worlds.append(World(loop, plan, sys.stdout if trace else None))
+            await worlds[0].run()
 
     failure = ""
     collecting = gc.isenabled()
@@ -77,7 +100,11 @@ def _report(seed: int, world: World, failure: str) -> Report:
     for machine in world.machines.values():
         if machine.node is not None:
             counters.update({name: int(value) for name, value in machine.node.parts.metrics.rendered()})
+    for router in world.routers.values():
+        counters.update({name: int(value) for name, value in router.metrics.rendered()})
+    kept = world.plan.kept_faults
     return Report(
         seed, failure, tuple((f.name, f.evidence) for f in world.faults.values()), tuple(sorted(outcomes.items())),
-        len(world.oracle.records), world.trace.num_events, world.loop.num_turns, world.loop.time(),
-        tuple(sorted(counters.items())), world.trace.digest)
+        len(world.oracle.records), world.trace.num_lines, world.loop.num_turns, world.loop.now,
+        tuple(sorted(counters.items())), world.trace.digest, None if kept is None else tuple(sorted(kept)),
+        world.plan.kept_jobs)

@@ -14,13 +14,13 @@ class Trace:
         self._now = now
         self._out = out
         self._hash = hashlib.sha256()
-        self.num_events = 0
+        self.num_lines = 0
         self.counts: dict[str, int] = {}
 
     def note(self, who: str, what: str, *details: object) -> None:
         """Details must print the same in every process: no object addresses, no set without an order."""
         line = f"{self._now():.6f} {who} {what} {' '.join(str(d) for d in details)}".rstrip()
-        self.num_events += 1
+        self.num_lines += 1
         self.counts[what] = self.counts.get(what, 0) + 1
         self._hash.update(line.encode() + b"\n")
         if self._out is not None:

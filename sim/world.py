@@ -19,13 +19,14 @@ from baton.core.config import Config
 from baton.core.errors import BatonError
 from baton.core.messages import TokenChunk
 from baton.core.request import Request, SamplingParams
+from baton.core.step import Step
 from baton.core.worker import Role
 from baton.models.hash_model import VOCABULARY
 from baton.router.link import WorkerState
 from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.machine import Machine, Site
 from baton.sim.network import SimNetwork
-from baton.sim.oracle import Oracle, OracleFailure, Record, require
+from baton.sim.oracle import Oracle, OracleFailure, Record, asked_as, require
 from baton.sim.plan import Plan
 from baton.sim.registry import SimRegistry
 from baton.sim.router_host import RouterHost
@@ -38,6 +39,10 @@ MORE_JOBS = 8
 MAX_WAVES = 12
 READY_S = 20.0
 """By then every router knows every worker."""
+MEET_S = 2.0
+"""By then workers have measured the ways to their peers, if nothing is lost."""
+RESTART_S = 0.5
+"""A worker that a request crashed is up again after this."""
 HEAL_S = 5.0
 """After the last fault: routers dial again (back-off up to 2 s), keep-alive ends what a cut link held."""
 PROBE_S = 6.0
@@ -58,7 +63,7 @@ class World:
         self.fabric.reaches = lambda a, b: self.network.reaches(a, b) and self.network.reaches(b, a)
         self.registry = SimRegistry(self.network)
         self.oracle = Oracle(plan.terms.config, plan.terms.max_model_len, lambda: self.network.longest_delay_s)
-        self.site = Site(loop, self.trace, self.network, self.fabric, self.registry, self.fail)
+        self.site = Site(loop, self.trace, self.network, self.fabric, self.registry, self.fail, self._dies_of)
         self.machines = {m.worker_id: m for m in (
             *(self._machine(f"prefill-{i}", Role.PREFILL) for i in range(plan.num_prefill)),
             *(self._machine(f"decode-{i}", Role.DECODE) for i in range(plan.num_decode)),
@@ -67,6 +72,8 @@ class World:
                         for i in range(plan.num_routers)}
         kept = range(len(plan.faults)) if plan.kept_faults is None else plan.kept_faults
         self.faults = {i: fault for i, fault in enumerate(plan.faults) if i in kept}
+        self.poison: set[str] = set()
+        """Requests that crash every worker that computes them."""
         self.over = False
         """The last client has ended: faults that still wait for a moment give up."""
         self._failures: list[str] = []
@@ -85,6 +92,21 @@ class World:
 
     def running_routers(self) -> list[RouterHost]:
         return [r for r in self.routers.values() if r.process is not None and r.process.running and r.dispatcher]
+
+    def kill(self, machine: Machine, silent: bool) -> None:
+        """kill -9 of a worker, or (`silent`) the whole machine is off."""
+        if machine.node is not None and not silent:
+            aboard = {asked_as(s.request_id) for s in machine.node.parts.scheduler.sequences()}
+            self.oracle.crashed(machine.node.info.boot_id, sorted(aboard))
+        machine.kill(silent)
+
+    def _dies_of(self, worker_id: str, step: Step) -> bool:
+        if not any(asked_as(chunk.request_id) in self.poison for chunk in step.chunks):
+            return False
+        machine = self.machines[worker_id]
+        self.kill(machine, silent=False)
+        self.loop.at(self.loop.now + RESTART_S, machine.start)
+        return True
 
     def fail(self, message: str) -> None:
         """A failure found where raising would not end the run."""
@@ -115,6 +137,7 @@ class World:
         while not all(r.fleet and self._knows_all(r) for r in self.routers.values()):
             require(self.loop.now < deadline, f"after {READY_S} s some router does not know every worker")
             await asyncio.sleep(0.05)
+        await asyncio.sleep(max(0.0, MEET_S - self.loop.now))
 
     def _knows_all(self, router: RouterHost) -> bool:
         assert router.fleet is not None
