@@ -45,6 +45,8 @@ class _Place(enum.Enum):
     CACHED = enum.auto()
     FREE = enum.auto()
 
+    __hash__ = object.__hash__  # enum's own is written in Python, and every block that moves asks for it twice
+
 
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens. Every method is O(blocks named), except `check` and `snapshot`."""
