@@ -14,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from baton.core.errors import BatonError
+from baton.core.errors import BatonError, Cancelled
 from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
 from baton.core.messages import TakeFrom
 from baton.worker.answer import Answer
@@ -60,6 +60,8 @@ async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: Take
     request = dataclasses.replace(intake.request, choices=(answer.choice,))
     epoch, ttl_s = intake.submit.epoch, parts.handoff.lease_ttl_s
     await fetch_prefix(parts, request, epoch, source.worker)
+    if intake.life.ended:  # a task group that is cancelled while it fails forgets the cancel
+        raise Cancelled("the move was given up")
     arrival = intake.arrive(intake.sequence_of(answer), may_grow=True)
     running = RunningAttempt(intake.outbox.router_id, source.epoch, answer.choice.index)
     call = PrefillCall(
