@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from baton.core.block_hash import HashScope
 from baton.core.config import Config
 from baton.core.errors import BatonError, PeerLost
-from baton.core.layout import Capability, difference
+from baton.core.layout import PROTOCOL_VERSION, Capability, difference
 from baton.core.messages import Cancel, Submit, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
@@ -55,7 +55,8 @@ class WorkerView:
     indexed_blocks: int
     silent_s: float
     refused: tuple[tuple[str, str], ...]
-    """(peer, why) of each worker that it is never paired with, of either role."""
+    """(peer, why) of each worker that it is never paired with, of either role, and of this router if it is not asked at
+    all."""
 
 
 def _candidate(link: Link, held_blocks: int) -> Candidate:
@@ -68,6 +69,10 @@ def _candidate(link: Link, held_blocks: int) -> Candidate:
         load.num_running + load.num_waiting + in_flight.num_sequences,
         link.bandwidth,
     )
+
+
+def _speaks_ours(worker: WorkerInfo) -> bool:
+    return PROTOCOL_VERSION in worker.capability.protocol_versions
 
 
 def _in_order(one: WorkerInfo, other: WorkerInfo) -> tuple[WorkerInfo, WorkerInfo]:
@@ -127,7 +132,8 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Can a request be served now? One decode worker is enough: it can prefill alone."""
-        return any(link.state is WorkerState.READY for link in self._links.values() if link.info.role is Role.DECODE)
+        decode = (link for link in self._links.values() if link.info.role is Role.DECODE)
+        return any(link.state is WorkerState.READY and _speaks_ours(link.info) for link in decode)
 
     def scopes(self) -> tuple[tuple[HashScope, int], ...]:
         """(scope, block size) of each way in which known workers hash blocks."""
@@ -141,7 +147,7 @@ class Fleet:
         return [
             _candidate(link, held_blocks.get(worker_id, 0))
             for worker_id, link in self._links.items()
-            if link.info.role is role and link.state is WorkerState.READY
+            if link.info.role is role and link.state is WorkerState.READY and _speaks_ours(link.info)
         ]
 
     def holders(self, held_blocks: Mapping[str, int]) -> list[Candidate]:
@@ -329,6 +335,9 @@ class Fleet:
         others = (other.info for other in self._links.values() if other is not link)
         reasons = ((other.worker_id, self._difference(*_in_order(link.info, other))) for other in others)
         refused = [(name, why) for name, why in reasons if why is not None]
+        if not _speaks_ours(link.info):
+            theirs = list(link.info.capability.protocol_versions)
+            refused.append((self._around.router_id, f"protocol_versions: {theirs} vs [{PROTOCOL_VERSION}]"))
         return WorkerView(
             link.info,
             link.state,

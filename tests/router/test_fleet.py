@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from baton.core.errors import BatonError, PeerLost
+from baton.core.layout import PROTOCOL_VERSION
 from baton.core.messages import Cancel, Hello, KVEvents, Submit, TokenChunk
 from baton.core.worker import Role, Route, WorkerLoad
 from baton.router.fleet import FORGET_S
@@ -385,6 +386,23 @@ def test_pairs_that_do_not_fit_are_named_with_the_field_that_differs() -> None:
             assert [(k.peer, k.difference) for k in told] == [("p1", "numerics: bf16 vs torch-fp32")]
             assert fleet.fleet.fits(views["p0"].info, views["d0"].info)
             assert not fleet.fleet.fits(views["p1"].info, views["d0"].info)
+
+    simulate(main)
+
+
+def test_a_worker_that_does_not_speak_the_router_s_protocol_is_asked_nothing_and_shown_with_the_versions() -> None:
+    async def main() -> None:
+        older = ScriptedWorker("d0", capability=capability(protocol_versions=(1,)))
+        both = ScriptedWorker("d1", capability=capability(protocol_versions=(PROTOCOL_VERSION, PROTOCOL_VERSION + 1)))
+        async with ScriptedFleet(older, both) as fleet:
+            assert [c.info.worker_id for c in fleet.fleet.candidates(Role.DECODE, {})] == ["d1"]
+            views = {w.info.worker_id: w.refused for w in fleet.fleet.workers()}
+            mine = f"protocol_versions: [1] vs [{PROTOCOL_VERSION}]"
+            assert ("router-0", mine) in views["d0"]
+            assert [peer for peer, _ in views["d1"]] == ["d0"]
+            both.break_streams()
+            await asyncio.sleep(0.01)
+            assert (fleet.state("d0"), fleet.fleet.ready) == ("ready", False)
 
     simulate(main)
 
