@@ -164,7 +164,7 @@ class Fleet:
 
     def fits(self, one: WorkerInfo, other: WorkerInfo) -> bool:
         """May either of them lend to the other?"""
-        return self._difference(*_in_order(one, other)) is None
+        return self._difference(one, other) is None
 
     def crashed(self, boot_id: str, since: float) -> bool | None:
         """Is that boot known to have crashed: its stream broke, and then its address refused or another boot was there?
@@ -326,14 +326,16 @@ class Fleet:
     def _difference(self, one: WorkerInfo, other: WorkerInfo) -> str | None:
         pair = (one.boot_id, other.boot_id)
         if pair not in self._differences:
-            why = self._differences[pair] = difference(one.capability, other.capability)
+            first, second = _in_order(one, other)
+            why = difference(first.capability, second.capability)
+            self._differences[pair] = self._differences[pair[::-1]] = why
             if why is not None:
-                log.warning("%s and %s are never paired: %s", one.worker_id, other.worker_id, why)
+                log.warning("%s and %s are never paired: %s", first.worker_id, second.worker_id, why)
         return self._differences[pair]
 
     def _view(self, link: Link) -> WorkerView:
         others = (other.info for other in self._links.values() if other is not link)
-        reasons = ((other.worker_id, self._difference(*_in_order(link.info, other))) for other in others)
+        reasons = ((other.worker_id, self._difference(link.info, other)) for other in others)
         refused = [(name, why) for name, why in reasons if why is not None]
         if not _speaks_ours(link.info):
             theirs = list(link.info.capability.protocol_versions)

@@ -189,7 +189,7 @@ class Link:
 
     @property
     def state(self) -> WorkerState:
-        if self._life.at("ready") and (self.silent_s >= self._around.config.suspect_s or self._stands_still):
+        if self._life.state == "ready" and (self.silent_s >= self._around.config.suspect_s or self._stands_still):
             self._life.on("doubt")
         return WorkerState(self._life.state)
 

@@ -118,11 +118,13 @@ class Placing:
         )
 
     def _candidates(self, run: Run, held: Mapping[str, int]) -> Candidates:
+        longest = run.delivery.longest
+
         def able(role: Role) -> list[Candidate]:
             return [
                 c
                 for c in self._fleet.candidates(role, held)
-                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > run.delivery.longest
+                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > longest
             ]
 
         return Candidates(able(Role.DECODE), able(Role.PREFILL), self._fleet.fits, self._fleet.holders(held))

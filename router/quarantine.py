@@ -31,7 +31,7 @@ class Quarantine:
 
     def refuse(self, request: Request) -> None:
         """Raises RequestQuarantined if the like of it is in quarantine."""
-        until = self._until.get(_fingerprint(request))
+        until = self._until.get(_fingerprint(request)) if self._until else None
         now = asyncio.get_running_loop().time()
         if until is not None and now < until:
             self._metrics.inc("baton_quarantined_requests_total", reason="fingerprint")
