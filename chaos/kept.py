@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,8 +51,10 @@ class Kept:
     """When the current incarnation was spawned."""
     _process: asyncio.subprocess.Process | None = None
     _keeper: asyncio.Task[None] | None = None
-    _killed: int | None = None
-    """pid that a fault has killed."""
+    _ended_by_us: int | None = None
+    """pid that a fault has killed, or told to end."""
+    _codes: dict[int, int] = field(default_factory=dict)
+    """Exit codes by pid."""
 
     @property
     def pid(self) -> int | None:
@@ -69,10 +73,23 @@ class Kept:
         """To the current process, which must be there. Returns its pid."""
         pid = self.pid
         assert pid is not None, f"{self.name} is not running"
-        if number is signal.SIGKILL:
-            self._killed = pid
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            self._ended_by_us = pid
         os.kill(pid, number)
         return pid
+
+    def exit_code(self, pid: int) -> int | None:
+        """Of an earlier process; None: it runs."""
+        return self._codes.get(pid)
+
+    def tracebacks(self) -> list[str]:
+        """Each different one in its log, with how often it is there: a bug, whatever the world has done."""
+        with contextlib.suppress(OSError):
+            blocks = self.log_path.read_text(errors="replace").split("Traceback (most recent call last):\n")[1:]
+            ends = [re.search(r"^(?! )\S.*", block, re.MULTILINE) for block in blocks]
+            counted = Counter(end[0] if end else "?" for end in ends)
+            return [f"{n}x {end}" for end, n in counted.items()]
+        return []
 
     @property
     def state(self) -> str:
@@ -112,7 +129,8 @@ class Kept:
             _kill_group(process.pid)
             self.serving = asyncio.Event()
             self.restarts += 1
-            if self._killed != process.pid:
+            self._codes[process.pid] = code
+            if self._ended_by_us != process.pid:
                 self.crashes.append(f"ended by itself with code {code}: {self.tail()}")
             await asyncio.sleep(RESTART_S)
 

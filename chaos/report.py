@@ -5,7 +5,7 @@ Owns the arithmetic. The rules (a run passes if none is broken):
     no token, log-prob, reason or count but those of an undisturbed run
     every request ends; none fails, for there was always a healthy way
     every fault landed in the middle of work, and its victims came back
-    no process ended but by a fault; nothing is held or left behind; memory does not grow
+    no process ended but by a fault, and no log has a traceback; nothing is held or left behind; memory does not grow
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ class Findings:
     idle: dict[str, int]
     leaks: list[str]
     slopes: dict[str, float]
-    crashes: dict[str, list[str]]
     left_out: tuple[str, ...]
     fallbacks: dict[str, float]
+    crashes: list[str] = field(default_factory=list)
+    """Processes that ended by themselves, with their last words."""
+    tracebacks: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     """Processes or namespaces that outlived the stack."""
 
@@ -90,9 +92,8 @@ def violations(findings: Findings) -> Iterator[str]:
             yield f"MISSED {fault.kind} of {', '.join(fault.hosts)}: it did not land"
         if fault.recovered_s is None:
             yield f"NOT BACK {', '.join(fault.hosts)} after {fault.kind}"
-    for name, ends in findings.crashes.items():
-        for end in ends:
-            yield f"CRASH {name} {end}"
+    yield from (f"CRASH {crash}" for crash in findings.crashes)
+    yield from (f"TRACEBACK {traceback}" for traceback in findings.tracebacks)
     yield from (f"LEAK {leak}" for leak in (*findings.leaks, *findings.leftovers))
     for name, slope in findings.slopes.items():
         if slope > MAX_SLOPE_MB_PER_MIN:

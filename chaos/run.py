@@ -54,7 +54,9 @@ async def run_chaos(plan: Plan, say: Say) -> Findings:
             for what in stack.left_out:
                 say(f"left out: {what}")
             findings = await _Run(plan, stack, say).play()
-        findings.crashes = {name: kept.crashes for name, kept in stack.kept.items() if kept.crashes}
+        for name, kept in stack.kept.items():
+            findings.crashes += [f"{name} {end}" for end in kept.crashes]
+            findings.tracebacks += [f"{name}: {what}" for what in kept.tracebacks()]
         findings.leftovers = await _leftovers()
         if not any(violations(findings)):
             shutil.rmtree(logs, ignore_errors=True)
@@ -159,7 +161,7 @@ class _Run:
                 counters |= {c.name: c.value for c in (await self._stack.fleet(router)).counters}
         fallbacks = {name: value for name, value in counters.items() if "fallback" in name or "integrity" in name}
         return Findings(
-            self._plan, self._questions, self._nemesis.landed, self._nemesis.num_idle, leaks, self._watch.slopes(), {},
+            self._plan, self._questions, self._nemesis.landed, self._nemesis.num_idle, leaks, self._watch.slopes(),
             self._stack.left_out, fallbacks,
         )
 

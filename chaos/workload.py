@@ -89,7 +89,7 @@ class HashWorkload:
         if front is Front.GRPC and rng.random() < shape.p_penalties:
             plain = dataclasses.replace(
                 plain, frequency_penalty=rng.choice((0.0, 0.5)), presence_penalty=rng.choice((0.25, 1.0)),
-                repetition_penalty=rng.choice((1.0, 1.25)), logit_bias=((rng.randrange(VOCABULARY), 2.0), (3, -1.5)))
+                repetition_penalty=rng.choice((1.0, 1.25)), logit_bias=((rng.randrange(4, VOCABULARY), 2.0), (3, -1.5)))
         if front is Front.GRPC and rng.random() < shape.p_logprobs:
             plain = dataclasses.replace(plain, logprobs=rng.randint(0, 3))
         return plain
