@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import json
 import mmap
 import os
 import socket
@@ -176,26 +177,30 @@ def _memory_of_another(our_inode: int) -> int:
     raise AssertionError("no memory came from the lender")
 
 
-def _traces() -> tuple[int, int]:
-    """Open descriptors, and Unix sockets of ours on the machine."""
-    return len(os.listdir("/proc/self/fd")), Path("/proc/net/unix").read_text().count("@baton-kv-")
+def _listens(shm_advert: bytes | None) -> bool:
+    """Whether the socket of this shm transport is there."""
+    return f"@{json.loads(shm_advert or b'')['socket']}" in Path("/proc/net/unix").read_text()
 
 
 def test_closed_transports_leave_no_descriptor_socket_or_memory_behind() -> None:
     there = Lender(("shm", "tcp"))
 
-    async def main() -> None:
+    async def main() -> bytes:
         async with reader(("shm", "tcp")) as r:
             lease, blocks = there.lend(2)
             await r.puller.pull(there.info, lease, blocks, r.take(2))
+            assert _listens(r.transports["shm"].advert)
+            return r.transports["shm"].advert
 
     try:
         asyncio.run(main())  # whatever is imported or cached at first use
-        before = _traces()
-        asyncio.run(main())
-        assert _traces() == before
+        before = len(os.listdir("/proc/self/fd"))
+        advert = asyncio.run(main())
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert not _listens(advert)
+        assert _listens(there.info.capability.advert("shm"))
         there.kill()
-        assert _traces()[1] == before[1] - 1, "the kernel removes a killed worker's socket"
+        assert not _listens(there.info.capability.advert("shm")), "the kernel removes a killed worker's socket"
     finally:
         there.close()
 

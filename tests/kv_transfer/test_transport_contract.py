@@ -4,41 +4,42 @@ block that has changed hands."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 
 import pytest
 
-from baton.core.errors import DeadlineExceeded, Incompatible, IntegrityError, PeerLost
+from baton.bench.freeze import freeze_once
+from baton.core.errors import Incompatible, IntegrityError, PeerLost
 from baton.core.handoff import LentBlock
 from baton.kv_transfer.transport import PullOrder, PullRefused, PullState
-from tests.kv_transfer.pair import Lender, Reader, reader, until
+from tests.kv_transfer.pair import Lender, Reader, kill_a_reader, lender, reader, until
 
 BIG = 1 << 20
 """Block size of the tests that must catch a pull on its way."""
 MANY = 96
 
 
-@pytest.fixture(params=["tcp", "shm", pytest.param("nixl", marks=pytest.mark.slow),
-                        pytest.param("nixl/tcp", marks=pytest.mark.slow)])
+ALONE = os.environ.get("BATON_TEST_TRANSPORT")
+"""Set by tests that run this file in a process of its own for one transport."""
+TRANSPORTS = [ALONE] if ALONE else [
+    "tcp", "shm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nixl", "nixl/tcp", "nccl"))
+]
+
+
+@pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """nixl moves bytes with process_vm_readv on one machine; nixl/tcp makes UCX use sockets as between machines."""
+    """nixl moves bytes with process_vm_readv on one machine; nixl/tcp makes UCX use sockets as between machines. ucx is
+    in test_ucx.py: its processes must not have loaded NIXL."""
     name = str(request.param)
+    if name == "nccl":
+        pytest.importorskip("baton.kv_transfer.nccl")
     if name.startswith("nixl"):
         pytest.importorskip("nixl_cu13")
         monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
     if name == "nixl/tcp":
         monkeypatch.setenv("UCX_TLS", "tcp")
     return name.partition("/")[0]
-
-
-@contextlib.contextmanager
-def lender(*args: object, **kwargs: object) -> Iterator[Lender]:
-    one = Lender(*args, **kwargs)  # type: ignore[arg-type]
-    try:
-        yield one
-    finally:
-        one.close()
 
 
 def test_pulled_blocks_are_byte_for_byte_what_was_lent(transport: str) -> None:
@@ -226,7 +227,7 @@ def test_readers_that_are_killed_in_the_middle_of_a_pull_do_the_lender_no_harm(
         pytest.skip("UCX's emulated READ can abort its lender: why no worker offers it (docs/notes/0003)")
     with lender((transport,), num_blocks=MANY, block_bytes=BIG) as there:
         for _ in range(3):
-            lease_id = there.kill_a_reader(transport, MANY, BIG)
+            lease_id = kill_a_reader(there, transport, MANY, BIG)
             assert there.ask("release", lease_id=lease_id)["good"]
         asyncio.run(_one_pull(transport, there))
 
@@ -255,39 +256,13 @@ def test_a_frozen_lender_writes_no_byte_into_a_block_that_has_a_new_owner(
     transport: str, request: pytest.FixtureRequest
 ) -> None:
     """Frozen half-way, timed out, quarantined, fenced, thawed: the blocks are somebody else's by then."""
-    if "tcp" not in request.node.callspec.params["transport"]:
-        pytest.skip("the reader copies by itself: a frozen lender stalls nothing")
-
-    async def main(there: Lender) -> None:
-        settings = {"pull_timeout_s": 1.0, "quarantine_poll_s": 0.02, "quarantine_max_s": 0.2, "quarantine_cap": 1.0}
-        async with reader((transport,), num_blocks=MANY, block_bytes=BIG, **settings) as r:
-            pulling, destination, lease, blocks = await _catch_on_its_way(r, there, there.freeze)
-            with pytest.raises(DeadlineExceeded):
-                await pulling
-            landed = r.arrived(destination)
-            assert 0 < landed < MANY, "the freeze missed the transfer"
-            r.pool.release(destination)
-            assert r.puller.quarantined_blocks() == set(destination)
-            assert r.pool.allocate(1) is None, "a quarantined block was given to somebody else"
-
-            await until(lambda: not r.puller.quarantined_blocks())
-            assert r.metrics.value("baton_fences_total", transport=transport) == 1
-            reused = r.take(MANY)
-            for block in reused:
-                r.memory.block(block)[:] = bytes([0xA5]) * BIG
-            there.thaw()
-            if transport == "tcp":
-                # A new connection, and a pull on it, so that the lender has had every chance to send what was pending.
-                r.pool.release(reused[:1])
-                await r.puller.pull(there.info, lease, blocks[:1], r.take(1))
-            else:
-                # UCX's emulated READ aborts a process that finds its reader fenced when it wakes up (measured with
-                # NIXL 1.5.1: "stubs.c:107 Assertion `0' failed"): it has done all it will, alive or not.
-                there.answers()
-            assert all(bytes(r.memory.block(b)) == bytes([0xA5]) * BIG for b in reused[1:]), "late bytes landed"
-
-    with lender((transport,), num_blocks=MANY, block_bytes=BIG) as first:
-        asyncio.run(main(first))
+    seen = freeze_once(transport)
+    assert not seen.missed, f"nothing was on its way when the lender was stopped: {seen}"
+    assert seen.timed_out > 0, "the second pull needs a lender that is awake"
+    assert seen.fences == 1, f"{seen}"
+    assert seen.late_bytes == 0, f"{seen}"
+    # UCX's emulated READ aborts a process that finds its reader fenced when it wakes up (docs/notes/0003).
+    assert seen.lender_lived or request.node.callspec.params["transport"] == "nixl/tcp"
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])

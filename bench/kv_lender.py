@@ -1,6 +1,6 @@
-"""A lender in a process of its own, for tests: a real pool, lease table and transports, told what to do on stdin.
+"""A lender in a process of its own: a real pool, lease table and transports, told what to do on stdin.
 
-Started as `python lender_main.py '{"worker_id": ..., ...}'`; answers each JSON line with one JSON line.
+Started as `python -m baton.bench.kv_lender '{"worker_id": ..., ...}'`; answers each JSON line with one JSON line.
 """
 
 from __future__ import annotations
