@@ -31,6 +31,7 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from baton.core.errors import Incompatible, PeerLost
 from baton.core.worker import WorkerInfo
@@ -154,11 +155,23 @@ class OrderLink:
     def alive(self) -> bool:
         return not self._receiving.done()
 
+    @property
+    def idle(self) -> bool:
+        """No pull is under way."""
+        return not self._pending
+
     def submit(self, order: PullOrder) -> Pull:
+        pull = Pull(order)
+        self.carry(pull)
+        return pull
+
+    def carry(self, pull: Pull) -> None:
+        """Take over a pull that has not begun."""
+        order = pull.order
         assert len(order.source) <= MAX_ORDER_BLOCKS, f"an order of {len(order.source)} blocks"
         if not self.alive:
-            return failed(order, PeerLost(f"no connection to {self.peer_id}: {self._reason}"))
-        pull = Pull(order)
+            pull.set_failed(PeerLost(f"no connection to {self.peer_id}: {self._reason}"))
+            return
         number = next(self._numbers) & 0xFFFFFFFF
         lease = order.lease_id.encode()
         assert len(lease) <= MAX_LEASE_BYTES, f"lease id of {len(lease)} bytes"
@@ -166,7 +179,6 @@ class OrderLink:
         count = len(order.source)
         head = _ORDER.pack(number, len(lease), count, *order.span(self._block_bytes))
         self._outbox.put_nowait(head + lease + struct.pack(f"<{count}I", *order.source))
-        return pull
 
     async def close(self) -> None:
         """On return the connection is closed, both tasks have ended and every pull is terminal."""
@@ -349,7 +361,22 @@ class OrderListener:
 
 # ---- both ------------------------------------------------------------------------------------------------------------
 
-Dial = Callable[[WorkerInfo], Awaitable[OrderLink]]
+
+class Link(Protocol):
+    """What an OrderTransport needs of a connection. OrderLink is one."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def boot_id(self) -> str: ...
+
+    def submit(self, order: PullOrder) -> Pull: ...
+
+    async def close(self) -> None: ...
+
+
+Dial = Callable[[WorkerInfo], Awaitable[Link]]
 """Connect to this boot of a peer. Raises OSError when it does not answer, Incompatible when it never will."""
 
 
@@ -366,7 +393,7 @@ class OrderTransport:
         self._dial = dial
         self._listener = listener
         self._closed = closed
-        self._links: dict[str, OrderLink] = {}
+        self._links: dict[str, Link] = {}
 
     async def connect(self, peer: WorkerInfo) -> None:
         link = self._links.get(peer.worker_id)

@@ -17,12 +17,12 @@ import contextlib
 import functools
 import logging
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import torch
 
 from baton.core.config import HandoffConfig
-from baton.core.errors import Incompatible
+from baton.core.errors import BatonError, Incompatible, PeerLost
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
@@ -36,19 +36,23 @@ from baton.kv_transfer.framing import (
     ReadRequest,
     check_lent,
     finish,
+    log_bug,
     send,
     unpack_advert,
 )
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.nccl_group import LENDER, READER, Communicator, check_backend
 from baton.kv_transfer.tcp import DataPort, call
-from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull
+from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull, PullOrder, failed
 
 log = logging.getLogger("baton.kv_transfer")
 
 MESSAGE_TIMEOUTS = 2
 """A message may take so many handoff.pull_timeout_s: the puller's deadline comes first, so who ends a pull is decided
 there; this one only lets the thread out of torch."""
+
+
+IDLE_S = 5.0
 
 
 async def open_nccl(
@@ -79,8 +83,11 @@ class _Ends:
         self._communicators: set[Communicator] = set()
 
     async def close(self) -> None:
-        """No connection is left; wait until every communicator is gone, which is bounded by a message's time-out."""
-        await finish([one.gone for one in self._communicators])
+        """No connection is left; give the communicators time to go. One whose peer died or froze in the middle of a
+        message goes when torch gives that up, or with the process."""
+        gone = [one.gone for one in self._communicators]
+        if gone:
+            await asyncio.wait(gone, timeout=self._config.peer_timeout_s)
 
     def _new_communicator(self, name: str, rank: int) -> Communicator:
         staging = torch.empty(
@@ -91,7 +98,10 @@ class _Ends:
         one.gone.add_done_callback(lambda _: self._communicators.discard(one))
         return one
 
-    async def dial(self, peer: WorkerInfo) -> OrderLink:
+    async def dial(self, peer: WorkerInfo) -> NappingLink:
+        return NappingLink(peer, await self._dial(peer), self._dial, self._config.peer_timeout_s)
+
+    async def _dial(self, peer: WorkerInfo) -> OrderLink:
         theirs = unpack_advert(peer.worker_id, peer.capability.advert("nccl")).get("backend")
         if theirs != self.backend:
             raise Incompatible(f"{peer.worker_id} keeps its blocks where {theirs} moves them, ours {self.backend}")
@@ -151,6 +161,91 @@ class _Ends:
 def memory_tensor(memory: KVMemory) -> torch.Tensor:
     """[total_blocks, block_bytes] uint8: the blocks themselves, where they are."""
     return torch.frombuffer(memory.all_blocks, dtype=torch.uint8).view(memory.total_blocks, memory.block_bytes)
+
+
+class NappingLink:
+    """An OrderLink that is only there while there is something to pull: gloo wakes up 100 times a second for a
+    communicator, used or not.
+
+    1. awake: orders go to the link. After one to two times IDLE_S without an order it is closed.
+    2. asleep: the next order dials again; orders wait for that.
+    3. over: dialling failed, or it was closed. What waited has failed.
+    """
+
+    def __init__(
+        self, peer: WorkerInfo, link: OrderLink, dial: Callable[[WorkerInfo], Awaitable[OrderLink]], timeout_s: float
+    ) -> None:
+        """`timeout_s` bounds dialling again."""
+        self.boot_id = peer.boot_id
+        self._peer = peer
+        self._dial = dial
+        self._timeout_s = timeout_s
+        self._waiting: list[Pull] = []
+        self._dialling: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._over: PeerLost | None = None
+        self._wake_up(link)
+
+    @property
+    def alive(self) -> bool:
+        return self._over is None and (self._link is None or self._link.alive)
+
+    def submit(self, order: PullOrder) -> Pull:
+        self._used = True
+        if self._over is not None:
+            return failed(order, self._over)
+        if self._link is not None:
+            return self._link.submit(order)
+        pull = Pull(order)
+        self._waiting.append(pull)
+        if self._dialling is None:
+            self._dialling = asyncio.create_task(self._dial_again(), name=f"nccl to {self._peer.worker_id} again")
+            self._dialling.add_done_callback(log_bug)
+        return pull
+
+    async def close(self) -> None:
+        """On return the connection is closed and every pull is terminal."""
+        self._timer.cancel()
+        ending = [task for task in (self._dialling, self._closing) if task is not None]
+        if self._dialling is not None:
+            self._dialling.cancel()
+        if self._link is not None:
+            ending.append(asyncio.create_task(self._link.close()))
+        try:
+            await finish(ending)
+        finally:
+            self._end(PeerLost(f"the nccl connection to {self._peer.worker_id} was fenced"))
+
+    def _wake_up(self, link: OrderLink) -> None:
+        self._link: OrderLink | None = link
+        self._used = True
+        self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._look)
+
+    def _look(self) -> None:
+        assert self._link is not None, "the timer of a link that is asleep"
+        if self._used or not self._link.idle:
+            self._used = False
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._look)
+        elif self._link.alive:
+            self._closing = asyncio.create_task(self._link.close())
+            self._link = None
+
+    async def _dial_again(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                link = await self._dial(self._peer)
+        except (OSError, BatonError, TimeoutError) as e:
+            self._end(PeerLost(f"{self._peer.worker_id} does not answer over nccl any more: {e}"))
+            return
+        self._dialling = None
+        self._wake_up(link)
+        while self._waiting:
+            link.carry(self._waiting.pop(0))
+
+    def _end(self, reason: PeerLost) -> None:
+        self._over = reason
+        while self._waiting:
+            self._waiting.pop(0).set_failed(reason)
 
 
 Rows = Sequence[torch.Tensor] | torch.Tensor

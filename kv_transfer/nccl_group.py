@@ -20,13 +20,14 @@ staging buffer, which is no pool block, is not used for anything after end(), an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import queue
 import secrets
 import socket
 import struct
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -52,19 +53,21 @@ class Communicator:
 
     def __init__(self, name: str, rank: int, staging: torch.Tensor, host: str, timeout_s: float) -> None:
         """`staging` is a buffer [num_bytes] uint8 of its own, on the device of the blocks. `host` is the address on
-        which gloo may listen. `timeout_s` is the longest that one message may take, and that `gone` may take."""
+        which gloo may listen. `timeout_s` is the longest that one message may take, and that end() may take."""
         self.staging = staging
         self._rank = rank
         self._host = host
         self._timeout = timedelta(seconds=timeout_s)
         self._loop = asyncio.get_running_loop()
         self._relay = _Relay(self._loop, timeout_s)
-        self._thread = ThreadPoolExecutor(1, name)
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._group: Any = None
         """Only the thread's."""
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self.gone: asyncio.Future[None] = self._loop.create_future()
         """Done when the group and all it had are given back."""
+        # A daemon: a message that torch does not let go of must not keep the process from ending.
+        threading.Thread(target=self._main, name=name, daemon=True).start()
 
     async def join(self, sock: socket.socket) -> None:
         """Meet the other rank, who does the same at the other end of the order connection. Raises ConnectionError; the
@@ -93,8 +96,7 @@ class Communicator:
         self._relay.fail()
         if self.staging.is_cuda:
             threading.Thread(target=self._abort, daemon=True).start()  # wakes NCCL's wait; gloo's, nothing does
-        self._thread.submit(self._drop)
-        self._thread.shutdown(wait=False)
+        self._jobs.put(None)
 
     async def _make(self) -> None:
         await self._in_thread(self._make_group)
@@ -102,17 +104,28 @@ class Communicator:
 
     async def _in_thread(self, job: Callable[[], str]) -> None:
         """The job answers why it failed, or nothing: an exception would keep what its frames know alive."""
-        if self._ended.done():
-            raise ConnectionResetError("the communicator was ended")
-        running = self._loop.run_in_executor(self._thread, job)
-        either: list[asyncio.Future[Any]] = [running, self._ended]
+        done: asyncio.Future[str] = self._loop.create_future()
+        self._jobs.put(lambda: self._tell(done, job()))
+        either: list[asyncio.Future[Any]] = [done, self._ended]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._ended.done():
             raise ConnectionResetError("the communicator was ended")
-        if error := running.result():
+        if error := done.result():
             raise ConnectionError(error)
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                job()
+        finally:
+            self._group = None
+            self._tell(self.gone, None)
+
+    def _tell(self, future: asyncio.Future[Any], value: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear
+            self._loop.call_soon_threadsafe(future.set_result, value)
 
     def _make_group(self) -> str:
         words = [secrets.token_bytes(WORD_BYTES), b""]
@@ -128,7 +141,7 @@ class Communicator:
             if speaking:
                 self.staging[:WORD_BYTES].copy_(torch.frombuffer(bytearray(words[0]), dtype=torch.uint8))
             if error := self._move(WORD_BYTES, sending=speaking):
-                return error
+                return f"the ranks do not hear each other: {error}"
             if not speaking and not hmac.compare_digest(bytes(self.staging[:WORD_BYTES].tolist()), words[1]):
                 return "somebody else connected to the communicator"
         return ""
@@ -136,6 +149,8 @@ class Communicator:
     def _move(self, num_bytes: int, sending: bool) -> str:
         """One message, to or from the other rank."""
         assert self._group is not None, "a communicator that nobody joined"
+        if self._ended.done():
+            return "the communicator was ended"
         part = self.staging[:num_bytes]
         try:
             move = self._group.send if sending else self._group.recv
@@ -152,10 +167,6 @@ class Communicator:
         group = self._group
         if group is not None:
             group.abort()
-
-    def _drop(self) -> None:
-        self._group = None
-        self._loop.call_soon_threadsafe(self.gone.set_result, None)
 
 
 class _Relay(Store):
