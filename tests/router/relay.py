@@ -6,14 +6,25 @@ take over and forget as docs/protocol.md says; a test breaks them at the point i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from baton.core.messages import Submit, TokenChunk
 from baton.core.request import FinishReason, Request
 from baton.core.worker import Role, WorkerLoad
-from tests.router.fake_fleet import Act, Script, ScriptedWorker, capability, refuse, token
+from tests.router.fake_fleet import (
+    Act,
+    Script,
+    ScriptedFleet,
+    ScriptedWorker,
+    capability,
+    expected,
+    refuse,
+    request,
+    token,
+)
 
 STEP_S = 0.01
 
@@ -117,3 +128,48 @@ def movers(relay: Relay, count: int) -> list[ScriptedWorker]:
     """Decode workers with room for long requests."""
     roomy, load = capability(max_model_len=1000, num_blocks=1000), WorkerLoad(available_blocks=1000, total_blocks=1000)
     return [ScriptedWorker(f"d{i}", Role.DECODE, roomy, relay.script(), load=load) for i in range(count)]
+
+
+# ---- a test's moves -----------------------------------------------------------------------------------------------
+
+FULL = WorkerLoad(available_blocks=0, total_blocks=1000)
+ROOMY = replace(FULL, available_blocks=1000)
+
+
+def long(name: str = "r", **fields: object) -> Request:
+    return request(name, max_tokens=40, **fields)
+
+
+async def start(fleet: ScriptedFleet, worker: ScriptedWorker, r: Request) -> asyncio.Task[dict[int, list[int]]]:
+    """A request that streams from this worker."""
+    others = [w for w in fleet.workers.values() if w is not worker]
+    for other in others:
+        other.load = replace(other.load, num_running=50)
+    await asyncio.sleep(0.6)
+    task = asyncio.create_task(fleet.answers(r))
+    await asyncio.sleep(0.045)
+    assert [s.request.request_id for s in worker.submits][-1] == r.request_id
+    for other in others:
+        other.load = replace(other.load, num_running=0)
+        other.say()
+    return task
+
+
+async def discourage(worker: ScriptedWorker) -> None:
+    """Make it the worse choice."""
+    worker.load = replace(worker.load, num_running=9)
+    worker.say()
+    await asyncio.sleep(0.01)
+
+
+async def finish(task: asyncio.Task[dict[int, list[int]]], r: Request) -> None:
+    assert await task == {c.index: expected(r, c.index) for c in r.choices}
+
+
+def moves(fleet: ScriptedFleet) -> dict[str, float]:
+    return {labels["end"]: value for metric, labels, value in fleet.metrics.samples()
+            if metric.name == "baton_moves_total"}
+
+
+def retries(fleet: ScriptedFleet) -> float:
+    return fleet.metrics.value("baton_dispatch_retries_total")
