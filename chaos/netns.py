@@ -33,6 +33,7 @@ PREFIX = "baton"
 CABLE, TUN = "eth0", "lossy0"
 TABLE = "chaos"
 _DIRECTORY = Path("/run/netns")
+_DEVICES = Path("/sys/class/net")
 TOOLS = ("ip", "nft", "tc")
 
 
@@ -93,6 +94,8 @@ class Namespaces:
 
     hosts: dict[str, Host]
     switch: str
+    device: str
+    """Our own end of our cable."""
     _ports: dict[str, str]
     _num_cuts: int = 0
     _down: set[str] = field(default_factory=set)
@@ -161,6 +164,8 @@ class Namespaces:
 
     async def close(self) -> None:
         """Every process in them should have ended. Safe to call twice."""
+        if (_DEVICES / self.device).exists():  # a namespace takes its devices along, but later
+            await run_tool("ip", "link", "del", self.device)
         for namespace in (*(h.namespace for h in self.hosts.values()), self.switch):
             if namespace and (_DIRECTORY / namespace).exists():
                 await run_tool("ip", "netns", "del", namespace)
@@ -179,12 +184,12 @@ async def open_namespaces(names: Iterable[str]) -> Namespaces:
         name: Host(name, f"{network}.{10 + i}", f"{PREFIX}-{pid}-{name}") for i, name in enumerate(names)
     }
     ports = {name: f"port{i}" for i, name in enumerate(hosts)}
-    net = Namespaces(hosts, f"{PREFIX}-{pid}-switch", ports)
+    net = Namespaces(hosts, f"{PREFIX}-{pid}-switch", f"{PREFIX}{pid}", ports)
     try:
         await run_tool("ip", "netns", "add", net.switch)
         await run_tool("ip", "-n", net.switch, "link", "add", "br0", "type", "bridge")
         await run_tool("ip", "-n", net.switch, "link", "set", "br0", "up")
-        await _plug_in(net.switch, f"{PREFIX}{pid}", f"{network}.1", None, "here")
+        await _plug_in(net.switch, net.device, f"{network}.1", None, "here")
         for name, host in hosts.items():
             assert host.namespace is not None
             await run_tool("ip", "netns", "add", host.namespace)

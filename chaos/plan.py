@@ -28,6 +28,8 @@ class Plan:
     """Kinds to choose from; empty: all that work here."""
     deadline_s: float = 60.0
     """Of each request."""
+    decode_entry: str = "baton.decode_node.server:serve"
+    """What a decode worker runs; a test of the runner itself puts a broken one here."""
 
     @property
     def exact(self) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -37,7 +36,7 @@ from baton.wire.client import GrpcAdmin, GrpcDial
 START_TIMEOUT_S = 120.0
 ASK_TIMEOUT_S = 1.0
 POLL_S = 0.05
-_ENTRIES = {Role.PREFILL: "baton.prefill_node.server:serve", Role.DECODE: "baton.decode_node.server:serve"}
+PREFILL_ENTRY = "baton.prefill_node.server:serve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +187,9 @@ def _prepared(
         )
         endpoint = Endpoints(f"http://{host.address}:{ports[0]}", f"{host.address}:{ports[1]}")
         return Kept(host.name, host, Program(router), log), endpoint
-    role = Role.PREFILL if host.name in plan.prefills else Role.DECODE
+    role, entry = (Role.PREFILL, PREFILL_ENTRY) if host.name in plan.prefills else (Role.DECODE, plan.decode_entry)
     config = plan.config(host.address).model_dump_json()
-    spec = WorkerSpec(host.name, role, _ENTRIES[role], config, redis_url, 1)
+    spec = WorkerSpec(host.name, role, entry, config, redis_url, 1)
     words = (sys.executable, "-m", "baton.cluster.local_child", str(os.getpid()), "{fd}")
     return Kept(host.name, host, Program(words, json.dumps(dataclasses.asdict(spec)).encode()), log), None
 
@@ -201,8 +200,3 @@ def _free_ports() -> tuple[int, int]:
         for probe in (one, other):
             probe.bind(("127.0.0.1", 0))
         return one.getsockname()[1], other.getsockname()[1]
-
-
-def end_process(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

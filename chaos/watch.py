@@ -20,6 +20,8 @@ from baton.core.errors import BatonError
 SAMPLE_S = 1.0
 WARM_S = 20.0
 """A process grows for so long after its start: caches fill, lazy imports happen."""
+MIN_SLOPE_S = 120.0
+"""Over less, one cache that fills looks like a leak."""
 QUIET_TIMEOUT_S = 60.0
 """Far above lease and quarantine times."""
 EXTRA_FDS, EXTRA_THREADS = 8, 6
@@ -107,12 +109,13 @@ class Watch:
                 self.baseline_ports[kind] = max(self.baseline_ports.get(kind, 0), len(ports_of(kept.pid)))
 
     def slopes(self) -> dict[str, float]:
-        """MB per minute of the longest-lived incarnation of each process, where it lived a minute after its warm-up."""
+        """MB per minute of the longest-lived incarnation of each process, over the second half of its life, where it
+        lived long enough."""
         longest: dict[str, list[tuple[float, int]]] = {}
         for (name, _), samples in self._samples.items():
-            if samples[-1][0] - samples[0][0] >= 60 and len(samples) > len(longest.get(name, ())):
+            if samples[-1][0] - samples[0][0] >= MIN_SLOPE_S and len(samples) > len(longest.get(name, ())):
                 longest[name] = samples
-        return {name: _slope(samples) * 60 / 1e6 for name, samples in longest.items()}
+        return {name: _slope(samples[len(samples) // 2 :]) * 60 / 1e6 for name, samples in longest.items()}
 
     async def until_quiet(self, timeout_s: float) -> None:
         """Until no worker holds anything, or too long."""
