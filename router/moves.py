@@ -49,6 +49,7 @@ class Moves:
         self._metrics.inc("baton_moves_total", end=end)
         if end != "moved":
             run.move_after = asyncio.get_running_loop().time() + PAUSE_S
+            run.move_elsewhere.add(move.decode.worker_id)
         self.look()
 
     def _look_at(self, worker: WorkerInfo) -> None:

@@ -85,9 +85,14 @@ class Placing:
 
     def place_move(self, run: Run, source: WorkerInfo) -> Route | None:
         """Where it moves to from a worker that drains; None: nobody has room, or fits. Never waits."""
-        held = self.held_blocks(run)
         facts = _facts(run, run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)
-        return price_move(facts, self._config, source, self._candidates(run, held))
+        everybody = self._candidates(run, self.held_blocks(run))
+        others = [d for d in everybody.decode if d.info.worker_id not in run.move_elsewhere]
+        route = price_move(facts, self._config, source, dataclasses.replace(everybody, decode=others))
+        if route is None and run.move_elsewhere:
+            run.move_elsewhere.clear()
+            route = price_move(facts, self._config, source, everybody)
+        return route
 
     def work(self, run: Run, route: Route) -> dict[str, int]:
         """Prefill tokens that the route gives to each worker; 0: a sequence that comes to decode there."""

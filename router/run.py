@@ -80,6 +80,8 @@ class Run:
         """Every worker asked since then had no place for it."""
         self.move_after = 0.0
         """Not before (the loop's time): its last move failed."""
+        self.move_elsewhere: set[str] = set()
+        """Where it failed to move to. They are asked again when nobody else is left."""
         self.hashes: dict[tuple[HashScope, int], list[BlockHash]] = {}
         """Of what its choices begin with, by way of hashing."""
         self._around = around

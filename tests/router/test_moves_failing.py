@@ -195,7 +195,7 @@ def test_a_move_that_is_refused_is_tried_again_after_a_pause(code: str) -> None:
         source, target = movers(relay, 2)
         relay.at[Point.FETCHING] = refuse(code, "no room for it")
         async with ScriptedFleet(source, target) as fleet:
-            r = request(max_tokens=100)
+            r = request(max_tokens=600)
             task = await start(fleet, source, r)
             await source.drain(True, 1.0)
             began = now()
@@ -205,6 +205,23 @@ def test_a_move_that_is_refused_is_tried_again_after_a_pause(code: str) -> None:
             await finish(task, r)
             assert moves(fleet) == {"refused": 1, "moved": 1}
             assert retries(fleet) == 0
+
+    simulate(main)
+
+
+def test_a_move_that_was_refused_goes_elsewhere_if_there_is_an_elsewhere() -> None:
+    async def main() -> None:
+        relay = Relay()
+        source, full, other = movers(relay, 3)
+        full.script = refuse("overloaded")
+        async with ScriptedFleet(source, full, other) as fleet:
+            r = request(max_tokens=600)
+            task = await start(fleet, source, r)
+            await discourage(other)
+            await source.drain(True, 1.0)
+            await finish(task, r)
+            assert moves(fleet) == {"refused": 1, "moved": 1}
+            assert [len(w.submits) for w in (full, other)] == [1, 1]
 
     simulate(main)
 
