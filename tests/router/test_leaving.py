@@ -20,6 +20,7 @@ import pytest
 from baton.core.messages import Submit, TokenChunk
 from baton.core.request import Request
 from baton.router.grpc_front import InferenceFront
+from baton.router.listen import STALL_MS
 from baton.wire import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from baton.wire.server import start_router_server
 from tests.router.fake_fleet import Act, ScriptedFleet, ScriptedWorker, mute, refuse, speak
@@ -229,7 +230,8 @@ def test_a_client_that_stays_and_reads_nothing_is_given_up(tmp_path: Path, monke
                             "logprobs": True, "top_logprobs": 20}  # fmt: skip
 
     async def scenario() -> None:
-        async with open_front(tmp_path, source) as world, asyncio.timeout(TIMEOUT_S):
+        # Before the kernel gives it up (listen.STALL_MS), which is for clients whose machine is gone.
+        async with open_front(tmp_path, source) as world, asyncio.timeout(STALL_MS / 1000 - 5):
             data = json.dumps(body).encode()
             with socket.socket() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
