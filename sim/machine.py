@@ -74,6 +74,8 @@ class Site:
     registry: SimRegistry
     failed: Callable[[str], None]
     """Called when a worker's process ended by a bug."""
+    cut_off: Callable[[str], None] = lambda boot_id: None
+    """Called when a boot stopped in order and somebody could not be told: to him it crashed."""
     dies_of: Callable[[str, Step], bool] = lambda worker_id, step: False
     """Asked before a worker executes a step. True: it is dead now."""
     num_computed: Counter[str] = field(default_factory=Counter)
@@ -228,7 +230,8 @@ class Machine:
         try:
             await serve_registered(node, site.registry.at(self.worker_id), config)
         finally:
-            site.network.crash(self.worker_id, silent=False)
+            if await site.network.close(self.worker_id):
+                site.cut_off(info.boot_id)
             await puller.close()
             await transport.close()
 

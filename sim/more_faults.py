@@ -203,7 +203,7 @@ def _draw(rng: random.Random) -> Fault:
         lambda: ClockJump(rng.choice((-3600.0, 3600.0))),
         lambda: Reset(rng.random() < 0.6),
         lambda: Partition(rng.choice(sorted(PAIRS)), rng.random() < 0.5, rng.uniform(0.2, 6.0)),
-        lambda: Partition(rng.choice(("router", "workers")), rng.random() < 0.5, rng.uniform(0.2, 12.0)),
+        lambda: Partition(rng.choice(sorted(PAIRS)), rng.random() < 0.5, rng.uniform(0.2, 12.0)),
         lambda: Congestion(rng.uniform(0.02, 0.3), rng.uniform(0.05, 0.5), rng.uniform(0.5, 3.0)),
         lambda: BadPulls(rng.choice(list(PullFault)), rng.randint(1, 5)),
         lambda: BadPulls(rng.choice(list(PullFault)), rng.randint(1, 5)),

@@ -32,6 +32,9 @@ from baton.sim.loop import SimLoop, SimProcess
 from baton.sim.pipe import Control, End, Pipe
 from baton.sim.trace import Trace
 
+STOP_GRACE_S = 2.0
+"""As worker/assembly.py's."""
+STOP_POLL_S = 0.02
 REPLAY_DEPTH = 6
 """How far back a replayed message is: older than any that is merely late."""
 
@@ -121,6 +124,19 @@ class SimNetwork:
         self._gone.discard(host)
         self._drop([c for c in self._calls if c.between(host, None)], "was restarted")
         self._listening[host] = (service, process)
+
+    async def close(self, host: str) -> int:
+        """An orderly stop: no new call is accepted, those that are open may end in good order for STOP_GRACE_S. Returns
+        how many did not."""
+        self._listening.pop(host, None)
+        left = 0
+        for _ in range(int(STOP_GRACE_S / STOP_POLL_S)):
+            left = sum(c.server == host for c in self._calls)
+            if not left:
+                break
+            await asyncio.sleep(STOP_POLL_S)
+        self.crash(host, silent=False)
+        return left
 
     def dial(self, host: str) -> Dial:
         """How code on `host` reaches workers."""

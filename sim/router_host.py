@@ -109,7 +109,7 @@ class RouterHost:
         try:
             await self.fleet.run()
         finally:
-            site.network.crash(self.name, silent=False)
+            await site.network.close(self.name)
 
 
 class _Door:

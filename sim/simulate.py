@@ -24,7 +24,7 @@ class Report:
     faults: tuple[tuple[str, str], ...]
     """(name, evidence that it landed; empty if it did not)."""
     outcomes: tuple[tuple[str, int], ...]
-    """How the requests ended."""
+    """How the drawn requests ended; probes and what faults send are not among them."""
     num_requests: int
     num_lines: int
     """Of the trace."""
@@ -95,7 +95,8 @@ def simulate(
 
 
 def _report(seed: int, world: World, failure: str) -> Report:
-    outcomes = Counter(r.outcome for r in world.oracle.records.values())
+    drawn = [r for r in world.oracle.records.values() if world.is_drawn(r.request_id)]
+    outcomes = Counter(r.outcome for r in drawn)
     counters: Counter[str] = Counter()
     for machine in world.machines.values():
         if machine.node is not None:
@@ -105,6 +106,6 @@ def _report(seed: int, world: World, failure: str) -> Report:
     kept = world.plan.kept_faults
     return Report(
         seed, failure, tuple((f.name, f.evidence) for f in world.faults.values()), tuple(sorted(outcomes.items())),
-        len(world.oracle.records), world.trace.num_lines, world.loop.num_turns, world.loop.now,
+        len(drawn), world.trace.num_lines, world.loop.num_turns, world.loop.now,
         tuple(sorted(counters.items())), world.trace.digest, None if kept is None else tuple(sorted(kept)),
         world.plan.kept_jobs)

@@ -63,7 +63,8 @@ class World:
         self.fabric.reaches = lambda a, b: self.network.reaches(a, b) and self.network.reaches(b, a)
         self.registry = SimRegistry(self.network)
         self.oracle = Oracle(plan.terms.config, plan.terms.max_model_len, lambda: self.network.longest_delay_s)
-        self.site = Site(loop, self.trace, self.network, self.fabric, self.registry, self.fail, self._dies_of)
+        self.site = Site(loop, self.trace, self.network, self.fabric, self.registry,
+                         failed=self.fail, cut_off=self._cut_off, dies_of=self._dies_of)
         self.machines = {m.worker_id: m for m in (
             *(self._machine(f"prefill-{i}", Role.PREFILL) for i in range(plan.num_prefill)),
             *(self._machine(f"decode-{i}", Role.DECODE) for i in range(plan.num_decode)),
@@ -82,6 +83,11 @@ class World:
         self._workload = Workload(loop.fork("workload"), plan.shape)
         self._num_jobs = 0
 
+    @staticmethod
+    def is_drawn(request_id: str) -> bool:
+        """Asked by a client of the workload."""
+        return request_id.startswith("q")
+
     @property
     def config(self) -> Config:
         return self.plan.terms.config
@@ -99,6 +105,9 @@ class World:
             aboard = {asked_as(s.request_id) for s in machine.node.parts.scheduler.sequences()}
             self.oracle.crashed(machine.node.info.boot_id, sorted(aboard))
         machine.kill(silent)
+
+    def _cut_off(self, boot_id: str) -> None:
+        self.oracle.crashed(boot_id, ())
 
     def _dies_of(self, worker_id: str, step: Step) -> bool:
         if not any(asked_as(chunk.request_id) in self.poison for chunk in step.chunks):

@@ -270,3 +270,77 @@ def test_what_a_dead_client_had_open_ends_on_the_server() -> None:
     play(act)
 
 
+
+
+def test_a_repeated_call_has_its_effect_twice_and_one_answer() -> None:
+    async def act(scene: Scene) -> None:
+        asked: list[str] = []
+
+        class Asked(Counting):
+            async def lease(self, lease_id: str, release: bool, timeout_s: float) -> ReleaseAnswer:
+                asked.append(lease_id)
+                return ReleaseAnswer(release, str(len(asked)))
+
+        scene.network.listen("w", Asked(), scene.process)
+        scene.network.repeated_calls["test"] = lambda client, server, method: method == "lease"
+        assert await scene.worker.lease("good", True, 2.0) == ReleaseAnswer(True, "1")
+        await ends(lambda: asked == ["good", "good"], 2.0)
+        await asyncio.sleep(1.0)
+        assert asked == ["good", "good"], "a repeat is not repeated"
+
+    play(act, loss=0.0)
+
+
+def test_a_stream_replays_an_old_message_behind_a_new_one_and_goes_on() -> None:
+    async def act(scene: Scene) -> None:
+        async def up() -> AsyncIterator[UpMessage]:
+            for _ in range(12):
+                yield Hello("r")
+
+        replayed: list[object] = []
+
+        def once(src: str, dst: str, frame: object) -> bool:
+            assert (src, dst) == ("w", "r")
+            replayed.append(frame)
+            return len(replayed) == 8
+
+        scene.network.replayed_frames["test"] = once
+        steps = [m.load.steps async for m in scene.worker.stream(up())]
+        doubled = next(s for s in steps if steps.count(s) == 2)
+        assert sorted(steps) == sorted([*range(1, 13), doubled])
+        again = len(steps) - 1 - steps[::-1].index(doubled)
+        assert steps[again - 1] > doubled, "it comes again behind a newer one"
+
+    play(act, loss=0.0)
+
+
+def test_congestion_delays_every_frame_until_it_is_over() -> None:
+    async def act(scene: Scene) -> None:
+        async def took() -> float:
+            began = scene.loop.now
+            await scene.worker.lease("good", True, 9.0)
+            return scene.loop.now - began
+
+        usual = await took()
+        with scene.network.congested(1.0, 0.0):
+            assert await took() > 2.0
+        assert await took() == pytest.approx(usual, abs=0.01)
+        assert scene.network.longest_delay_s > 1.0
+
+    play(act, loss=0.0)
+
+
+def test_a_server_that_stops_in_order_lets_calls_end_and_then_cuts_them() -> None:
+    async def act(scene: Scene) -> None:
+        events = scene.worker.prefill(CALL)
+        await numbers(events, 3)
+        closing = asyncio.ensure_future(scene.network.close("w"))
+        await asyncio.sleep(1.0)
+        with pytest.raises(PeerLost):
+            await scene.worker.lease("good", True, 1.0)
+        await numbers(events, 50)
+        assert await closing == 1, "the stream did not end by itself"
+        with pytest.raises(PeerLost):
+            await numbers(events, -1)
+
+    play(act, loss=0.0)

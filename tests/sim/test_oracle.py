@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 
+from baton.core.block_hash import HashScope
 from baton.core.config import load
 from baton.core.errors import PeerLost
 from baton.core.handoff import LentBlock
@@ -135,6 +136,14 @@ def test_a_lease_that_never_expires_is_caught_when_the_world_is_quiet() -> None:
 
 def test_one_block_bound_twice_is_caught() -> None:
     assert caught(Builders(pool=LateCredits), lambda: BadPulls(PullFault.SLOW, 1))
+
+
+def test_tenants_that_share_a_prefix_share_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: hashes leave the tenant out. All tokens are right; the bytes are another tenant's."""
+    root = HashScope.root
+    monkeypatch.setattr(HashScope, "root", lambda scope: root(dataclasses.replace(scope, tenant_salt="")))
+    failures = caught(Builders(), lambda: BadPulls(PullFault.SLOW, 1))
+    assert any("of tenant" in f for f in failures)
 
 
 # ---- what clients see ------------------------------------------------------------------------------------------------
