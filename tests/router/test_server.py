@@ -34,7 +34,7 @@ async def endpoints(process: asyncio.subprocess.Process) -> dict[str, str]:
     return dict(json.loads(await process.stdout.readline()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_it_says_where_it_listens_and_ends_cleanly_when_told(tmp_path: Path, number: signal.Signals) -> None:
     async def scenario() -> None:
         process = await start(make_model(tmp_path))
@@ -76,26 +76,31 @@ def test_a_request_that_waits_for_a_worker_is_told_that_the_router_stops(tmp_pat
     asyncio.run(scenario())
 
 
-def test_what_keeps_it_from_starting_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"http_port": "taken"}, "port {taken} on 127.0.0.1 is taken"),
+        pytest.param({"grpc_port": "taken"}, "{taken}", marks=pytest.mark.slow),
+        pytest.param({"model_dir": "/nowhere"}, "config.json", marks=pytest.mark.slow),
+        pytest.param({"redis_url": "gopher://x"}, "redis_url", marks=pytest.mark.slow),
+        pytest.param({"max_inflight": 0}, "max_inflight", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_what_keeps_it_from_starting_is_one_sentence_and_exit_code_2(
+    wrong: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     async def scenario() -> None:
-        make_model(tmp_path / "model")
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            port = taken.getsockname()[1]
-            starts: list[tuple[dict[str, Any], str]] = [
-                ({"model_dir": tmp_path / "model", "http_port": port}, f"port {port} on 127.0.0.1 is taken"),
-                ({"model_dir": tmp_path / "model", "grpc_port": port}, str(port)),
-                ({"model_dir": tmp_path / "none"}, "config.json"),
-                ({"model_dir": tmp_path / "model", "redis_url": "gopher://x"}, "redis_url"),
-                ({"model_dir": tmp_path / "model", "max_inflight": 0}, "max_inflight"),
-            ]
-            for settings, says in starts:
-                process = await start(**settings)
-                async with asyncio.timeout(60):
-                    out, log = await process.communicate()
-                assert (process.returncode, out) == (2, b""), log.decode()
-                assert says in log.decode()
-                assert "Traceback" not in log.decode()
+        with socket.socket() as holder:
+            holder.bind(("127.0.0.1", 0))
+            holder.listen()
+            taken = holder.getsockname()[1]
+            settings = {name: taken if value == "taken" else value for name, value in wrong.items()}
+            process = await start(**{"model_dir": make_model(tmp_path), **settings})
+            async with asyncio.timeout(60):
+                out, log = await process.communicate()
+            assert (process.returncode, out) == (2, b""), log.decode()
+            assert says.format(taken=taken) in log.decode()
+            assert "Traceback" not in log.decode()
 
     asyncio.run(scenario())
