@@ -257,6 +257,7 @@ def test_a_worker_that_will_not_end_is_ended(run: Callable[..., None]) -> None:
     run(body)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_come_up_says_why(run: Callable[..., None]) -> None:
     cases = {
         "refuse": "p-0 has nothing to serve: find it a model", "crash": "ZeroDivisionError: worker bug",
@@ -274,6 +275,7 @@ def test_a_worker_that_does_not_come_up_says_why(run: Callable[..., None]) -> No
     run(body)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_started_is_tried_again_until_it_can(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The first OSError ended its keeper: RESTARTING for ever."""
