@@ -61,9 +61,11 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
             spelled = self._generation.codec.spelled(token_id)
             return inference_pb2.ScoredToken(token_id=token_id, logprob=logprob, bytes=spelled)
 
+        if not delta.logprobs:
+            return []
         return [
             inference_pb2.ScoredPosition(chosen=scored(token_id, known.logprob), top=[scored(*t) for t in known.top])
-            for token_id, known in zip(delta.token_ids, delta.logprobs, strict=False)]
+            for token_id, known in zip(delta.token_ids, delta.logprobs, strict=True)]
 
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, context: Any) -> inference_pb2.TokenizeResponse:
         self._check_model(request.model)

@@ -258,6 +258,7 @@ def test_a_request_that_changes_hands_at_any_token_says_the_same(tmp_path: Path,
                 job = await world.generation.prepare(call, f"r{baton_at}")
                 deltas: list[Delta] = [delta async for delta in world.generation.run(job)]
                 assert [d.last for d in deltas] == [False] * (len(deltas) - 1) + [True]
+                assert all(len(d.logprobs) == len(d.token_ids) for d in deltas), "also where a stop string cuts"
                 found = {}
                 for choice in range(len(TEXTS)):
                     own = [d for d in deltas if d.choice == choice]
