@@ -115,10 +115,10 @@ class Run:
         """The next chunk for the client; None: all choices have ended. Raises what the attempt was lost with, once
         everything before it was read. Bounded by `fail` at the deadline, which whoever made the run sees to."""
         while not self._buffer:
-            if not self.delivery.is_open:
-                return None
             if self._failure is not None:
                 raise self._failure
+            if not self.delivery.is_open:
+                return None
             self._news = asyncio.get_running_loop().create_future()
             try:
                 await self._news
@@ -137,9 +137,10 @@ class Run:
         self._await_move(self._around.move_s)
 
     def fail(self, error: BatonError, event: str = "lose", why: str = "") -> None:
-        """No attempt goes on; the reader hears the error. Their workers are told at once, however slowly it reads."""
+        """No attempt goes on; the reader hears the error, unless everything is there for it to read. Their workers are
+        told at once, however slowly it reads."""
         self._end_all(event, error.code, why=why)
-        if self._failure is None:
+        if self._failure is None and self.delivery.is_open:
             self._failure = error
         self._wake()
 
@@ -248,18 +249,17 @@ class Run:
 
     def _put(self, chunk: TokenChunk) -> None:
         limit = self._around.buffer_tokens
-        if self._num_buffered + len(chunk.token_ids) > limit:
-            self.fail(
-                Cancelled(
-                    f"request {self.request.request_id} was cancelled: its client left more than {limit} tokens "
-                    "unread. Read faster, or raise router.client_buffer_tokens."
-                ),
-                "cancel",
-                "the client reads too slowly",
-            )
+        if self._failure is not None:
             return
-        self._buffer.append(chunk)
-        self._num_buffered += len(chunk.token_ids)
+        if self._num_buffered + len(chunk.token_ids) > limit:
+            self._failure = Cancelled(
+                f"request {self.request.request_id} was cancelled: its client left more than {limit} tokens unread. "
+                "Read faster, or raise router.client_buffer_tokens."
+            )
+            self._end_all("cancel", Cancelled.code, why="the client reads too slowly")
+        else:
+            self._buffer.append(chunk)
+            self._num_buffered += len(chunk.token_ids)
         self._wake()
 
     def _end_all(self, event: str, outcome: str, move_end: str = "cancelled", why: str = "") -> None:

@@ -139,6 +139,27 @@ def test_the_buffer_of_a_slow_reader_is_one_for_all_choices_and_its_worker_is_to
     simulate(main)
 
 
+@pytest.mark.parametrize("max_tokens", [8, 9])
+def test_a_buffer_that_the_last_token_overflows_is_an_error_and_no_short_answer(max_tokens: int) -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0")
+        async with ScriptedFleet(worker, client_buffer_tokens=8) as fleet:
+            chunks = fleet.dispatcher.generate(request(max_tokens=max_tokens + 1, deadline_s=20.0))
+            assert (await anext(chunks)).first_index == 0
+            await asyncio.sleep(30)
+            rest = [await anext(chunks) for _ in range(8)]
+            assert [c.first_index for c in rest] == list(range(1, 9))
+            if max_tokens == 8:
+                assert rest[-1].finish is FinishReason.LENGTH, "it was all there before its deadline"
+                with pytest.raises(StopAsyncIteration):
+                    await anext(chunks)
+            else:
+                with pytest.raises(Cancelled):
+                    await anext(chunks)
+
+    simulate(main)
+
+
 def test_a_deadline_cancels_at_the_worker_at_once_however_slowly_the_client_reads() -> None:
     def slow(submit: Submit) -> Iterator[Act]:
         for act in speak(submit):
