@@ -242,6 +242,8 @@ def child_env(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "NIXL_LOG_LEVEL": "ERROR",
         "UCX_WARN_UNUSED_ENV_VARS": "n",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else a peer that dies or freezes ends our process, too
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -15,10 +15,9 @@ import asyncio
 import contextlib
 import functools
 import logging
-import select
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from baton.core.config import HandoffConfig
 from baton.core.metrics import Metrics
@@ -26,6 +25,7 @@ from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
     FrameError,
     Give,
+    Hangup,
     OrderLink,
     OrderListener,
     OrderTransport,
@@ -98,7 +98,7 @@ class _Ends:
             inlet.lane.stop()
             sock.close()
             raise
-        watch = _Hangup(sock, inlet.lane.stop)
+        watch = Hangup(sock, inlet.lane.stop)
 
         def release() -> None:
             watch.close()
@@ -143,21 +143,3 @@ async def _join(sock: socket.socket, lane: Lane) -> None:
     if not 0 < size <= MAX_ADDRESS_BYTES:
         raise FrameError(f"a UCX address of {size} bytes: malformed")
     await lane.connect(await receive(sock, size))
-
-
-class _Hangup:
-    """Hears that the other side closed the connection even while nobody reads from it."""
-
-    def __init__(self, sock: socket.socket, heard: Callable[[], None]) -> None:
-        self._epoll = select.epoll()
-        self._epoll.register(sock, select.EPOLLRDHUP | select.EPOLLONESHOT)
-        self._heard = heard
-        asyncio.get_running_loop().add_reader(self._epoll, self._on_event)
-
-    def _on_event(self) -> None:
-        self._epoll.poll(0)  # once is enough
-        self._heard()
-
-    def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._epoll)
-        self._epoll.close()
