@@ -40,6 +40,8 @@ log = logging.getLogger("baton.kv_transfer")
 PIECE_BYTES = 1 << 20
 NUM_SLOTS = 4
 BURST = 32
+WATCH_MS = 1000
+"""Not every event wakes UCX's descriptor, so ucxx' own blocking mode looks again every second, too."""
 _OPTIONS = {
     # Other ways to a neighbour's memory are the shm transport's; a killed process would leave segments behind.
     "TLS": "^sm",
@@ -70,8 +72,8 @@ class Lane:
         """Done when the worker is destroyed."""
         self._worker: Any = None
         self._endpoint: Any = None
-        self._requests: dict[Any, asyncio.Future[None]] = {}
-        """Under way in UCX, with what hears of their end. In the thread only."""
+        self._requests: dict[Any, tuple[asyncio.Future[None], memoryview]] = {}
+        """Under way in UCX: what hears of the end, and the bytes, which UCX does not keep alive. In the thread only."""
         # A daemon: a library call that never returns must not keep the process from ending.
         threading.Thread(target=self._main, name=name, daemon=True).start()
 
@@ -92,12 +94,12 @@ class Lane:
         await self._ask(job)
 
     def send(self, piece: memoryview) -> asyncio.Future[None]:
-        """Done when UCX has taken the bytes over; until then they must stay. ConnectionError when they cannot go."""
-        return self._ask(lambda ended: self._begin(self._endpoint.stream_send(Array(piece)), ended))
+        """Done when UCX has taken the bytes over. ConnectionError when they cannot go."""
+        return self._ask(lambda ended: self._begin(self._endpoint.stream_send(Array(piece)), ended, piece))
 
     def receive(self, slot: memoryview) -> asyncio.Future[None]:
-        """Done when the slot is full. It must live as long as the lane, if that does not come to pass."""
-        return self._ask(lambda ended: self._begin(self._endpoint.stream_recv(Array(slot)), ended))
+        """Done when the slot is full. If it does not come to that, UCX may write to it as long as the worker lives."""
+        return self._ask(lambda ended: self._begin(self._endpoint.stream_recv(Array(slot)), ended, slot))
 
     def stop(self) -> None:
         """Begin to destroy the worker; `gone` tells when it is done. What is under way fails."""
@@ -129,9 +131,11 @@ class Lane:
             error = ConnectionResetError(f"UCX: {type(e).__name__}: {e}")
             log.debug("a UCX lane ended: %s", error)
         self._on_loop(self._fail, error)
+        kept = list(self._requests.values())  # the bytes: they outlive the worker, the requests must not
         self._requests.clear()
         self._endpoint = None
         self._worker = None
+        kept.clear()
         self._on_loop(self._end)
 
     def _work(self) -> None:
@@ -146,7 +150,7 @@ class Lane:
             if not (self._always or self._requests):
                 for_jobs.poll()
             elif ran_dry and self._worker.arm():
-                for_all.poll()
+                for_all.poll(WATCH_MS)
 
     def _progress(self) -> bool:
         """Whether there may be more to do. In bursts, so that an inlet without a request stops taking bytes in."""
@@ -160,12 +164,12 @@ class Lane:
         while not self._jobs.empty():
             self._jobs.get()()
 
-    def _begin(self, request: Any, ended: asyncio.Future[None]) -> None:
-        self._requests[request] = ended
+    def _begin(self, request: Any, ended: asyncio.Future[None], data: memoryview) -> None:
+        self._requests[request] = ended, data
 
     def _settle_completed(self) -> None:
         for request in [r for r in self._requests if r.completed]:
-            ended = self._requests.pop(request)
+            ended, _ = self._requests.pop(request)
             try:
                 request.check_error()
             except Exception as e:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from baton.core.errors import Incompatible, InternalError, PeerLost
+from baton.kv_transfer.framing import pack_advert
+from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.transport import Pull, PullOrder, PullState
 from tests.kv_transfer.pair import Lender, info_of, reader, until
 
 pytest.importorskip("nixl_cu13")
+from baton.kv_transfer.nixl import MAX_AGENTS, NixlTransport, _machine
 
 BIG = 1 << 20
 MANY = 64
@@ -127,3 +134,93 @@ def test_an_agent_that_cannot_be_destroyed_keeps_its_pulls_until_it_can(monkeypa
     finally:
         frozen.close()
         other.close()
+
+
+class ScriptedAgents:
+    """In place of NIXL's agents: a transfer moves until the test ends it, or its agent is destroyed."""
+
+    def __init__(self) -> None:
+        self.alive: list[ScriptedAgents.Thread] = []
+
+    class Thread:
+        def __init__(self, agents: ScriptedAgents, ended: Callable[[Pull, str | None], None]) -> None:
+            self.agents, self.ended = agents, ended
+            self.peers: list[str] = []
+            self.started: list[tuple[str, Pull]] = []
+            agents.alive.append(self)
+
+        async def ready(self) -> None:
+            await asyncio.sleep(0)
+
+        async def run(self, job: Callable[[Any], object]) -> object:
+            await asyncio.sleep(0)
+            return job(self)
+
+        def post(self, job: Callable[[Any], object]) -> None:
+            job(self)
+
+        async def destroy(self) -> None:
+            await asyncio.sleep(0)
+            self.agents.alive.remove(self)
+
+        def add_peer(self, peer_id: str, *_: object) -> None:
+            self.peers.append(peer_id)
+
+        def start(self, peer_id: str, pull: Pull, _: object) -> None:
+            assert peer_id in self.peers, f"{peer_id} is not known to this agent"
+            self.started.append((peer_id, pull))
+
+
+def test_a_fence_posts_the_unfinished_pulls_of_its_agents_other_peers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a real UCX the other lender might abort under it, so the agents are scripted here."""
+    agents = ScriptedAgents()
+    monkeypatch.setattr("baton.kv_transfer.nixl.MAX_AGENTS", 1)
+    monkeypatch.setattr(
+        "baton.kv_transfer.nixl.AgentThread", lambda name, memory, ended, turn: ScriptedAgents.Thread(agents, ended)
+    )
+    memory = KVMemory(16, 4096, shared=False)
+    advert = pack_advert(
+        metadata="", address=memory.address, total_blocks=memory.total_blocks, block_bytes=4096,
+        probe_block=memory.probe_block, machine=_machine(), pid=os.getpid(), rdma=0,
+    )
+
+    async def main() -> None:
+        nixl = NixlTransport("d0", memory)
+        for peer_id in ("p0", "p1", "p2"):
+            await nixl.connect(info_of(peer_id, "boot1", 16, [("nixl", advert)]))
+        frozen, other = (nixl.pull(p, PullOrder("lease", (1,), (b,))) for p, b in (("p0", 2), ("p1", 3)))
+        (first,) = agents.alive
+        await nixl.fence("p0")
+        assert frozen.state is PullState.FAILED
+        (second,) = agents.alive
+        assert second is not first
+        assert second.peers == ["p1", "p2"]
+        assert second.started == [("p1", other)], "the other peer's pull goes on with the new agent"
+        assert other.state is PullState.MOVING
+        second.ended(other, None)
+        assert await other.wait() is PullState.DONE
+        assert nixl.pull("p0", PullOrder("lease", (1,), (2,))).state is PullState.FAILED
+        await nixl.close()
+        assert agents.alive == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_peers_are_spread_over_at_most_eight_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
+    there = Lender(("nixl",))
+
+    async def main() -> None:
+        async with reader(("nixl",)) as r:
+            nixl = r.transports["nixl"]
+            adverts = list(there.info.capability.transports)
+            for i in range(MAX_AGENTS + 3):
+                await nixl.connect(info_of(f"p{i}", "boot1", 16, adverts))
+            per_agent = sorted(len(slot.peers) for slot in nixl._slots)  # type: ignore[attr-defined]
+            assert per_agent == [1] * 5 + [2] * 3
+
+    try:
+        asyncio.run(main())
+    finally:
+        there.close()
