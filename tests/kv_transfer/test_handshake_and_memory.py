@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,16 +141,23 @@ ATTACKS: dict[str, Callable[[int], object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def attacked() -> Iterator[Lender]:
+    """One for all attacks: none of them does anything to it."""
+    there = Lender(("shm",), num_blocks=2 * len(ATTACKS))
+    yield there
+    there.close()
+
+
 @pytest.mark.parametrize("reopened", [False, True], ids=["as received", "opened again through proc"])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_reader_can_do_nothing_to_the_lenders_memory(attack: str, reopened: bool) -> None:
+def test_a_reader_can_do_nothing_to_the_lenders_memory(attack: str, reopened: bool, attacked: Lender) -> None:
     """With the descriptor that the shm transport gives it, and with a fresh one for the same file."""
-    there = Lender(("shm",))
 
     async def main() -> None:
         async with reader(("shm",)) as r:
-            lease, blocks = there.lend(1)
-            await r.puller.pull(there.info, lease, blocks, r.take(1))
+            lease, blocks = attacked.lend(1)
+            await r.puller.pull(attacked.info, lease, blocks, r.take(1))
             assert r.memory.fd is not None
             fd = _memory_of_another(os.fstat(r.memory.fd).st_ino)
             if reopened:
@@ -160,12 +167,9 @@ def test_a_reader_can_do_nothing_to_the_lenders_memory(attack: str, reopened: bo
             if reopened:
                 os.close(fd)
             r.puller.poll()
-            await r.puller.pull(there.info, lease, blocks, r.take(1))  # the digest says: unchanged
+            await r.puller.pull(attacked.info, lease, blocks, r.take(1))  # the digest says: unchanged
 
-    try:
-        asyncio.run(main())
-    finally:
-        there.close()
+    asyncio.run(main())
 
 
 def _memory_of_another(our_inode: int) -> int:
