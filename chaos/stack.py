@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -24,7 +25,7 @@ from baton.chaos.plan import Plan
 from baton.cluster.embedded import EmbeddedRedis, start_embedded_redis
 from baton.cluster.pool import WorkerSpec
 from baton.cluster.processes import family_of
-from baton.core.errors import BatonError, PeerLost
+from baton.core.errors import BatonError, PeerLost, SetupError
 from baton.core.messages import WorkerStatus
 from baton.core.worker import Role, WorkerInfo
 from baton.models.catalog import open_model
@@ -58,11 +59,10 @@ class Stack:
     redis: EmbeddedRedis
     dial: GrpcDial
     admins: dict[str, GrpcAdmin]
-    net: Namespaces | None
-    lossy: LossyControl | None
-    left_out: tuple[str, ...]
+    net: Namespaces | None = None
+    lossy: LossyControl | None = None
+    left_out: tuple[str, ...] = ()
     """What this machine does not allow, and why."""
-    max_model_len: int
     _infos: dict[str, WorkerInfo] = dataclasses.field(default_factory=dict)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Stack:
     async def is_ready(self, name: str, routers: tuple[str, ...]) -> bool:
         """A router: it answers, and each worker is ready for it. A worker: it is ready for each of `routers`, in the
         incarnation that runs."""
-        if not self.kept[name].serving.is_set():
+        if name in self.kept and not self.kept[name].serving.is_set():
             return False
         try:
             if name in self.plan.routers:
@@ -131,7 +131,6 @@ class Stack:
 @contextlib.asynccontextmanager
 async def open_stack(plan: Plan, logs: Path) -> AsyncIterator[Stack]:
     """Everything serves and every worker is ready for every router when it is given out; gone afterwards."""
-    files = await asyncio.to_thread(open_model, plan.config("127.0.0.1").model)
     async with contextlib.AsyncExitStack() as opened:
         names = (*plan.routers, *plan.prefills, *plan.decodes)
         missing = await why_no_namespaces() if plan.use_namespaces else "not asked for"
@@ -151,52 +150,66 @@ async def open_stack(plan: Plan, logs: Path) -> AsyncIterator[Stack]:
                 left_out.append("the lossy link: no /dev/net/tun")
         redis = await start_embedded_redis()
         opened.push_async_callback(redis.close)
-        kept, endpoints = {}, {}
-        for name in names:
-            kept[name], endpoint = _prepared(plan, hosts[name], redis.url, files.directory, logs)
-            if endpoint is not None:
-                endpoints[name] = endpoint
-            opened.push_async_callback(kept[name].stop)
-        async with asyncio.TaskGroup() as starts:
-            for one in kept.values():
-                starts.create_task(one.start(START_TIMEOUT_S))
-        dial = GrpcDial()
-        opened.push_async_callback(dial.close)
-        admins = {name: GrpcAdmin(endpoint.grpc) for name, endpoint in endpoints.items()}
-        for admin in admins.values():
-            opened.push_async_callback(admin.close)
-        stack = Stack(
-            plan, kept, endpoints, redis, dial, admins, net, lossy, tuple(left_out), files.spec.max_model_len
-        )
-        for name in names:
-            assert await stack.until_ready(name, plan.routers, START_TIMEOUT_S), f"{name} never was ready"
+        processes = [await prepared(plan, hosts[name], redis.url, logs) for name in names]
+        stack = await stack_around(plan, processes, redis, opened)
+        stack.net, stack.lossy, stack.left_out = net, lossy, tuple(left_out)
         yield stack
-        await asyncio.gather(*(one.stop() for one in kept.values()))
+        await asyncio.gather(*(one.stop() for one in stack.kept.values()))
 
 
-def _prepared(
-    plan: Plan, host: Host, redis_url: str, model_dir: Path, logs: Path
-) -> tuple[Kept, Endpoints | None]:
+async def stack_around(
+    plan: Plan, processes: list[tuple[Kept, Endpoints | None]], redis: EmbeddedRedis, opened: contextlib.AsyncExitStack
+) -> Stack:
+    """Start these processes; when this returns, every router and worker of the plan is ready. `opened` stops all."""
+    kept = {one.name: one for one, _ in processes}
+    for one in kept.values():
+        opened.push_async_callback(one.stop)
+    async with asyncio.TaskGroup() as starts:
+        for one in kept.values():
+            starts.create_task(one.start(START_TIMEOUT_S))
+    dial = GrpcDial()
+    opened.push_async_callback(dial.close)
+    endpoints = {one.name: endpoint for one, endpoint in processes if endpoint is not None}
+    admins = {name: GrpcAdmin(endpoint.grpc) for name, endpoint in endpoints.items()}
+    for admin in admins.values():
+        opened.push_async_callback(admin.close)
+    stack = Stack(plan, kept, endpoints, redis, dial, admins)
+    for name in (*plan.routers, *plan.prefills, *plan.decodes):
+        if not await stack.until_ready(name, plan.routers, START_TIMEOUT_S):
+            raise SetupError(f"{name} never was ready for every router")
+    return stack
+
+
+async def prepared(plan: Plan, host: Host, redis_url: str, logs: Path) -> tuple[Kept, Endpoints | None]:
+    """A process of the plan, by its host's name, not started; of a router also where it will be."""
     log = logs / f"{host.name}.log"
-    if host.name in plan.routers:
-        ports = (8000, 8001) if host.namespace else _free_ports()
-        router = (
-            sys.executable, "-m", "baton.cli.router_child", str(os.getpid()), "--config-json",
-            plan.config(host.address, *ports).model_dump_json(), "--model-dir", str(model_dir),
-            "--redis-url", redis_url,
-        )
-        endpoint = Endpoints(f"http://{host.address}:{ports[0]}", f"{host.address}:{ports[1]}")
-        return Kept(host.name, host, Program(router), log), endpoint
+    if host.name not in plan.routers:
+        words = (sys.executable, "-m", "baton.cluster.local_child", str(os.getpid()), "{fd}")
+        spec = json.dumps(dataclasses.asdict(worker_spec(plan, host, redis_url))).encode()
+        return Kept(host.name, host, Program(words, spec), log), None
+    ports = (8000, 8001) if host.namespace else _free_ports(random.Random(f"{os.getpid()} {host.name}"))
+    config = plan.config(host.address, *ports)
+    files = await asyncio.to_thread(open_model, config.model)
+    router = (
+        sys.executable, "-m", "baton.cli.router_child", str(os.getpid()), "--config-json", config.model_dump_json(),
+        "--model-dir", str(files.directory), "--redis-url", redis_url,
+    )
+    endpoint = Endpoints(f"http://{host.address}:{ports[0]}", f"{host.address}:{ports[1]}")
+    return Kept(host.name, host, Program(router), log), endpoint
+
+
+def worker_spec(plan: Plan, host: Host, redis_url: str) -> WorkerSpec:
     role, entry = (Role.PREFILL, PREFILL_ENTRY) if host.name in plan.prefills else (Role.DECODE, plan.decode_entry)
-    config = plan.config(host.address).model_dump_json()
-    spec = WorkerSpec(host.name, role, entry, config, redis_url, 1)
-    words = (sys.executable, "-m", "baton.cluster.local_child", str(os.getpid()), "{fd}")
-    return Kept(host.name, host, Program(words, json.dumps(dataclasses.asdict(spec)).encode()), log), None
+    return WorkerSpec(host.name, role, entry, plan.config(host.address).model_dump_json(), redis_url, 1)
 
 
-def _free_ports() -> tuple[int, int]:
-    """Nobody listens on them now; a router takes the same ones at each of its starts."""
-    with socket.socket() as one, socket.socket() as other:
-        for probe in (one, other):
-            probe.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]
+def _free_ports(rng: random.Random) -> tuple[int, int]:
+    """Nobody listens on them now; a router takes the same ones at each of its starts. Below those that the kernel deals
+    out to connections, which would take them while the router is down."""
+    free: list[int] = []
+    while len(free) < 2:
+        port = rng.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+    return free[0], free[1]

@@ -311,7 +311,7 @@ def _connect(address: str | None, temp_dir: str | None) -> str:
         ray.init(
             num_cpus=1, resources={role.value: SLOTS_PER_ROLE for role in Role}, include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=temp_dir,
-            _system_config={"gcs_rpc_server_reconnect_timeout_s": _GCS_RECONNECT_S}, **common)
+            _system_config={"gcs_rpc_server_reconnect_timeout_s": _GCS_RECONNECT_S, "worker_niceness": 0}, **common)
     return str(ray.get_runtime_context().gcs_address)
 
 

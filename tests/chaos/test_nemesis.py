@@ -23,7 +23,7 @@ def nemesis(seed: int, plan: Plan = PLAN, network: bool = True) -> Nemesis:
     names = (*plan.routers, *plan.prefills, *plan.decodes)
     net = Namespaces({n: Host(n, f"10.0.0.{i}", n) for i, n in enumerate(names)}, "switch", "dev", {})
     lossy = cast(LossyControl, object()) if network else None
-    stack = Stack(plan, {}, {}, None, None, {}, net if network else None, lossy, (), 0)  # type: ignore[arg-type]
+    stack = Stack(plan, {}, {}, None, None, {}, net if network else None, lossy)  # type: ignore[arg-type]
     return Nemesis(Scene(stack, cast(Clients, None)), random.Random(seed))
 
 
