@@ -81,7 +81,8 @@ class GrpcServer:
         if self._told is (why is None):
             return
         if why is not None or self._told is not None:
-            log.warning("port %d: %s", self.port, f"not healthy: {why}" if why else "healthy again")
+            level = logging.INFO if self._told is None else logging.WARNING
+            log.log(level, "port %d: %s", self.port, f"not healthy: {why}" if why else "healthy again")
         self._told = why is None
         answer = health_pb2.HealthCheckResponse.SERVING if self._told else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
