@@ -18,6 +18,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
+# Of `make nightly`: seconds of faults on a real stack, and their seed.
+CHAOS_S ?= 3600
+CHAOS_SEED ?= 1
 
 # Set-up compiles nothing (below), so what gets imported has to stay compiled for the next process.
 unexport PYTHONDONTWRITEBYTECODE
@@ -73,6 +76,7 @@ nightly: $(VENV)/.dev
 	@$(BIN)/baton model pull $(MODEL)
 	@$(PYTEST) $(ARGS)
 	@$(BIN)/baton simulate --seed 0 --seeds 2000
+	@$(BIN)/python -m baton.chaos --duration $(CHAOS_S) --seed $(CHAOS_SEED)
 
 # Files that are generated and committed; tests/test_docs.py fails when they are stale.
 docs: $(VENV)/.dev
