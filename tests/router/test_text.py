@@ -85,6 +85,19 @@ def test_a_decoder_that_looks_at_neighbours_is_followed_exactly_too() -> None:
         assert "".join(pieces(window, mixed)) == tokenizer.decode(mixed), mixed
 
 
+def test_each_token_alone_is_spelled_in_bytes_that_join_to_the_text(codec: TextCodec) -> None:
+    for text in [*PROSE, "🚀", "日本語"]:
+        assert b"".join(map(codec.spelled, codec.encode(text))).decode() == text
+    assert [codec.spelled(i) for i in (0, 1, 10_000_000)] == [b"<|im_start|>", b"<|im_end|>", b""]
+
+
+def test_pieces_and_byte_pieces_are_spelled_too(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(sentencepiece_like().to_str())
+    codec = TextCodec(tmp_path, lambda: pytest.fail("not asked"))
+    assert [codec.spelled(i) for i in (0xE4, 256, 258, 259)] == [b"\xe4", b" the", b"s", b" "]
+
+
 # ---- stop strings ------------------------------------------------------------------------------------------------
 
 
