@@ -52,9 +52,11 @@ class Machine:
     name: str
     states: tuple[State, ...]
     moves: tuple[Move, ...]
+    names: frozenset[str] = field(init=False, repr=False, compare=False)
     _next: dict[tuple[str, str], str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", frozenset(s.name for s in self.states))
         assert len(self.names) == len(self.states), f"{self.name}: a state is there twice in {self.states}"
         table: dict[tuple[str, str], str] = {}
         for move in self.moves:
@@ -67,10 +69,6 @@ class Machine:
     @property
     def initial(self) -> str:
         return self.states[0].name
-
-    @property
-    def names(self) -> set[str]:
-        return {s.name for s in self.states}
 
     def state(self, name: str) -> State:
         return next(s for s in self.states if s.name == name)
