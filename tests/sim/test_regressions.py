@@ -54,7 +54,7 @@ def test_workers_with_pools_of_different_sizes_meet() -> None:
     assert counter(report, "baton_verified_bytes_total") > 0
 
 
-@pytest.mark.parametrize("seed", [8, 33])
+@pytest.mark.parametrize("seed", [8, pytest.param(33, marks=pytest.mark.slow)])
 def test_a_request_whose_first_token_is_its_last_needs_no_kv(seed: int) -> None:
     """The fallback of a finished sequence was handed to the scheduler."""
     plan = remote(draw_plan(seed))
@@ -64,7 +64,7 @@ def test_a_request_whose_first_token_is_its_last_needs_no_kv(seed: int) -> None:
     assert report.ok, report
 
 
-@pytest.mark.parametrize("seed", [7, 8, 10])
+@pytest.mark.parametrize("seed", [7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (8, 10))])
 def test_a_hand_off_cancelled_in_the_moment_it_fails_keeps_no_block(seed: int) -> None:
     """A task group raised the failure and forgot the cancellation: the sequence ran on for nobody."""
     faults = (Freeze(Role.DECODE, 3.5), Freeze(Role.DECODE, 2.5))
@@ -72,6 +72,7 @@ def test_a_hand_off_cancelled_in_the_moment_it_fails_keeps_no_block(seed: int) -
     assert report.ok, report
 
 
+@pytest.mark.slow
 def test_what_was_pulled_under_a_lease_that_expired_is_never_used() -> None:
     """Renewals that come too late on a lossy link: good=False at release, and the prompt is computed here."""
     num_bad = 0.0
@@ -87,7 +88,7 @@ def test_what_was_pulled_under_a_lease_that_expired_is_never_used() -> None:
 # ---- one id, many uses ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_an_id_that_comes_again_gets_nothing_of_its_last_use(seed: int) -> None:
     """Epochs began at 1 again with every use: tokens of a cancelled request that were on their way were given to the
     next one of that id, and the prefill worker had its attempt "here already"."""
