@@ -126,6 +126,8 @@ class Machine:
         self.process: SimProcess | None = None
         self.node: WorkerNode | None = None
         self.runner: HashRunner | None = None
+        self.metrics: list[Metrics] = []
+        """One per boot."""
         self.thawed_s = 0.0
         """World time when it last woke up; what is late then is not late by its own fault."""
         self._site = site
@@ -205,6 +207,7 @@ class Machine:
         site, terms, config = self._site, self._terms, self._terms.config
         shape, num_blocks = layout(terms.block_size), terms.num_blocks[self.role]
         metrics = Metrics()
+        self.metrics.append(metrics)
         memory = KVMemory(num_blocks, shape.block_bytes, shared=False)
         memory.buffer[:] = random.Random(self.worker_id).randbytes(len(memory.buffer))  # nobody may lean on zeroes
         pool = self._builders.pool(num_blocks, terms.block_size)

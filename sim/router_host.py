@@ -31,7 +31,8 @@ class RouterHost:
         self.process: SimProcess | None = None
         self.dispatcher: Dispatcher | None = None
         self.fleet: Fleet | None = None
-        self.metrics = Metrics()
+        self.metrics: list[Metrics] = []
+        """One per boot."""
         self.troubles: list[tuple[float, float]] = []
         """(from, until) of each time in which clients could not be served: frozen, or gone without a word."""
         self._froze_s = 0.0
@@ -97,14 +98,15 @@ class RouterHost:
             self._site.failed(f"{self.name} died of a bug: {leaf(error)!r}")
 
     async def _run(self, process: SimProcess) -> None:
-        site, config, self.metrics = self._site, self._config, Metrics()
+        site, config, metrics = self._site, self._config, Metrics()
+        self.metrics.append(metrics)
         self.fleet = Fleet(
-            site.registry.at(self.name).list, site.network.dial(self.name), config, self.metrics,
+            site.registry.at(self.name).list, site.network.dial(self.name), config, metrics,
             f"{self.name}.{self.boots}",
         )
         rng = random.Random(f"policy {site.loop.seed} {self.name} {self.boots}")
         traces = _ToldTraces(self._told)
-        self.dispatcher = Dispatcher(self.fleet, CostPolicy(config.router, rng), config, self.metrics, traces)
+        self.dispatcher = Dispatcher(self.fleet, CostPolicy(config.router, rng), config, metrics, traces)
         site.network.listen(self.name, _Door(self.dispatcher), process)
         try:
             await self.fleet.run()

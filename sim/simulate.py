@@ -32,7 +32,7 @@ class Report:
     """Events: turns of the loop, each followed by the oracle's counters."""
     virtual_s: float
     counters: tuple[tuple[str, float], ...]
-    """Of all hosts' last boots together: fallbacks, quarantines, preemptions and the like."""
+    """Of all boots of all hosts together: fallbacks, quarantines, preemptions and the like."""
     digest: str
     """Of the whole trace."""
     kept_faults: tuple[int, ...] | None = None
@@ -98,11 +98,9 @@ def _report(seed: int, world: World, failure: str) -> Report:
     drawn = [r for r in world.oracle.records.values() if world.is_drawn(r.request_id)]
     outcomes = Counter(r.outcome for r in drawn)
     counters: Counter[str] = Counter()
-    for machine in world.machines.values():
-        if machine.node is not None:
-            counters.update({name: int(value) for name, value in machine.node.parts.metrics.rendered()})
-    for router in world.routers.values():
-        counters.update({name: int(value) for name, value in router.metrics.rendered()})
+    for host in (*world.machines.values(), *world.routers.values()):
+        for metrics in host.metrics:
+            counters.update({name: int(value) for name, value in metrics.rendered()})
     kept = world.plan.kept_faults
     return Report(
         seed, failure, tuple((f.name, f.evidence) for f in world.faults.values()), tuple(sorted(outcomes.items())),
