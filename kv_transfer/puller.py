@@ -17,6 +17,7 @@ Life of a pull and of its destination blocks (core/machines.py, PULL):
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,9 @@ class Puller:
         self._handshake = Handshake(memory, transports, config, metrics)
         self._links: dict[str, Link] = {}
         self._connecting: dict[str, tuple[str, asyncio.Task[Link]]] = {}
+        """Per peer, the newest boot that was asked for, and its handshake."""
+        self._handshakes: set[asyncio.Task[Link]] = set()
+        """All that have not ended, those with older boots included."""
         self._transfers: dict[int, _Transfer] = {}
         """By id(): every pull that is MOVING, quarantined ones included."""
         self._pinned: Counter[int] = Counter()
@@ -135,6 +139,8 @@ class Puller:
         if task is None or boot_id != peer.boot_id:
             task = asyncio.create_task(self._measure(peer, after=task), name=f"handshake {peer.worker_id}")
             self._connecting[peer.worker_id] = (peer.boot_id, task)
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
             task.add_done_callback(_retrieve)
         # Not awaited directly: one impatient request must not end the handshake that others wait for.
         await asyncio.wait([task])
@@ -398,18 +404,18 @@ class Puller:
         """Fence everything. On return every pull is terminal, its waiter has been told or will be in the next loop
         turn, the quarantine is empty, and the transports serve nobody any more."""
         self._closed = True
-        handshakes = [task for _, task in self._connecting.values()]
-        for task in handshakes:
+        for task in self._handshakes:
             task.cancel()
-        if handshakes:
-            await asyncio.wait(handshakes)
+        if self._handshakes:
+            await asyncio.wait(self._handshakes)
         for transfer in list(self._transfers.values()):
             self._start_fence(transfer.transport, transfer.peer_id)
         if self._fencing:
             await asyncio.wait(list(self._fencing.values()))
-        self._return_ended()
-        for transport in self._transports.values():
-            await transport.close()
+        async with contextlib.AsyncExitStack() as stack:  # one that fails does not keep the others open
+            stack.callback(self._return_ended)
+            for transport in self._transports.values():
+                stack.push_async_callback(transport.close)
 
 
 def _destinations(transfers: Iterable[_Transfer]) -> set[int]:

@@ -24,6 +24,7 @@ class ScriptedTransport:
     connect_s: float = 0.01
     fence_s: float = 0.1
     fence_error: BatonError | None = None
+    close_error: BatonError | None = None
     advert: bytes = b"scripted"
     connects: list[tuple[str, str]] = field(default_factory=list)
     fences: list[str] = field(default_factory=list)
@@ -61,6 +62,8 @@ class ScriptedTransport:
     async def close(self) -> None:
         for peer_id in sorted({p for p, _ in self.moving}):
             await self.fence(peer_id)
+        if self.close_error is not None:
+            raise self.close_error
         self.closed = True
 
     def _land_if_moving(self, pull: Pull) -> None:

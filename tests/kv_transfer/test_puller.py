@@ -438,3 +438,31 @@ def test_closing_in_the_middle_of_a_handshake_and_of_pulls_leaves_nothing() -> N
         assert isinstance(await end_of(greeting), PeerLost)  # type: ignore[arg-type]
 
     simulate(scenario)
+
+
+def test_closing_ends_the_handshakes_with_every_boot_of_a_peer() -> None:
+    async def scenario(w: World) -> None:
+        w.slow.connect_s = w.fast.connect_s = 1.0
+        boots = [asyncio.create_task(w.puller.connect(w.peer(boot=boot))) for boot in ("b1", "b2")]
+        await asyncio.sleep(0.5)
+        await w.puller.close()
+        connects = len(w.slow.connects) + len(w.fast.connects)
+        assert [type(await end_of(task)) for task in boots] == [PeerLost, PeerLost]  # type: ignore[arg-type]
+        await asyncio.sleep(10)
+        assert len(w.slow.connects) + len(w.fast.connects) == connects, "a closed transport was asked to connect"
+
+    simulate(scenario)
+
+
+def test_a_transport_that_cannot_be_closed_does_not_keep_the_others_open() -> None:
+    async def scenario(w: World) -> None:
+        task, _ = w.start("p0", 0, 1)
+        await asyncio.sleep(1)
+        w.slow.close_error = InternalError("its agent cannot be destroyed")
+        with pytest.raises(InternalError, match="cannot be destroyed"):
+            await w.puller.close()
+        assert w.fast.closed
+        assert isinstance(await end_of(task), PeerLost)
+        w.slow.close_error = None
+
+    simulate(scenario)
