@@ -354,6 +354,22 @@ def test_a_fleet_that_loses_every_attempt_is_not_asked_faster_than_the_budget_al
     simulate(main)
 
 
+def test_each_admitted_request_brings_its_share_of_a_retry() -> None:
+    async def main() -> None:
+        workers = [ScriptedWorker(f"d{i}") for i in range(2)]
+        async with ScriptedFleet(*workers, retry_ratio=0.5, retry_per_s=0.001) as fleet:
+            for _ in range(int(CAP)):
+                assert await fleet.dispatcher._budget.take(now())
+            await fleet.answer(request("smooth"))
+            workers[0].script = workers[1].script = once(break_after(1))
+            started = now()
+            assert await fleet.answer(request("rough", deadline_s=30.0)) == expected(request("rough"))
+            assert now() - started < 1.0
+            assert fleet.metrics.value("baton_dispatch_retries_total", reason="peer_lost") == 1
+
+    simulate(main)
+
+
 def test_a_refusal_costs_the_budget_nothing() -> None:
     async def main() -> None:
         worker = ScriptedWorker("d0", script=refuse("overloaded"))
