@@ -198,8 +198,9 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Some sequence is not finished. `schedule` may still answer None: until a commit, or until blocks return."""
-        return bool(self._running or self._waiting)
+        """Some sequence is neither finished nor paused. `schedule` may still answer None: until a commit, or until
+        blocks return."""
+        return any(s.request_id not in self._paused for s in self._unfinished())
 
     @property
     def queued_prefill_tokens(self) -> int:

@@ -77,6 +77,8 @@ class StepLoop:
         return False
 
     def resume(self, request_id: str) -> None:
+        if not self.scheduler.has_work:
+            self._moved_on_s = asyncio.get_running_loop().time()
         self.scheduler.resume(request_id)
         self._wake.set()
 

@@ -38,6 +38,8 @@ def test_a_sequence_paused_in_flight_settles_with_the_commit_which_may_end_it() 
     assert progress["b"].finish is FinishReason.LENGTH
     bench.scheduler.resume("b")
     assert bench.scheduler.schedule(0.0) is None, "one is paused, one has ended"
+    assert not bench.scheduler.has_work, "an engine that does nothing now does not stand still"
+    bench.scheduler.resume("a")
     assert bench.scheduler.has_work
 
 
