@@ -148,11 +148,8 @@ class Nemesis:
     async def _recovered(self, drawn: Drawn) -> bool:
         stack = self.scene.stack
         names = [name for name in drawn.hosts if name in stack.kept]
-        ready = [stack.until_ready(name, self._calm_routers(drawn.hosts), RECOVERY_S) for name in names]
+        ready = [stack.until_ready(name, lambda: set(stack.kept) - self._busy, RECOVERY_S) for name in names]
         return all(await asyncio.gather(*ready))
-
-    def _calm_routers(self, but: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(r for r in self.scene.stack.plan.routers if r not in self._busy and r not in but)
 
     # ---- drawing -------------------------------------------------------------------------------------------------
 

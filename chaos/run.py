@@ -58,12 +58,21 @@ async def run_chaos(plan: Plan, say: Say) -> Findings:
             findings.crashes += [f"{name} {end}" for end in kept.crashes]
             findings.tracebacks += [f"{name}: {what}" for what in kept.tracebacks()]
         findings.leftovers = await _leftovers()
-        if not any(violations(findings)):
+        if any(violations(findings)):
+            say(f"logs in {_kept(logs, plan)}")
+        else:
             shutil.rmtree(logs, ignore_errors=True)
     except BaseException:
-        say(f"the run was cut short; logs in {logs}")
+        say(f"the run was cut short; logs in {_kept(logs, plan)}")
         raise
     return findings
+
+
+def _kept(logs: Path, plan: Plan) -> Path:
+    """Under a name that the next stack's start does not sweep away."""
+    target = logs.with_name(f"chaos-seed{plan.seed}-{os.getpid()}")
+    logs.rename(target)
+    return target
 
 
 class _Run:

@@ -14,7 +14,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,16 +91,17 @@ class Stack:
             raise PeerLost(f"{name} does not answer")
         return await self.dial(fresh).status(ASK_TIMEOUT_S)
 
-    async def is_ready(self, name: str, routers: tuple[str, ...]) -> bool:
-        """A router: it answers, and each worker is ready for it. A worker: it is ready for each of `routers`, in the
-        incarnation that runs."""
+    async def is_ready(self, name: str, calm: set[str]) -> bool:
+        """A router: it answers, and each calm worker is ready for it. A worker: it is ready for each calm router, in
+        the incarnation that runs."""
         if name in self.kept and not self.kept[name].serving.is_set():
             return False
         try:
             if name in self.plan.routers:
-                return all(w.state == WireState.READY for w in (await self.fleet(name)).workers)
+                ready = {w.info.worker_id for w in (await self.fleet(name)).workers if w.state == WireState.READY}
+                return calm & {*self.plan.prefills, *self.plan.decodes} <= ready
             status = await self.worker(name)
-            for router in routers:
+            for router in calm & set(self.plan.routers):
                 seen = {w.info.worker_id: w for w in (await self.fleet(router)).workers}.get(name)
                 boot = status.info.boot_id
                 if seen is None or seen.state != WireState.READY or seen.info.boot_id != boot:
@@ -109,11 +110,12 @@ class Stack:
             return False
         return True
 
-    async def until_ready(self, name: str, routers: tuple[str, ...], timeout_s: float) -> bool:
+    async def until_ready(self, name: str, calm: Callable[[], set[str]], timeout_s: float) -> bool:
+        """`calm`, the hosts that nothing disturbs, is asked anew at each look: a fault may come upon one meanwhile."""
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + timeout_s
         while loop.time() < give_up_s:
-            if await self.is_ready(name, routers):
+            if await self.is_ready(name, calm()):
                 return True
             await asyncio.sleep(POLL_S)
         return False
@@ -174,8 +176,9 @@ async def stack_around(
     for admin in admins.values():
         opened.push_async_callback(admin.close)
     stack = Stack(plan, kept, endpoints, redis, dial, admins)
-    for name in (*plan.routers, *plan.prefills, *plan.decodes):
-        if not await stack.until_ready(name, plan.routers, START_TIMEOUT_S):
+    everybody = (*plan.routers, *plan.prefills, *plan.decodes)
+    for name in everybody:
+        if not await stack.until_ready(name, lambda: set(everybody), START_TIMEOUT_S):
             raise SetupError(f"{name} never was ready for every router")
     return stack
 
