@@ -98,9 +98,10 @@ def _report(seed: int, world: World, failure: str) -> Report:
     drawn = [r for r in world.oracle.records.values() if world.is_drawn(r.request_id)]
     outcomes = Counter(r.outcome for r in drawn)
     counters: Counter[str] = Counter()
-    for host in (*world.machines.values(), *world.routers.values()):
-        for metrics in host.metrics:
-            counters.update({name: int(value) for name, value in metrics.rendered()})
+    boots = [m for machine in world.machines.values() for m in machine.metrics]
+    boots += [m for router in world.routers.values() for m in router.metrics]
+    for metrics in boots:
+        counters.update({name: int(value) for name, value in metrics.rendered()})
     kept = world.plan.kept_faults
     return Report(
         seed, failure, tuple((f.name, f.evidence) for f in world.faults.values()), tuple(sorted(outcomes.items())),
