@@ -230,7 +230,7 @@ class AgentThread:
         self, name: str, memory: KVMemory, ended: Ended, turn: Callable[[Agent], float | None]
     ) -> None:
         def report(pull: Pull, error: str | None) -> None:
-            self._loop.call_soon_threadsafe(ended, pull, error)
+            self._on_loop(ended, pull, error)
 
         try:
             agent = Agent(name, memory, report)
@@ -258,7 +258,11 @@ class AgentThread:
             job(agent)
 
     def _tell(self, future: asyncio.Future[T], value: Any, error: Exception | None) -> None:
-        self._loop.call_soon_threadsafe(_settle, future, value, error)
+        self._on_loop(_settle, future, value, error)
+
+    def _on_loop(self, call: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody left to tell
+            self._loop.call_soon_threadsafe(call, *args)
 
 
 def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,9 @@ from baton.kv_transfer.transport import Pull, PullOrder, PullState
 from tests.kv_transfer.pair import Lender, info_of, reader, until
 
 pytest.importorskip("nixl_cu13")
+
 from baton.kv_transfer.nixl import MAX_AGENTS, NixlTransport, _machine
+from baton.kv_transfer.nixl_agent import Agent, AgentThread
 
 BIG = 1 << 20
 MANY = 64
@@ -60,6 +63,25 @@ def test_a_lender_that_cannot_be_read_one_sidedly_is_left_to_other_transports(mo
     finally:
         there.close()
         bystander.close()
+
+
+def test_an_agent_that_outlives_its_loop_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connect that was cancelled only begins to destroy its agent: the thread may have nobody left to tell."""
+    monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
+    complaints: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    memory = KVMemory(4, 4096, shared=True)
+
+    async def main() -> AgentThread:
+        agent = AgentThread("orphan", memory, lambda pull, error: None, Agent.progress)
+        agent.stop()
+        return agent
+
+    orphan = asyncio.run(main())
+    orphan._thread.join(60)
+    assert not orphan._thread.is_alive()
+    assert not complaints
+    memory.close()
 
 
 @pytest.mark.slow
