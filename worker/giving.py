@@ -35,14 +35,16 @@ class Giving:
         self._intake = intake
         self._answer = intake.running(call.running.choice)
         self._ended = asyncio.Event()
+        self._released = False
         now = parts.clock()
         self._lease: Lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, now, self._on_lease_end)
+        assert self._answer.seq is not None, "a running answer has a sequence"
+        self._out = LentSequence(parts, call, self._answer.seq, self._lease)
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
         """Accepted, Published, HandoffState; then it stays open until the lease has ended."""
-        parts, seq = self._parts, self._answer.seq
-        assert seq is not None, "a running answer has a sequence"
-        arrived_s = parts.clock()
+        parts, out = self._parts, self._out
+        seq, arrived_s = out.seq, parts.clock()
         try:
             yield Accepted(self._lease)
             pausing = asyncio.ensure_future(self._intake.pause(self._answer))
@@ -53,7 +55,7 @@ class Giving:
                 pausing.cancel()
             if not pausing.result() or self._answer.finish is not None:
                 raise NotFound(f"request {self._call.request.request_id} has ended on {parts.worker_id}")
-            out = LentSequence(parts, self._call, seq, self._lease)
+            out.life.on("pause")
             span = Span("paused for its move", 0.0, parts.clock() - arrived_s)
             for published in out.publish(seq.num_computed_tokens, span, last=True):
                 yield published
@@ -70,8 +72,10 @@ class Giving:
             return
         finally:
             parts.leases.abandon(self._lease.lease_id, parts.clock())  # nothing, if it was released
+            out.life.on("give" if self._released and out.life.at("paused") else "end")
 
     def _on_lease_end(self, how: str) -> None:
+        self._released = how == "released"
         self._ended.set()
         # Not now: we are in the middle of the lease table.
-        asyncio.get_running_loop().call_soon(self._intake.given, self._answer, how == "released")
+        asyncio.get_running_loop().call_soon(self._intake.given, self._answer, self._released)

@@ -32,6 +32,7 @@ from baton.core.handoff import (
     Published,
 )
 from baton.core.layout import HANDOFF_VERSION
+from baton.core.machines import LENDING, Life
 from baton.core.request import Choice, FinishReason, SampledToken
 from baton.core.sequence import SequenceState
 from baton.core.step import Progress, ScheduledChunk
@@ -52,6 +53,7 @@ class LentSequence:
         self.call = call
         self.seq = seq
         self.lease = lease
+        self.life = Life(LENDING)
         self.arrived_s = parts.clock()
         self.num_published = call.held_blocks
         """Leading blocks that are published whole, or that the reader has."""
@@ -82,6 +84,7 @@ class LentSequence:
             yield Published(self.lease.lease_id, 0, blocks, span, last=False, layers=layers)
 
     def _lend(self, end: int, num_tokens: int, layers: Layers | None) -> tuple[LentBlock, ...]:
+        self.life.on("publish")
         parts, size = self.parts, self.parts.pool.block_size
         lo, hi = parts.part_of(layers.start, layers.end) if layers else (0, parts.memory.block_bytes)
         lent = []
@@ -141,6 +144,7 @@ class ComputeLending:
             if self._call.holder is None:
                 self._begin()
             else:
+                self._out.life.on("fetch")
                 fetching = asyncio.get_running_loop().create_task(self._fetch_and_begin(self._call.holder))
             yield Accepted(self._out.lease)
             while not handed:
@@ -156,6 +160,7 @@ class ComputeLending:
             if fetching is not None:
                 fetching.cancel()
             parts.steps.remove(self._seq.request_id)
+            self._out.life.on("hand" if handed else "end")
             if not handed:
                 parts.leases.abandon(self._out.lease.lease_id, parts.clock())
 
@@ -166,6 +171,7 @@ class ComputeLending:
         await fetch_prefix(self._parts, self._call.request, self._call.epoch, holder)
         if self._closed:  # a task group that is cancelled while it fails forgets the cancel
             return
+        self._out.life.on("fetched")
         try:
             self._begin()
         except BatonError as e:
@@ -260,5 +266,6 @@ class CachedLending:
             parts.let_go(seq)
             parts.pool.release(seq.block_table.blocks)
             seq.block_table.blocks.clear()
+            self._out.life.on("hand" if handed else "end")
             if not handed:
                 parts.leases.abandon(self._out.lease.lease_id, parts.clock())

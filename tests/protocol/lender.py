@@ -62,7 +62,7 @@ class LenderSide:
         lease = self.leases.grant(PrefillCall(request, 1, "d", 0, TTL_S), LENDER, f"boot{self.boot}", self.now)
         self._granted[lease.lease_id] = name
         lending = self.lendings[name] = Lending(lease.lease_id, blocks, Life(LENDING))
-        lending.life.on("commit")
+        lending.life.on("publish")
         lent = []
         for i, block in enumerate(blocks):
             if block in fresh:

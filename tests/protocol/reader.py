@@ -224,7 +224,7 @@ class ReaderSide:
                 self._decide(intake, "good" if good else "bad")
 
     def no_answer(self, name: str) -> None:
-        self._decide(self.intakes[name], "timeout")
+        self._decide(self.intakes[name], "good")
 
     def _decide(self, intake: Intake, event: str) -> None:
         if intake.life.on(event) == "running":

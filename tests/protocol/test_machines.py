@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
+from baton.core import machines
 from baton.core.config import settings
 from baton.core.machines import (
     ANY,
@@ -21,7 +24,8 @@ from baton.core.machines import (
     settings_named,
 )
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/protocol.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/protocol.md"
 SETTINGS = {name for name, _, _ in settings()}
 ROWS = [pytest.param(m, s, id=f"{m.name}: {s.name}") for m in MACHINES for s in m.states]
 
@@ -67,6 +71,36 @@ def test_notes_name_settings_that_exist(machine: Machine) -> None:
     texts = [m.note for m in machine.moves] + [s.meaning + s.owner for s in machine.states]
     named = {name for text in texts for name in settings_named(text)}
     assert named <= SETTINGS, f"there is no setting {named - SETTINGS}"
+
+
+def room_that_lives(machine: Machine) -> Path:
+    """Where `Life(THAT_MACHINE)` is begun."""
+    (name,) = [n for n, value in vars(machines).items() if value is machine]
+    begun = re.compile(rf"\bLife\({name}\)")
+    rooms = {p.parent for p in ROOT.glob("*/*.py") if begun.search(p.read_text())}
+    assert len(rooms) == 1, f"{name} is lived in {sorted(map(str, rooms))}"
+    return rooms.pop()
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+def test_the_code_lives_by_the_table_and_the_table_by_the_code(machine: Machine) -> None:
+    """No event is only on paper, and none that is written out in the code is unknown to the table. (One that is passed
+    on in a variable is left to `Life`, which asserts when it happens.)"""
+    room = room_that_lives(machine)
+    nodes = [node for path in room.glob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    said = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    events = {move.event for move in machine.moves}
+    assert events <= said, f"{room.name} never says {sorted(events - said)}"
+    told = {
+        arg.value
+        for n in nodes
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "on" and n.args
+        for arg in ast.walk(n.args[0])
+        if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+    }
+    here = [m for m in MACHINES if room_that_lives(m) == room]
+    known = {word for m in here for move in m.moves for word in (move.event, move.state)}
+    assert told <= known, f"{room.name} tells a life {sorted(told - known)}, which no table of it knows"
 
 
 def test_a_pull_leaves_moving_for_quarantine_only_because_bytes_may_still_land() -> None:
