@@ -48,6 +48,7 @@ MAX_TEXT_BYTES = 1024
 BATCH_BYTES = 1 << 20
 """The lease is checked before each batch of blocks; small blocks share an answer."""
 MAX_CONNECTIONS = 256
+ACCEPT_PAUSE_S = 0.1
 
 _HELLO = struct.Struct(f"<4sI{TOKEN_BYTES}s")
 _WELCOME = struct.Struct("<4sIQ")
@@ -282,39 +283,51 @@ class OrderListener:
         self._welcome = _WELCOME.pack(_MAGIC, VERSION, memory.block_bytes)
         self._connections: dict[int, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
-        self._accepting = asyncio.create_task(self._accept_all(), name="lender")
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
 
     async def close(self) -> None:
-        """On return no connection is open and nothing listens."""
-        self._accepting.cancel()
-        await finish([self._accepting])
-        self._sock.close()
+        """On return no connection is open and nothing listens. May be repeated."""
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
         tasks = list(self._connections.values())
         for task in tasks:
             task.cancel()
         await finish(tasks)
 
-    async def _accept_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(self._sock)
-            except OSError as e:
-                # Out of descriptors, or the reader went away in between: neither may end the lender.
-                log.warning("a reader could not be accepted: %s", e)
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._connections) >= MAX_CONNECTIONS:
-                log.warning("a reader was turned away: %d connections are open", len(self._connections))
-                sock.close()
-                continue
-            number = next(self._numbers)
-            task = asyncio.create_task(self._attend(sock), name=f"reader {number}")
-            self._connections[number] = task
-            task.add_done_callback(functools.partial(self._forget, number))
-            task.add_done_callback(log_bug)
+    def _listen(self) -> None:
+        # Not loop.sock_accept: cancelled at the wrong moment, it loses the connection it has just accepted.
+        self._loop.add_reader(self._sock, self._accept)
 
-    def _forget(self, number: int, _: asyncio.Task[None]) -> None:
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except BlockingIOError:
+            return
+        except OSError as e:
+            # Out of descriptors, or the reader went away in between: neither may end the lender.
+            log.warning("a reader could not be accepted: %s", e)
+            self._loop.remove_reader(self._sock)
+            self._pause = self._loop.call_later(ACCEPT_PAUSE_S, self._listen)
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            log.warning("a reader was turned away: %d connections are open", len(self._connections))
+            sock.close()
+            return
+        sock.setblocking(False)
+        number = next(self._numbers)
+        task = asyncio.create_task(self._attend(sock), name=f"reader {number}")
+        self._connections[number] = task
+        task.add_done_callback(functools.partial(self._forget, number, sock))
+        task.add_done_callback(log_bug)
+
+    def _forget(self, number: int, sock: socket.socket, _: asyncio.Task[None]) -> None:
+        """Here, not in the task: one that is cancelled before its first step closes nothing."""
+        sock.close()
         del self._connections[number]
 
     async def _attend(self, sock: socket.socket) -> None:
@@ -331,8 +344,6 @@ class OrderListener:
             log.warning("%s", e)
         except (OSError, TimeoutError) as e:
             log.debug("a reader's connection ended: %r", e)
-        finally:
-            sock.close()
 
     async def _read_order(self, sock: socket.socket) -> ReadRequest:
         """Waits for the next order as long as the reader likes; the rest of it is bounded by `timeout_s`."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import gc
 import json
 import os
 import random
+import socket
 import struct
+import warnings
 from collections.abc import AsyncIterator
 
 import pytest
@@ -207,3 +211,44 @@ def test_an_address_that_cannot_be_bound_or_announced_is_one_clear_sentence(addr
                 pass
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_reader_that_arrives_while_the_lender_closes_leaves_no_socket_behind(turns: int) -> None:
+    async def main() -> None:
+        async with transport() as one:
+            await asyncio.sleep(0.01)  # it listens
+            fields = json.loads(one.advert)
+            arriving = socket.create_connection((fields["host"], fields["port"]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        arriving.close()
+
+    with warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("always")
+        asyncio.run(main())
+        gc.collect()
+    assert not [str(c.message) for c in complaints]
+
+
+def test_a_lender_that_is_out_of_descriptors_accepts_again_when_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It pauses in between: the listening socket stays readable, and would keep the loop busy for nothing."""
+    accept = socket.socket.accept
+    failures = [OSError(errno.EMFILE, "Too many open files"), BlockingIOError()]
+
+    def scarce(self: socket.socket) -> object:
+        if failures:
+            raise failures.pop(0)
+        return accept(self)
+
+    async def main() -> None:
+        async with transport() as one:
+            monkeypatch.setattr(socket.socket, "accept", scarce)
+            await still_serves(one)
+            assert not failures
+        await one.close()  # once more does no harm
+
+    asyncio.run(main())
+    assert caplog.text.count("could not be accepted") == 1
