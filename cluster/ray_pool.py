@@ -260,6 +260,8 @@ class _RayThread:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._shut_down = False
+        """No call is made after that: Ray would start a new cluster for it, by itself."""
         threading.Thread(target=self._run, name="ray", daemon=True).start()
 
     async def run(self, call: Callable[[], T], timeout_s: float, undo: Callable[[T], None] | None = None) -> T:
@@ -273,11 +275,14 @@ class _RayThread:
             elif not future.done():
                 future.set_result(result)  # type: ignore[arg-type]
             elif error is None and undo is not None:
-                self._calls.put(lambda: undo(result))  # type: ignore[arg-type]
+                self._calls.put(lambda: None if self._shut_down else undo(result))  # type: ignore[arg-type]
 
         def job() -> None:
             result, error = None, None
             try:
+                if self._shut_down:
+                    raise ConnectionError("it has been shut down")
+                self._shut_down = call is ray.shutdown
                 result = call()
             except Exception as e:
                 error = e

@@ -21,7 +21,7 @@ from baton.cluster.local_pool import LocalPool
 from baton.cluster.pool import MemberState, PoolMember, WorkerPool, WorkerSpec
 from baton.cluster.store import RedisRegistry
 from baton.core.config import load
-from baton.core.errors import NotFound, SetupError
+from baton.core.errors import NotFound, PeerLost, SetupError
 from baton.core.worker import Role, WorkerInfo
 
 DEADLINE_S = 120
@@ -246,6 +246,25 @@ def test_a_grace_that_ends_before_the_drain_ends_the_worker(run: Callable[..., N
     run(body)
 
 
+def test_closing_the_pool_ends_a_drain_that_is_under_way(run: Callable[..., None]) -> None:
+    async def body(world: World) -> None:
+        await world.pool.start(world.spec(entry="drain"))
+        pid = (await world.member()).pid
+        stopping = asyncio.create_task(world.pool.stop("p-0", 10 * DEADLINE_S))
+
+        async def drains() -> bool:
+            entry = await world.entry_of()
+            return entry is not None and entry.address == "draining"
+
+        await world.until(drains)
+        await world.pool.close()
+        await stopping
+        assert pid is not None
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    run(body)
+
+
 def test_a_worker_that_will_not_end_is_ended(run: Callable[..., None]) -> None:
     async def body(world: World) -> None:
         await world.pool.start(world.spec(entry="come_back"))
@@ -309,6 +328,29 @@ def test_a_process_that_cannot_be_started_is_tried_again_until_it_can(
         await server.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_call_that_comes_after_rays_shutdown_starts_no_new_ray() -> None:
+    """Ray would: a worker's end that was under way while the pool closed began a whole cluster, and left it."""
+    import ray
+
+    from baton.cluster.ray_pool import open_ray_pool
+
+    async def body() -> None:
+        pool = await open_ray_pool(None)
+        try:
+            late = await asyncio.gather(
+                pool._thread.run(ray.shutdown, DEADLINE_S), pool._thread.run(lambda: ray.put(1), DEADLINE_S),
+                return_exceptions=True)
+            assert isinstance(late[1], PeerLost), late
+            assert not ray.is_initialized()
+        finally:
+            await pool.close()
+
+    before = leftovers()
+    asyncio.run(body())
+    assert leftovers() <= before
 
 
 WITHOUT_STORE = """
