@@ -1,7 +1,7 @@
 """What two workers say to each other on a data connection, over TCP or a Unix socket, and who waits for what.
 
-Owns the frames, the reader's end of a connection (OrderLink), the lender's listener (OrderListener), and what is left
-of a transport once these two are given (OrderTransport). Does not know how bytes of blocks travel: both ends are given
+Owns the frames, the reader's end of a connection (OrderLink) and the lender's listener (OrderListener);
+order_transport.py makes a transport of the two. Does not know how bytes of blocks travel: both ends are given
 coroutines for that.
 
     reader                              lender
@@ -31,12 +31,10 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from baton.core.errors import Incompatible, PeerLost
-from baton.core.worker import WorkerInfo
 from baton.kv_transfer.memory import KVMemory
-from baton.kv_transfer.transport import MayRead, Pull, PullOrder, PullRefused, PullState, failed
+from baton.kv_transfer.transport import MayRead, Pull, PullOrder, PullRefused, PullState
 
 log = logging.getLogger("baton.kv_transfer")
 
@@ -62,24 +60,45 @@ class FrameError(ConnectionError):
     """The other side does not speak our protocol: close."""
 
 
-async def receive_into(sock: socket.socket, view: memoryview) -> None:
-    """Fill the whole view straight from the socket. Raises ConnectionError at the end of the stream."""
-    loop = asyncio.get_running_loop()
-    while view:
-        count = await loop.sock_recv_into(sock, view)
-        if count == 0:
-            raise ConnectionResetError("the other side closed the connection")
-        view = view[count:]
-
-
 async def receive(sock: socket.socket, num_bytes: int) -> bytes:
-    data = bytearray(num_bytes)
-    await receive_into(sock, memoryview(data))
-    return bytes(data)
+    """Raises ConnectionError at the end of the stream. For frames; like `send`, it never blocks, even if the socket is
+    one whose bulk bytes are moved by blocking calls in a thread."""
+    data = b""
+    while missing := num_bytes - len(data):
+        try:
+            more = sock.recv(missing, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            await readable(sock)
+            continue
+        if not more:
+            raise ConnectionResetError("the other side closed the connection")
+        data += more
+    return data
 
 
-async def send(sock: socket.socket, data: bytes | memoryview) -> None:
-    await asyncio.get_running_loop().sock_sendall(sock, data)
+async def send(sock: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[sock.send(data, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            loop = asyncio.get_running_loop()
+            await _ready(sock, loop.add_writer, loop.remove_writer)
+
+
+async def readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    await _ready(sock, loop.add_reader, loop.remove_reader)
+
+
+async def _ready(
+    sock: socket.socket, add: Callable[..., object], remove: Callable[[socket.socket], object]
+) -> None:
+    ready = asyncio.Event()
+    add(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(sock)
 
 
 def pack_advert(**fields: str | int) -> bytes:
@@ -114,10 +133,39 @@ def check_welcome(frame: bytes, peer_id: str, memory: KVMemory) -> None:
 
 
 WELCOME_BYTES = _WELCOME.size
+ANSWER_BYTES = _ANSWER.size
 
-Take = Callable[[Pull, int], Awaitable[None]]
-"""Called for each OK answer to a pull: bring in the next so many blocks and advance pull.moved_blocks. Raises
-ConnectionError. When cancelled it must not return before the last byte that can land has landed."""
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an ANSWER frame says about the order it is for."""
+
+    number: int
+    refused: bool
+    size: int
+    """Blocks that follow; if refused, bytes of text."""
+
+
+def read_answer(frame: bytes, number: int, pull: Pull) -> Answer:
+    """Raises FrameError if it does not answer this order, or does not fit what is missing of the pull."""
+    answered, status, size = _ANSWER.unpack(frame)
+    missing = len(pull.order.source) - pull.moved_blocks
+    if answered != number or status not in (OK, REFUSED):
+        raise FrameError(f"an answer nobody asked for: {answered}, status {status}")
+    if size > (MAX_TEXT_BYTES if status == REFUSED else missing) or (status == OK and size == 0):
+        raise FrameError(f"an answer of {size}, status {status}, with {missing} blocks missing")
+    return Answer(number, status == REFUSED, size)
+
+
+def declined(peer_id: str, text: bytes) -> PullRefused:
+    """The error that a refusal's text stands for."""
+    return PullRefused(f"{peer_id} declined to lend: {text.decode(errors='replace')}")
+
+
+Take = Callable[[Pull, Answer], Awaitable[None]]
+"""Called with an OK answer to a pull: bring in the blocks it announces and advance pull.moved_blocks. It may go on and
+read further answers to the same order. Raises ConnectionError or PullRefused. When cancelled it must not return before
+the last byte that can land has landed."""
 
 
 class OrderLink:
@@ -203,20 +251,20 @@ class OrderLink:
             self._reason = str(e)
 
     async def _receive_answer(self) -> None:
-        number, status, size = _ANSWER.unpack(await receive(self._sock, _ANSWER.size))
-        if not self._pending or number != self._pending[0][0] or status > REFUSED:
+        frame = await receive(self._sock, ANSWER_BYTES)
+        if not self._pending:
             raise FrameError(f"{self.peer_id} sent an answer nobody asked for")
-        pull = self._pending[0][1]
-        missing = len(pull.order.source) - pull.moved_blocks
-        if size > (MAX_TEXT_BYTES if status == REFUSED else missing) or (status == OK and size == 0):
-            raise FrameError(f"{self.peer_id} sent an answer of {size}, with {missing} blocks missing")
-        if status == REFUSED:
-            text = (await receive(self._sock, size)).decode(errors="replace")
+        number, pull = self._pending[0]
+        answer = read_answer(frame, number, pull)
+        try:
+            if answer.refused:
+                raise declined(self.peer_id, await receive(self._sock, answer.size))
+            await self._take(pull, answer)
+        except PullRefused as e:
             self._pending.popleft()
-            pull.set_failed(PullRefused(f"{self.peer_id} declined to lend: {text}"))
+            pull.set_failed(e)
             return
-        await self._take(pull, size)
-        if size == missing:
+        if pull.moved_blocks == len(pull.order.source):
             self._pending.popleft()
             pull.set_done()
 
@@ -371,72 +419,6 @@ class OrderListener:
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
-
-
-class Link(Protocol):
-    """What an OrderTransport needs of a connection. OrderLink is one."""
-
-    @property
-    def alive(self) -> bool: ...
-
-    @property
-    def boot_id(self) -> str: ...
-
-    def submit(self, order: PullOrder) -> Pull: ...
-
-    async def close(self) -> None: ...
-
-
-Dial = Callable[[WorkerInfo], Awaitable[Link]]
-"""Connect to this boot of a peer. Raises OSError when it does not answer, Incompatible when it never will."""
-
-
-class OrderTransport:
-    """A Transport (transport.py) out of its two ends. Closed by whoever opened it."""
-
-    def __init__(
-        self, name: str, advert: bytes, dial: Dial, listener: OrderListener,
-        closed: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        """`closed` is called when no connection is left, to give back what both ends shared."""
-        self.name = name
-        self.advert = advert
-        self._dial = dial
-        self._listener = listener
-        self._closed = closed
-        self._links: dict[str, Link] = {}
-
-    async def connect(self, peer: WorkerInfo) -> None:
-        link = self._links.get(peer.worker_id)
-        if link is not None and link.alive and link.boot_id == peer.boot_id:
-            return
-        await self.fence(peer.worker_id)
-        try:
-            link = await self._dial(peer)
-        except OSError as e:
-            raise PeerLost(f"{peer.worker_id} does not answer over {self.name}: {e}") from None
-        if peer.worker_id in self._links:  # another caller was quicker
-            await link.close()
-        else:
-            self._links[peer.worker_id] = link
-
-    def pull(self, peer_id: str, order: PullOrder) -> Pull:
-        link = self._links.get(peer_id)
-        if link is None:
-            return failed(order, PeerLost(f"there is no {self.name} connection to {peer_id}"))
-        return link.submit(order)
-
-    async def fence(self, peer_id: str) -> None:
-        link = self._links.pop(peer_id, None)
-        if link is not None:
-            await link.close()
-
-    async def close(self) -> None:
-        await self._listener.close()
-        for peer_id in list(self._links):
-            await self.fence(peer_id)
-        if self._closed is not None:
-            await self._closed()
 
 
 class Hangup:

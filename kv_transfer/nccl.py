@@ -27,12 +27,12 @@ from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
     BATCH_BYTES,
+    Answer,
     FrameError,
     Give,
     Hangup,
     OrderLink,
     OrderListener,
-    OrderTransport,
     ReadRequest,
     check_lent,
     finish,
@@ -42,6 +42,7 @@ from baton.kv_transfer.framing import (
 )
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.nccl_group import LENDER, READER, Communicator, check_backend
+from baton.kv_transfer.order_transport import OrderTransport
 from baton.kv_transfer.tcp import DataPort, call
 from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull, PullOrder, failed
 
@@ -122,9 +123,9 @@ class _Ends:
         take = functools.partial(self._take, communicator)
         return OrderLink(sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, take, release)
 
-    async def _take(self, communicator: Communicator, pull: Pull, count: int) -> None:
+    async def _take(self, communicator: Communicator, pull: Pull, answer: Answer) -> None:
         """The batch that an answer announces is one message. It is copied in the loop turn in which it is complete."""
-        order = pull.order
+        order, count = pull.order, answer.size
         blocks = order.destination[pull.moved_blocks : pull.moved_blocks + count]
         parts = [self._blocks[block, order.part] for block in blocks]
         num_bytes = sum(map(len, parts))

@@ -1,8 +1,10 @@
 """Transport "shm": two workers on one machine, one copy, by the reader.
 
 Owns the abstract Unix socket over which the lender passes its sealed memfd (no name in any file system: nothing to
-leave behind), and the thread that copies. Each pull asks the lender first, with one small order; the copy then runs
-without it. A lease that ends during the copy is caught by the digests.
+leave behind), the reader's read-only mapping of it, and the thread that copies. Each pull asks the lender first, with
+one small order; the copy then runs without it. A lease that ends during the copy is caught by the digests.
+
+Mapped rather than read with preadv, which walks the file page by page: 0.5 against 0.8 s of processor time per GB.
 
 What makes a pull terminal: the copy has returned. A copy takes its time and cannot be cancelled, but it cannot stall
 either: it needs nothing of the lender, frozen or dead.
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
+import mmap
 import os
 import secrets
 import socket
@@ -20,27 +24,31 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from baton.core.config import HandoffConfig
 from baton.core.errors import Incompatible
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
     TOKEN_BYTES,
     WELCOME_BYTES,
+    Answer,
     FrameError,
     Give,
     OrderLink,
     OrderListener,
-    OrderTransport,
     ReadRequest,
     check_lent,
     check_welcome,
     finish,
     pack_advert,
+    readable,
     say_hello,
     send,
     unpack_advert,
 )
 from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.order_transport import OrderTransport
 from baton.kv_transfer.transport import MayRead, Pull, PullOrder
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -79,19 +87,17 @@ class _Ends:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, "\0" + name)
             await say_hello(sock, token)
-            fd = await self._receive_memory(sock, peer.worker_id)
+            theirs = await self._receive_memory(sock, peer.worker_id)
         except BaseException:
             sock.close()
             raise
-        # The descriptor keeps the peer's whole memory alive, so it goes when the link does, not when somebody asks.
-        return OrderLink(
-            sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, functools.partial(self._take, fd),
-            functools.partial(os.close, fd),
-        )
+        # The mapping keeps the peer's whole memory alive, so it goes when the link does, not when somebody asks.
+        take = functools.partial(self._take, theirs)
+        return OrderLink(sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, take, theirs.close)
 
-    async def _receive_memory(self, sock: socket.socket, peer_id: str) -> int:
-        """The WELCOME frame and the descriptor that comes with it. The caller owns the descriptor."""
-        await _readable(sock)
+    async def _receive_memory(self, sock: socket.socket, peer_id: str) -> mmap.mmap:
+        """The WELCOME frame, and the memory that comes with it."""
+        await readable(sock)
         frame, fds, _, _ = socket.recv_fds(sock, WELCOME_BYTES, 1)
         try:
             if not frame:
@@ -99,29 +105,29 @@ class _Ends:
             if len(frame) != WELCOME_BYTES or len(fds) != 1:
                 raise FrameError(f"{peer_id} sent no memory with its welcome")
             check_welcome(frame, peer_id, self._memory)
-        except BaseException:
+            return _map(fds[0], peer_id)
+        finally:
             for fd in fds:
                 os.close(fd)
-            raise
-        return fds[0]
 
-    async def _take(self, fd: int, pull: Pull, count: int) -> None:
+    async def _take(self, theirs: mmap.mmap, pull: Pull, answer: Answer) -> None:
         """Returns, or is cancelled, only after the copy has ended."""
-        if count != len(pull.order.source):
-            raise FrameError(f"{count} of {len(pull.order.source)} blocks were granted: shm knows all or nothing")
-        copying = asyncio.get_running_loop().run_in_executor(self._copier, self._copy, fd, pull.order)
+        if answer.size != len(pull.order.source):
+            raise FrameError(f"{answer.size} of {len(pull.order.source)} blocks were granted: shm knows all or nothing")
+        copying = asyncio.get_running_loop().run_in_executor(self._copier, self._copy, theirs, pull.order)
         await finish([copying])
         copying.result()
-        pull.moved_blocks = count
+        pull.moved_blocks = answer.size
 
-    def _copy(self, fd: int, order: PullOrder) -> None:
-        """In the thread. preadv releases the interpreter and reads the lender's pages straight into the block."""
+    def _copy(self, theirs: mmap.mmap, order: PullOrder) -> None:
+        """In the thread. numpy releases the interpreter for each block's memcpy."""
         size = self._memory.block_bytes
+        start, end = order.span(size)
         for source, destination in zip(order.source, order.destination, strict=True):
-            data = self._memory.block(destination)[order.part]
-            count = os.preadv(fd, [data], source * size + order.start)
-            if count != len(data):
-                raise ConnectionResetError(f"block {source} lies outside the lender's memory ({count} bytes read)")
+            if (source + 1) * size > len(theirs):
+                raise ConnectionResetError(f"block {source} lies outside the lender's memory")
+            into = np.frombuffer(self._memory.block(destination)[start:end], np.uint8)
+            np.copyto(into, np.frombuffer(theirs, np.uint8, end - start, source * size + start))
 
     @contextlib.asynccontextmanager
     async def serve(self, sock: socket.socket, welcome: bytes) -> AsyncIterator[Give]:
@@ -133,6 +139,17 @@ class _Ends:
     async def _give(self, sock: socket.socket, request: ReadRequest) -> None:
         check_lent(self._may_read, request.lease_id, request.blocks)
         await send(sock, request.granted(len(request.blocks)))
+
+
+def _map(fd: int, peer_id: str) -> mmap.mmap:
+    """Read-only. Raises FrameError for memory that could shrink under us: reading past its end would kill us."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise FrameError(f"{peer_id} sent memory that is not sealed against shrinking")
+    return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
 
 
 def _address(peer: WorkerInfo) -> tuple[str, bytes]:
@@ -151,12 +168,3 @@ def _address(peer: WorkerInfo) -> tuple[str, bytes]:
 def _machine() -> str:
     return _BOOT_ID.read_text().strip()
 
-
-async def _readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(sock, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sock)

@@ -3,6 +3,10 @@
 Owns the listening port and both data paths. What makes a pull terminal: all its bytes are in, or the connection's
 receive task has ended. The lender checks its lease table before every batch it sends, so a lease that ends half-way
 ends the pull there.
+
+The bytes of blocks are moved by blocking calls in a thread per connection and direction: the kernel's copy of a block
+takes longer than anything else a loop does in one turn, and a loop costs as much again in wake-ups per GB. A frozen
+peer holds up its own thread and no other.
 """
 
 from __future__ import annotations
@@ -12,30 +16,35 @@ import contextlib
 import functools
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from baton.core.config import HandoffConfig
 from baton.core.errors import Incompatible, SetupError
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
+    ANSWER_BYTES,
     TOKEN_BYTES,
     WELCOME_BYTES,
+    Answer,
     Give,
     OrderLink,
     OrderListener,
-    OrderTransport,
     ReadRequest,
     check_lent,
     check_welcome,
+    declined,
+    finish,
     pack_advert,
+    read_answer,
     receive,
-    receive_into,
     say_hello,
     send,
     unpack_advert,
 )
 from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.order_transport import OrderTransport
 from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull
 
 KEEPALIVE_S = 10
@@ -66,33 +75,91 @@ class _Ends:
 
     async def dial(self, peer: WorkerInfo) -> OrderLink:
         sock = await call("tcp", peer, self._memory)
-        take = functools.partial(self._take, sock)
-        return OrderLink(sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, take)
+        bulk = _Bulk(sock, f"kv from {peer.worker_id}")
+        take = functools.partial(self._take, bulk, peer.worker_id)
+        return OrderLink(sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, take, bulk.close)
 
-    async def _take(self, sock: socket.socket, pull: Pull, count: int) -> None:
+    async def _take(self, bulk: _Bulk, peer_id: str, pull: Pull, answer: Answer) -> None:
+        await bulk.run(self._receive, peer_id, pull, answer)
+
+    def _receive(self, sock: socket.socket, peer_id: str, pull: Pull, answer: Answer) -> None:
+        """In the thread: the whole pull, so that its answers cost no way to the loop and back."""
         order = pull.order
-        for _ in range(count):
-            await receive_into(sock, self._memory.block(order.destination[pull.moved_blocks])[order.part])
-            pull.moved_blocks += 1
-        await asyncio.sleep(0)  # a socket that is always readable must not keep the loop from everybody else
+        while True:
+            for _ in range(answer.size):
+                _fill(sock, self._memory.block(order.destination[pull.moved_blocks])[order.part])
+                pull.moved_blocks += 1
+            if pull.moved_blocks == len(order.source):
+                return
+            frame = _fill(sock, memoryview(bytearray(ANSWER_BYTES)))
+            answer = read_answer(bytes(frame), answer.number, pull)
+            if answer.refused:
+                raise declined(peer_id, bytes(_fill(sock, memoryview(bytearray(answer.size)))))
 
     @contextlib.asynccontextmanager
     async def serve(self, sock: socket.socket, welcome: bytes) -> AsyncIterator[Give]:
         await send(sock, welcome)
-        yield functools.partial(self._give, sock)
+        bulk = _Bulk(sock, "kv to a reader")
+        try:
+            yield functools.partial(self._give, bulk)
+        finally:
+            bulk.close()
 
-    async def _give(self, sock: socket.socket, request: ReadRequest) -> None:
+    async def _give(self, bulk: _Bulk, request: ReadRequest) -> None:
         check_lent(self._may_read, request.lease_id, request.blocks)
+        sent: list[int] = []
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await bulk.run(self._send, request, sent)
+        finally:
+            if request.lease_id != PROBE_LEASE:
+                self._metrics.inc("baton_served_bytes_total", sum(sent), transport="tcp")
+
+    def _send(self, sock: socket.socket, request: ReadRequest, sent: list[int]) -> None:
+        """In the thread. The lease table is only read, a word at a time, so it may be asked from here."""
         for blocks in request.batches():
             check_lent(self._may_read, request.lease_id, blocks)
-            parts = [self._memory.block(b)[request.part] for b in blocks]
-            async with asyncio.timeout(self._send_timeout_s):
-                await send(sock, request.granted(len(blocks)))
-                for part in parts:
-                    await send(sock, part)
-            if request.lease_id != PROBE_LEASE:
-                self._metrics.inc("baton_served_bytes_total", sum(map(len, parts)), transport="tcp")
-            await asyncio.sleep(0)
+            sock.sendall(request.granted(len(blocks)), socket.MSG_MORE)
+            for block in blocks:
+                part = self._memory.block(block)[request.part]
+                sock.sendall(part)
+                sent.append(len(part))
+
+
+class _Bulk:
+    """Blocking calls on one connection, in a thread of its own, which lives from the first call to close()."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        sock.setblocking(True)
+        self._sock = sock
+        self._thread = ThreadPoolExecutor(1, name)
+
+    async def run(self, work: Callable[..., None], *args: object) -> None:
+        """work(sock, *args). When cancelled, the connection is shut down, which ends any call on it, and the thread has
+        let go of it before this returns."""
+        call = asyncio.get_running_loop().run_in_executor(self._thread, work, self._sock, *args)
+        try:
+            await asyncio.wait([call])
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):  # the other side may have closed it
+                self._sock.shutdown(socket.SHUT_RDWR)
+            await finish([call])
+            raise
+        call.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)  # idle: every call was waited for
+
+
+def _fill(sock: socket.socket, view: memoryview) -> memoryview:
+    """Blocks until it is full. Raises ConnectionError at the end of the stream."""
+    left = view
+    while left:
+        count = sock.recv_into(left, len(left), socket.MSG_WAITALL)
+        if count == 0:
+            raise ConnectionResetError("the other side closed the connection")
+        left = left[count:]
+    return view
 
 
 # ---- the port, shared with other transports that take orders over TCP --------------------------------------------
@@ -109,7 +176,7 @@ class DataPort:
         self.sock = socket.socket(_family(config.data_bind), socket.SOCK_STREAM)
         try:
             self.sock.setblocking(False)
-            _tune(self.sock)  # accepted connections inherit it
+            tune(self.sock)  # accepted connections inherit it
             self.sock.bind((config.data_bind, 0))
             self.sock.listen(64)
         except OSError as e:
@@ -127,7 +194,7 @@ async def call(transport: str, peer: WorkerInfo, memory: KVMemory) -> socket.soc
     sock = socket.socket(_family(host), socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        _tune(sock)
+        tune(sock)
         await asyncio.get_running_loop().sock_connect(sock, (host, port))
         await say_hello(sock, token)
         check_welcome(await receive(sock, WELCOME_BYTES), peer.worker_id, memory)
@@ -152,7 +219,7 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):

@@ -23,18 +23,19 @@ from baton.core.config import HandoffConfig
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer.framing import (
+    Answer,
     FrameError,
     Give,
     Hangup,
     OrderLink,
     OrderListener,
-    OrderTransport,
     ReadRequest,
     check_lent,
     receive,
     send,
 )
 from baton.kv_transfer.memory import KVMemory
+from baton.kv_transfer.order_transport import OrderTransport
 from baton.kv_transfer.tcp import DataPort, call
 from baton.kv_transfer.transport import PROBE_LEASE, MayRead, Pull
 from baton.kv_transfer.ucx_lane import Inlet, Lane, Outlet
@@ -107,10 +108,11 @@ class _Ends:
         take = functools.partial(self._take, inlet)
         return OrderLink(sock, peer.worker_id, peer.boot_id, self._memory.block_bytes, take, release)
 
-    async def _take(self, inlet: Inlet, pull: Pull, count: int) -> None:
+    async def _take(self, inlet: Inlet, pull: Pull, answer: Answer) -> None:
         order, done = pull.order, pull.moved_blocks
-        await inlet.receive_into([self._memory.block(b)[order.part] for b in order.destination[done : done + count]])
-        pull.moved_blocks += count
+        blocks = order.destination[done : done + answer.size]
+        await inlet.receive_into([self._memory.block(b)[order.part] for b in blocks])
+        pull.moved_blocks += answer.size
 
     @contextlib.asynccontextmanager
     async def serve(self, sock: socket.socket, welcome: bytes) -> AsyncIterator[Give]:

@@ -24,9 +24,10 @@ from baton.core.errors import DeadlineExceeded, Incompatible, PeerLost
 from baton.core.metrics import Metrics
 from baton.core.worker import WorkerInfo
 from baton.kv_transfer import nccl, nccl_group
-from baton.kv_transfer.framing import OrderTransport, ReadRequest, send
+from baton.kv_transfer.framing import ReadRequest, send
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.nccl_group import Communicator
+from baton.kv_transfer.order_transport import OrderTransport
 from baton.kv_transfer.transport import MayRead, PullOrder, PullRefused, PullState
 from tests.kv_transfer.pair import Lender, Reader, info_of, lender, reader, until
 
