@@ -164,7 +164,7 @@ class Run:
                 return
             self._switch()
         assert attempt is self.attempt, f"epoch {attempt.epoch} of {attempt.request_id} is closed and still heard"
-        self._source_bound = _cancelled(self._source_bound)
+        self._disarm_source()
         if error is not None:
             self._lost(error)
             return
@@ -197,7 +197,7 @@ class Run:
         must speak soon: the move may have got further than we heard."""
         move, self.move = self.move, None
         assert move is not None, "no move is under way"
-        self._move_bound = _cancelled(self._move_bound)
+        self._disarm_move()
         event = {"refused": "refuse", "lost": "lose"}.get(end, "cancel")
         self._record(move, event, error.code if error else end, "the move took too long")
         if self._loss is not None:
@@ -215,7 +215,7 @@ class Run:
         """The move has spoken: it is the attempt from now on, and what the source still says is stale."""
         move, self.move, self._loss = self.move, None, None
         assert move is not None, "no move is under way"
-        self._move_bound = _cancelled(self._move_bound)
+        self._disarm_move()
         self._record(self.attempt, "move", "moved", "another worker has taken it over")
         self.attempt = move
         self._around.move_ended(self, move, "moved")
@@ -223,7 +223,7 @@ class Run:
     def _lost(self, error: BatonError) -> None:
         attempt = self.attempt
         assert attempt is not None, "nothing was lost"
-        self._source_bound = _cancelled(self._source_bound)
+        self._disarm_source()
         if isinstance(error, RETRYABLE):
             self.conclude(attempt.epoch, attempt.decode.capability)
         event = "refuse" if isinstance(error, Overloaded) and attempt.life.at("sent") else "lose"
@@ -244,7 +244,7 @@ class Run:
         )
 
     def _await_move(self, seconds: float) -> None:
-        _cancelled(self._move_bound)
+        self._disarm_move()
         self._move_bound = asyncio.get_running_loop().call_later(seconds, self.end_move, "late")
 
     def _put(self, chunk: TokenChunk) -> None:
@@ -264,13 +264,24 @@ class Run:
 
     def _end_all(self, event: str, outcome: str, move_end: str = "cancelled", why: str = "") -> None:
         self._loss = None
-        self._source_bound, self._move_bound = _cancelled(self._source_bound), _cancelled(self._move_bound)
+        self._disarm_source()
+        self._disarm_move()
         move, self.move = self.move, None
         if move is not None:
             self._record(move, "cancel", move_end, "the request has ended")
         self._record(self.attempt, event, outcome, why)
         if move is not None:
             self._around.move_ended(self, move, move_end)
+
+    def _disarm_source(self) -> None:
+        if self._source_bound is not None:
+            self._source_bound.cancel()
+            self._source_bound = None
+
+    def _disarm_move(self) -> None:
+        if self._move_bound is not None:
+            self._move_bound.cancel()
+            self._move_bound = None
 
     def _record(self, attempt: Attempt | None, event: str, outcome: str, why: str = "") -> None:
         if attempt is None or attempt.life.ended:
@@ -282,9 +293,3 @@ class Run:
     def _wake(self) -> None:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    """For `self._bound = _cancelled(self._bound)`."""
-    if timer is not None:
-        timer.cancel()

@@ -9,8 +9,8 @@
  7. ended: `end` is the one way out, whatever happened
 
 A planned move replaces 2 to 5: the request that runs on a peer is taken over with its KV, its prefix first while it
-still runs there. When every prefill worker of the route has failed, the router is asked to choose again; what was
-verified stays in the cache. Without a prefill worker in the route, the prompt is computed here.
+still runs there. When every prefill worker of the route has failed, the router is asked to choose again, and what was
+verified stays cached. Without a prefill worker in the route, the prompt is computed here.
 """
 
 from __future__ import annotations
@@ -481,11 +481,10 @@ class Intake:
 
     def _last_words(self, error: BatonError | None) -> None:
         """Of an end that is none of the answers' own."""
-        unsaid = [a for a in self.answers.values() if not a.said_last]
-        for answer in unsaid:
+        for answer in self.answers.values():
             if answer.finish is not None:
                 self._say_last(answer)
-        left = [a for a in unsaid if not a.said_last]
+        left = [a for a in self.answers.values() if not a.said_last]
         if left:
             assert error is not None, f"{self.submit.request.request_id} ends with answers under way, and no reason"
             finish = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
@@ -496,7 +495,6 @@ class Intake:
 
     def _cached_tokens(self) -> int:
         held = self._num_held * self._parts.pool.block_size
-        cached = held + self._remote_cached if self._remote_cached is not None else max(
-            held, self._leader.num_cached_tokens
-        )
+        local = max(held, self._leader.num_cached_tokens)
+        cached = local if self._remote_cached is None else held + self._remote_cached
         return min(cached, self._leader.num_prompt_tokens)
