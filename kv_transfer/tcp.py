@@ -144,6 +144,8 @@ class _Bulk:
             with contextlib.suppress(OSError):  # the other side may have closed it
                 self._sock.shutdown(socket.SHUT_RDWR)
             await finish([call])
+            if not call.cancelled():
+                call.exception()  # looked at: nobody else will
             raise
         call.result()
 

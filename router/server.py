@@ -171,10 +171,14 @@ async def _process(config: Config, model_dir: Path, redis_url: str) -> None:
     registry = RedisRegistry(redis_url)
     try:
         router = await serve_router(config, model_dir, registry)
-        who = router.identity
-        print(json.dumps({"router_id": who.router_id, "http": who.http_endpoint, "grpc": who.grpc_endpoint,
-                          "model": who.model}), flush=True)
-        failure = await _first(router.failed(), signals.get())
+        try:
+            who = router.identity
+            print(json.dumps({"router_id": who.router_id, "http": who.http_endpoint, "grpc": who.grpc_endpoint,
+                              "model": who.model}), flush=True)
+            failure = await _first(router.failed(), signals.get())
+        except BaseException:  # nobody reads our line: without a stop its servers would keep the process for ever
+            await router.stop()
+            raise
         stopped = await _first(router.stop(), signals.get())
         if isinstance(stopped, int):
             log.warning("told to stop twice: not waiting for running requests")

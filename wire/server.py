@@ -218,8 +218,11 @@ def _reader(handler: Any) -> Callable[[Any], Any]:
                                  "UTF-8.") from None
 
     async def read_all(stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for data in stream:
-            yield read(data)
+        try:
+            async for data in stream:
+                yield read(data)
+        except grpc.aio.BaseError as e:  # read when the call, or the server, has ended
+            raise Cancelled(f"the call is over: {e}") from None
 
     return read_all if handler.request_streaming else read
 

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from baton.core.errors import InvalidRequest, SetupError
+from baton.core.errors import Cancelled, InvalidRequest, SetupError
 from baton.wire import (
     admin_pb2,
     admin_pb2_grpc,
@@ -22,7 +22,7 @@ from baton.wire import (
     worker_pb2_grpc,
 )
 from baton.wire.client import GrpcAdmin, GrpcWorker
-from baton.wire.server import GrpcServer, start_router_server, start_worker_server
+from baton.wire.server import GrpcServer, _reader, start_router_server, start_worker_server
 from tests.wire.echo_worker import STATUS, EchoWorker, one_loop, served
 
 
@@ -159,3 +159,23 @@ def test_reflection_lists_and_describes_the_services() -> None:
         await server.stop(0)
 
     one_loop.run(inside())
+
+
+def test_a_stream_read_when_its_server_has_stopped_ends_as_everything_ends_that_a_worker_knows() -> None:
+    """gRPC raises an error of its own there, in the few turns of the loop between a server's end and its calls'."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield worker_pb2.UpMessage(hello=worker_pb2.Hello(router_id="r")).SerializeToString()
+        raise grpc.aio.UsageError("Server already stopped.")
+
+    async def inside() -> list[Any]:
+        handler = grpc.stream_stream_rpc_method_handler(
+            lambda *_: None, request_deserializer=worker_pb2.UpMessage.FromString)
+        messages = _reader(handler)(stream())
+        heard = [await anext(messages)]
+        with pytest.raises(Cancelled, match="the call is over"):
+            await anext(messages)
+        return heard
+
+    (hello,) = one_loop.run(inside())
+    assert hello.hello.router_id == "r"
