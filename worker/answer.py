@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.core.request import Choice, FinishReason, SampledToken, TokenLogprob
@@ -22,6 +23,8 @@ class Answer:
     said_last: bool = False
     paused: bool = False
     """It is being given to a peer."""
+    take_back: Callable[[], None] = lambda: None
+    """While it is paused: end the lease under which it is lent."""
     given: bool = False
     """The peer has acknowledged it."""
     _logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -38,6 +38,7 @@ class Giving:
         self._released = False
         now = parts.clock()
         self._lease: Lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, now, self._on_lease_end)
+        self._answer.take_back = self._abandon
         assert self._answer.seq is not None, "a running answer has a sequence"
         self._out = LentSequence(parts, call, self._answer.seq, self._lease)
 
@@ -71,8 +72,11 @@ class Giving:
         except TimeoutError:
             return
         finally:
-            parts.leases.abandon(self._lease.lease_id, parts.clock())  # nothing, if it was released
+            self._abandon()  # nothing, if it was released
             out.life.on("give" if self._released and out.life.at("paused") else "end")
+
+    def _abandon(self) -> None:
+        self._parts.leases.abandon(self._lease.lease_id, self._parts.clock())
 
     def _on_lease_end(self, how: str) -> None:
         self._released = how == "released"

@@ -347,8 +347,7 @@ class Intake:
         return await self._parts.steps.pause(answer.seq.request_id) and answer.finish is None
 
     def given(self, answer: Answer, acknowledged: bool) -> None:
-        """The lease of a paused answer has ended. With the last one that the peer acknowledged the request is gone from
-        here; if one was not, all go on."""
+        """A paused answer's lease has ended. The last acknowledged one ends us; if one is not, all go on."""
         if not self.life.at("moving_out") or not answer.paused:
             return
         answer.given = acknowledged
@@ -356,6 +355,7 @@ class Intake:
             self.life.on("abandon")
             for one in self.answers.values():
                 if one.paused and one.seq is not None:
+                    one.take_back()  # nobody may read what it goes on to write
                     one.paused = one.given = False
                     self._parts.steps.resume(one.seq.request_id)
         elif all(a.given or a.said_last for a in self.answers.values()):

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from baton.core.handoff import Layers, PrefillCall, Published
+from baton.core.handoff import HandoffState, Layers, LendMode, PrefillCall, Published, RunningAttempt
 from baton.core.messages import TakeFrom
 from baton.core.request import Choice, FinishReason, Request
 from baton.models.hash_model import expected
-from tests.worker.by_hand import BLOCK, MAX_MODEL_LEN, Bench, Heard, Stream, play, request, terms
+from tests.worker.by_hand import BLOCK, HAND, MAX_MODEL_LEN, Bench, Heard, Stream, play, request, terms
 
 PROMPT = tuple(range(1, 31))  # 30 tokens: 7 full blocks and a half one
 ALIGNED = tuple(range(1, 33))
@@ -324,6 +324,35 @@ def test_a_move_out_of_a_source_that_dies_ends_with_an_error() -> None:
 
     for delay_ms in range(0, 60, 3):
         play(lambda b, s=delay_ms / 1e3: story(b, s), num_decode=2)  # type: ignore[misc]
+
+
+def test_answers_that_go_on_together_are_lent_to_nobody_any_more() -> None:
+    """One lease of a move ended badly, all answers resumed, and wrote into blocks that the other lease still lent."""
+
+    async def story(b: Bench) -> None:
+        source, node = b.stream(b.decode[0]), b.decode[0].node
+        assert node is not None
+        r = request("r", PROMPT, max_tokens=40, n=2)
+        before = source.submit(r, 1)
+        await before.until(lambda h: len(h.tokens[0]) >= 4)
+        calls = []
+        for choice in r.choices:
+            one = Request("r", PROMPT, r.sampling, (choice,), "", 60.0)
+            running = RunningAttempt(HAND, 1, choice.index)
+            call = PrefillCall(one, 2, "decode-1", 0, 3.0, LendMode.TAKE_OVER, running)
+            calls.append(aiter(node.prefill(call)))
+        for events in calls:
+            while not isinstance(await anext(events), HandoffState):
+                pass
+        leases = node.parts.leases
+        assert leases.num_live == 2
+        await calls[0].aclose()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.001)
+        assert leases.num_live == 0, "the other answer writes again: its blocks are nobody's to read"
+        await before.ended(2)
+        check(r, before)
+
+    play(story)
 
 
 def test_a_request_that_ended_is_not_moved() -> None:
