@@ -24,12 +24,13 @@ MAX_MODEL_LEN = 96
 HAND = "hand"
 
 
-def terms(num_blocks: int = 60, bytes_per_s: float = 1e6, **handoff: object) -> Terms:
+def terms(num_blocks: int = 60, bytes_per_s: float = 1e6, max_step_tokens: int = 256, **handoff: object) -> Terms:
     settings = {"lease_ttl_s": 3, "pull_timeout_s": 1, "alive_interval_s": 0.2, "peer_timeout_s": 1, "probe_bytes": 256,
                 "release_timeout_s": 0.5, "quarantine_max_s": 4, **handoff}
     config = load({}, [
         *(f"handoff.{name}={value}" for name, value in settings.items()),
         f"prefill.max_chunk_tokens={2 * BLOCK}", f"decode.max_chunk_tokens={2 * BLOCK}",
+        f"prefill.max_step_tokens={max_step_tokens}", f"decode.max_step_tokens={max_step_tokens}",
     ])
     return Terms(BLOCK, MAX_MODEL_LEN, dict.fromkeys(Role, num_blocks), config, StepCosts(), Conditions(loss=0.0),
                  WireSpeed(bytes_per_s=bytes_per_s))
