@@ -21,6 +21,8 @@ MODEL ?= smollm2-135m
 # Of `make nightly`: seconds of faults on a real stack, and their seed.
 CHAOS_S ?= 3600
 CHAOS_SEED ?= 1
+# Of `make nightly`: simulated worlds.
+WORLDS ?= 100000
 
 # Set-up compiles nothing (below), so what gets imported has to stay compiled for the next process.
 unexport PYTHONDONTWRITEBYTECODE
@@ -75,7 +77,9 @@ bench: $(VENV)/.dev
 nightly: $(VENV)/.dev
 	@$(BIN)/baton model pull $(MODEL)
 	@$(PYTEST) $(ARGS)
-	@$(BIN)/baton simulate --seed 0 --seeds 2000
+	@$(BIN)/baton simulate --seed 0 --seeds $(WORLDS) --jobs 2
+	@$(BIN)/python -m tests.planted.hunt
+	@$(BIN)/python -m baton.bench.freeze --transport tcp --transport shm --transport nccl --runs 100
 	@$(BIN)/python -m baton.chaos --duration $(CHAOS_S) --seed $(CHAOS_SEED)
 
 # Files that are generated and committed; tests/test_docs.py fails when they are stale.
