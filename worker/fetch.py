@@ -4,6 +4,7 @@ it finds it there like any other prefix, and if it fails nothing is lost but the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from baton.core.errors import BatonError
@@ -27,10 +28,14 @@ async def fetch_prefix(parts: WorkerParts, request: Request, epoch: int, holder:
         arrival.reserve()
         ttl_s = parts.handoff.lease_ttl_s
         call = PrefillCall(request, epoch, parts.worker_id, arrival.num_held, ttl_s, LendMode.CACHED)
-        handoff = Handoff(parts, holder, call, arrival, Silent())
-        await handoff.run()
-        await handoff.release()
+        async with asyncio.timeout(parts.handoff.pull_timeout_s):
+            handoff = Handoff(parts, holder, call, arrival, Silent())
+            await handoff.run()
+            await handoff.release()
         arrival.publish()
+    except TimeoutError:
+        parts.metrics.inc("baton_fallbacks_total", kind="fetch_timeout")
+        log.warning("the prefix that %s holds did not come in time: it is computed here", holder.worker_id)
     except BatonError as e:
         parts.metrics.inc("baton_fallbacks_total", kind=f"fetch_{e.code}")
         log.warning("the prefix that %s holds is computed here instead: %s", holder.worker_id, e.message)

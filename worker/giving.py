@@ -54,7 +54,7 @@ class Giving:
                     yield Alive(parts.steps.steps)
             finally:
                 pausing.cancel()
-            if not pausing.result() or self._answer.finish is not None:
+            if not pausing.result() or self._answer.finish is not None or not self._intake.life.at("moving_out"):
                 raise NotFound(f"request {self._call.request.request_id} has ended on {parts.worker_id}")
             out.life.on("pause")
             span = Span("paused for its move", 0.0, parts.clock() - arrived_s)

@@ -89,6 +89,7 @@ class Handoff:
         self._lender_steps = -1
         self._verified_bytes = 0
         self._events = self._service.prefill(call)
+        self._closing = False
 
     async def run(self) -> HandoffState:
         """Until everything is here and verified. Raises the BatonError that broke the hand-off; the lease is released
@@ -199,6 +200,9 @@ class Handoff:
                 await self._close()
 
     async def _close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
         close = getattr(self._events, "aclose", None)
         if close is not None:
             await close()

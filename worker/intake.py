@@ -33,7 +33,7 @@ from baton.core.handoff import FirstToken, HandoffState, PrefillCall
 from baton.core.machines import DECODE_REQUEST, Life
 from baton.core.messages import Submit, TokenChunk
 from baton.core.request import Choice, FinishReason, Request, SampledToken, TokenLogprob
-from baton.core.sequence import SequenceState, fork_sequence, new_sequence
+from baton.core.sequence import SequenceState, fork_sequence
 from baton.core.step import Progress
 from baton.core.worker import Span, WorkerInfo
 from baton.worker.answer import Answer
@@ -59,11 +59,8 @@ class Intake:
         self.outbox = outbox
         self.life = Life(DECODE_REQUEST)
         self._parts = parts
-        self._leader = leader
+        self.leader = leader
         self._ended = ended
-        sampling = dataclasses.replace(submit.request.sampling, seed=submit.request.seed)
-        self.request: Request = dataclasses.replace(submit.request, sampling=sampling)
-        """As others hear of it: with the seed that is used."""
         self.answers = {c.index: Answer(c) for c in submit.request.choices}
         self._arrivals: list[Arrival] = []
         self._started_s = parts.clock()
@@ -85,7 +82,7 @@ class Intake:
             self.life.on("take")
             self._task = loop.create_task(take_over(self, self._parts, submit.take_from))
         elif submit.route.prefill is not None:
-            arrival = self.arrive(self._leader)
+            arrival = self.arrive(self.leader)
             self._num_held = arrival.num_held
             self.life.on("call")
             self._task = loop.create_task(self._hand_over(arrival))
@@ -98,6 +95,15 @@ class Intake:
             self._task.add_done_callback(self._on_task_done)
         late = DeadlineExceeded("the request's deadline passed before it was finished")
         self._timer = loop.call_later(submit.request.deadline_s, self.end, late)
+
+    @property
+    def request(self) -> Request:
+        """As others hear of it: with the seed that is used, and what is left of its time."""
+        asked = self.submit.request
+        left_s = max(0.001, asked.deadline_s - (self._parts.clock() - self._started_s))
+        return dataclasses.replace(
+            asked, sampling=dataclasses.replace(asked.sampling, seed=asked.seed), deadline_s=left_s
+        )
 
     def arrive(self, seq: SequenceState, may_grow: bool = False) -> Arrival:
         """Room for a sequence, and for what its choices need beside it once they go apart: a copy of the partial tail
@@ -118,6 +124,8 @@ class Intake:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+        for answer in self.answers.values():
+            answer.take_back()
         for request_id in self._engine_ids():
             self._parts.steps.remove(request_id)
         self._last_words(error)
@@ -126,7 +134,7 @@ class Intake:
 
     def _engine_ids(self) -> list[str]:
         """Everything the scheduler may know of us; it ignores the rest."""
-        return [self._leader.request_id, *(a.seq.request_id for a in self.answers.values() if a.seq is not None)]
+        return [self.leader.request_id, *(a.seq.request_id for a in self.answers.values() if a.seq is not None)]
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if self.life.ended:
@@ -158,9 +166,9 @@ class Intake:
     def _run_leader(self) -> None:
         """What all choices begin with is computed here. Raises Overloaded."""
         only = self._only()
-        self._parts.steps.add(self._leader, self._on_progress_of(only) if only else self._on_leader_progress)
+        self._parts.steps.add(self.leader, self._on_progress_of(only) if only else self._on_leader_progress)
         if only is not None:
-            only.seq = self._leader
+            only.seq = self.leader
         self.life.on("run")
         self._decode_started_s = self._parts.clock()
 
@@ -174,8 +182,8 @@ class Intake:
         for answer, token in zip(self.answers.values(), progress.new_tokens, strict=True):
             if not answer.choice.delivered:
                 self._first(answer, token)
-        self._fork(self._leader, self._leader.block_table.blocks)
-        self._parts.steps.remove(self._leader.request_id)
+        self._fork(self.leader, self.leader.block_table.blocks)
+        self._parts.steps.remove(self.leader.request_id)
         self._end_if_over()
 
     # ---- remote prefill ------------------------------------------------------------------------------------------
@@ -230,7 +238,7 @@ class Intake:
         self.life.on("hand")
         await handoff.release()
         self.life.on("good")
-        self._leader.num_computed_tokens = state.num_computed_tokens
+        self.leader.num_computed_tokens = state.num_computed_tokens
         arrival.publish()
         self._start_answers(arrival)
 
@@ -260,12 +268,12 @@ class Intake:
         self._decode_started_s = self._parts.clock()
         only = self._only()
         if only is None:
-            self._fork(self._leader, arrival.blocks)
+            self._fork(self.leader, arrival.blocks)
         elif only.finish is None:
             self._arrivals.remove(arrival)
             arrival.hand_out()
-            only.seq = self._leader
-            self._parts.steps.add(self._leader, self._on_progress_of(only))
+            only.seq = self.leader
+            self._parts.steps.add(self.leader, self._on_progress_of(only))
         self._end_if_over()
         if arrival in self._arrivals:
             self._arrivals.remove(arrival)
@@ -301,15 +309,6 @@ class Intake:
                 return
 
     # ---- planned move: here from a peer (worker/taking.py) -------------------------------------------------------
-
-    def sequence_of(self, answer: Answer) -> SequenceState:
-        """As which one answer runs here, if it begins apart from the others."""
-        if self._only() is not None:
-            return self._leader
-        leader, index = self._leader, answer.choice.index
-        request_id = f"{leader.request_id}.{index}"
-        request = dataclasses.replace(leader.request, choices=(answer.choice,), request_id=request_id)
-        return new_sequence(request, leader.epoch, self._parts.pool.block_size, leader.max_output_tokens)
 
     def adopt(self, taken: Sequence[Taken]) -> None:
         """The peer has forgotten them: they are ours now. The router is told what the client may not have yet."""
@@ -359,9 +358,7 @@ class Intake:
                     one.paused = one.given = False
                     self._parts.steps.resume(one.seq.request_id)
         elif all(a.given or a.said_last for a in self.answers.values()):
-            for one in self.answers.values():
-                one.said_last = True  # the peer speaks for it now
-            self.end(event="release")
+            self.end(Cancelled("the peer that took it over speaks for it now"), "release")
 
     # ---- called by the hand-off ----------------------------------------------------------------------------------
 
@@ -378,7 +375,7 @@ class Intake:
         if answer is None or event.index != answer.sent:
             raise IntegrityError(f"a first token of choice {event.choice} at index {event.index} was not asked for")
         if self._only() is answer:
-            self._leader.tokens.append(event.token.token_id)
+            self.leader.tokens.append(event.token.token_id)
         self._first(answer, event.token)
         self._parts.steps.wake()
         self.outbox.flush()
@@ -408,8 +405,8 @@ class Intake:
 
     def _first(self, answer: Answer, token: SampledToken) -> None:
         """The first token of a choice, from a prompt that was computed here or elsewhere."""
-        finish = self._parts.steps.scheduler.finish_of(self._leader, token.token_id)
-        if finish is None and len(answer.choice.delivered) + 1 >= self._leader.max_output_tokens:
+        finish = self._parts.steps.scheduler.finish_of(self.leader, token.token_id)
+        if finish is None and len(answer.choice.delivered) + 1 >= self.leader.max_output_tokens:
             finish = FinishReason.LENGTH
         answer.finish, answer.first = finish, (token.token_id,)
         answer.sampled(token)
@@ -495,6 +492,6 @@ class Intake:
 
     def _cached_tokens(self) -> int:
         held = self._num_held * self._parts.pool.block_size
-        local = max(held, self._leader.num_cached_tokens)
+        local = max(held, self.leader.num_cached_tokens)
         cached = local if self._remote_cached is None else held + self._remote_cached
-        return min(cached, self._leader.num_prompt_tokens)
+        return min(cached, self.leader.num_prompt_tokens)

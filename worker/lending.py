@@ -15,7 +15,8 @@ If the reader goes away before HandoffState is out, the work ends and the lease 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from dataclasses import replace
 
 from baton.core.errors import BatonError, DeadlineExceeded
 from baton.core.handoff import (
@@ -61,45 +62,43 @@ class LentSequence:
         """Of the blocks behind these, layers that are published already."""
 
     def publish(self, num_tokens: int, span: Span, last: bool) -> Iterator[Published]:
-        """KV of the first `num_tokens` is complete: the full blocks of it go, with `last` also the tail. Digests are
-        computed as the events are taken, SLICE_BLOCKS at a time. Raises NotFound when the lease has ended."""
+        """KV of the first `num_tokens` is complete: the full blocks of it go, with `last` also the tail. They are lent
+        now, because the next turn may take them from the sequence; digests are computed as the events are taken,
+        SLICE_BLOCKS at a time. Raises NotFound when the lease has ended."""
         end = self.parts.blocks_for(num_tokens) if last else num_tokens // self.parts.pool.block_size
         layers = Layers(self._layers_out, self.parts.num_layers) if self._layers_out else None
         self._layers_out = 0
-        while self.num_published < end or last:
-            slice_end = min(self.num_published + SLICE_BLOCKS, end)
-            blocks = self._lend(slice_end, num_tokens, layers)
-            self.num_published = max(slice_end, self.num_published)
-            is_last = last and self.num_published >= end
-            yield Published(self.lease.lease_id, 0, blocks, span, is_last, layers if blocks else None)
-            if is_last:
-                return
+        lent = self._lend(end, num_tokens)
+        self.num_published = max(end, self.num_published)
+        return self._told(lent, span, last, layers)
 
     def publish_layers(self, num_tokens: int, num_layers: int, span: Span) -> Iterator[Published]:
         """KV of the first `num_tokens`, tail included, is complete in layers [0, num_layers)."""
         layers = Layers(self._layers_out, num_layers)
         self._layers_out = num_layers
-        blocks = self._lend(self.parts.blocks_for(num_tokens), num_tokens, layers)
-        if blocks:
-            yield Published(self.lease.lease_id, 0, blocks, span, last=False, layers=layers)
+        return self._told(self._lend(self.parts.blocks_for(num_tokens), num_tokens), span, False, layers)
 
-    def _lend(self, end: int, num_tokens: int, layers: Layers | None) -> tuple[LentBlock, ...]:
+    def _lend(self, end: int, num_tokens: int) -> list[LentBlock]:
+        """Pinned from now on; without digests."""
         self.life.on("publish")
-        parts, size = self.parts, self.parts.pool.block_size
-        lo, hi = parts.part_of(layers.start, layers.end) if layers else (0, parts.memory.block_bytes)
-        lent = []
+        parts, size, lent = self.parts, self.parts.pool.block_size, []
         for index in range(self.num_published, end):
             block = self.seq.block_table.blocks[index]
-            one = LentBlock(
-                index=index,
-                block_id=block,
-                generation=parts.pool.generation(block),
-                digest=digest(parts.memory.block(block)[lo:hi]),
-                num_tokens=min(size, num_tokens - index * size),
-            )
+            filled = min(size, num_tokens - index * size)
+            one = LentBlock(index, block, parts.pool.generation(block), b"", filled)
             parts.leases.add(self.lease.lease_id, one)
             lent.append(one)
-        return tuple(lent)
+        return lent
+
+    def _told(self, lent: list[LentBlock], span: Span, last: bool, layers: Layers | None) -> Iterator[Published]:
+        parts, lease_id = self.parts, self.lease.lease_id
+        lo, hi = parts.part_of(layers.start, layers.end) if layers else (0, parts.memory.block_bytes)
+        for start in range(0, len(lent), SLICE_BLOCKS):
+            some = lent[start : start + SLICE_BLOCKS]
+            blocks = tuple(replace(b, digest=digest(parts.memory.block(b.block_id)[lo:hi])) for b in some)
+            yield Published(lease_id, 0, blocks, span, last and start + SLICE_BLOCKS >= len(lent), layers)
+        if last and not lent:
+            yield Published(lease_id, 0, (), span, last=True)
 
     def state(
         self, choices: tuple[ChoiceState, ...], num_computed_tokens: int, cached_tokens: int, spans: tuple[Span, ...]
@@ -127,7 +126,7 @@ class ComputeLending:
         self._seq = seq
         self._out = LentSequence(parts, call, seq, lease)
         self._events: asyncio.Queue[Iterable[PrefillEvent] | BatonError] = asyncio.Queue()
-        """What is to be said, in order; made when it is taken."""
+        """What is to be said, in order."""
         self._first_start: int | None = None
         self._spans: list[Span] = []
         self._layers_began = False
@@ -138,7 +137,7 @@ class ComputeLending:
         parts, handed = self._parts, False
         # A timer that speaks through the queue: a timeout around a yield would cancel whoever reads us.
         late = DeadlineExceeded(f"prefill of {self._call.request.request_id} took longer than its deadline")
-        timer = asyncio.get_running_loop().call_later(self._call.request.deadline_s, self._events.put_nowait, late)
+        timer = asyncio.get_running_loop().call_later(self._call.request.deadline_s, self._give_up, late)
         fetching: asyncio.Task[None] | None = None
         try:
             if self._call.holder is None:
@@ -163,6 +162,12 @@ class ComputeLending:
             self._out.life.on("hand" if handed else "end")
             if not handed:
                 parts.leases.abandon(self._out.lease.lease_id, parts.clock())
+
+    def _give_up(self, error: BatonError) -> None:
+        """Whether or not the reader reads: the work ends, and the lease."""
+        self._parts.steps.remove(self._seq.request_id)
+        self._parts.leases.abandon(self._out.lease.lease_id, self._parts.clock())
+        self._events.put_nowait(error)
 
     def _begin(self) -> None:
         self._parts.steps.add(self._seq, self._on_progress, self._on_layers)
@@ -194,8 +199,8 @@ class ComputeLending:
         span = Span(f"layers to {num_layers}", now_s, now_s)
         if not self._layers_began:  # what was cached or computed before is whole
             self._layers_began = True
-            self._events.put_nowait(self._out.publish(chunk.start, span, last=False))
-        self._events.put_nowait(self._out.publish_layers(chunk.end, num_layers, span))
+            self._say(lambda: self._out.publish(chunk.start, span, last=False))
+        self._say(lambda: self._out.publish_layers(chunk.end, num_layers, span))
 
     def _on_progress(self, progress: Progress, started: float) -> None:
         start_s, now_s = started - self._out.arrived_s, self._parts.clock() - self._out.arrived_s
@@ -209,13 +214,19 @@ class ComputeLending:
         span = Span("prefill chunk", start_s, now_s, f"{tokens} tokens from {progress.start}")
         self._spans.append(span)
         if not progress.new_tokens:
-            self._events.put_nowait(self._out.publish(progress.num_computed_tokens, span, last=False))
+            self._say(lambda: self._out.publish(progress.num_computed_tokens, span, last=False))
             return
         fresh = self._fresh(progress)
         firsts = [FirstToken(choice.index, len(choice.delivered), token) for choice, token in fresh]
         self._events.put_nowait(firsts)
-        self._events.put_nowait(self._out.publish(progress.num_computed_tokens, span, last=True))
+        self._say(lambda: self._out.publish(progress.num_computed_tokens, span, last=True))
         self._events.put_nowait((self._state(progress, fresh),))
+
+    def _say(self, make: Callable[[], Iterable[PrefillEvent]]) -> None:
+        try:
+            self._events.put_nowait(make())
+        except BatonError as e:
+            self._events.put_nowait(e)
 
     def _fresh(self, progress: Progress) -> list[tuple[Choice, SampledToken]]:
         """First tokens that are news: when several answers go on, those that have begun only need the prompt."""

@@ -39,6 +39,7 @@ from baton.core.step import Runner
 from baton.core.worker import WorkerInfo, WorkerLoad
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import Scheduler
+from baton.kv_transfer.framing import log_bug
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.puller import Puller
@@ -372,3 +373,4 @@ class WorkerNode:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(log_bug)

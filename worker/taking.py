@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from baton.core.errors import BatonError, Cancelled
 from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
 from baton.core.messages import TakeFrom
+from baton.core.sequence import SequenceState, new_sequence
 from baton.worker.answer import Answer
 from baton.worker.arrival import Arrival
 from baton.worker.fetch import fetch_prefix
@@ -62,10 +63,20 @@ async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: Take
     await fetch_prefix(parts, request, epoch, source.worker)
     if intake.life.ended:  # a task group that is cancelled while it fails forgets the cancel
         raise Cancelled("the move was given up")
-    arrival = intake.arrive(intake.sequence_of(answer), may_grow=True)
+    arrival = intake.arrive(_sequence(intake, parts, answer), may_grow=True)
     running = RunningAttempt(intake.outbox.router_id, source.epoch, answer.choice.index)
     call = PrefillCall(
         request, epoch, parts.worker_id, arrival.num_held, ttl_s, LendMode.TAKE_OVER, running
     )
     handoff = Handoff(parts, source.worker, call, arrival, Silent())
     return Taken(answer, arrival, handoff, await handoff.run())
+
+
+def _sequence(intake: Intake, parts: WorkerParts, answer: Answer) -> SequenceState:
+    """As which the answer runs here: an only one is the leader."""
+    leader = intake.leader
+    if len(intake.answers) == 1:
+        return leader
+    request_id = f"{leader.request_id}.{answer.choice.index}"
+    request = dataclasses.replace(leader.request, choices=(answer.choice,), request_id=request_id)
+    return new_sequence(request, leader.epoch, parts.pool.block_size, leader.max_output_tokens)
