@@ -29,6 +29,7 @@ def simulate(
 ) -> None:
     """Run worlds of routers, workers, clients and faults, and check that nothing is lost."""
     from baton.sim.campaign import shrink as smallest
+    from baton.sim.more_faults import draw_faults
     from baton.sim.simulate import simulate as run_world
 
     if not trace:
@@ -38,7 +39,11 @@ def simulate(
         if trace or faults is not None or jobs_kept is not None:
             raise typer.BadParameter("--trace, --faults and --jobs-kept are for one world: leave --seeds out.")
         raise typer.Exit(_campaign(range(seed, seed + seeds), jobs, shrink))
-    report = run_world(seed, trace, kept_faults=_positions(faults), kept_jobs=jobs_kept)
+    kept = _positions(faults)
+    num_faults = len(draw_faults(seed))
+    if kept is not None and any(position >= num_faults for position in kept):
+        raise typer.BadParameter(f"--faults {faults}: world {seed} has {num_faults} faults, counted from 0.")
+    report = run_world(seed, trace, kept_faults=kept, kept_jobs=jobs_kept)
     print(report)
     if not report.ok and shrink and not trace and faults is None and jobs_kept is None:
         print(f"smallest: {smallest(report)}")

@@ -76,7 +76,7 @@ class SamplingParams:
             ),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "must be between -2 and 2"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "must be between -2 and 2"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "must be above 0 and at most 10"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 10.0, "must be between 0.01 and 10"),
             (
                 "logit_bias",
                 len(self.logit_bias) <= MAX_LOGIT_BIASES

@@ -20,7 +20,7 @@ import random
 import secrets
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from baton.cluster.store import RedisRegistry, Registry
 from baton.core.config import Config, load
 from baton.core.errors import ConfigError, InternalError, SetupError
 from baton.core.metrics import Metrics
-from baton.core.worker import Role
+from baton.core.worker import Role, WorkerInfo
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.generation import Generation
@@ -83,7 +83,7 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
     served_name = name_for_clients(config, codec.card.name)
     metrics, dial, stopping = Metrics(), GrpcDial(), asyncio.Event()
     router_id = f"router-{secrets.token_hex(4)}"
-    fleet = Fleet(registry.list, dial, config, metrics, router_id)
+    fleet = Fleet(_of_model(registry, codec.card.fingerprint), dial, config, metrics, router_id)
     dispatcher = Dispatcher(fleet, CostPolicy(config.router, random.Random(secrets.randbits(64))), config, metrics)
     generation = Generation(codec, dispatcher, config.router, metrics, served_name)
     front = Front(generation, config.router, functools.partial(why_not_ready, fleet), unix_time, stopping,
@@ -103,6 +103,25 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
         where = f"[{host}]" if ":" in host else host
         identity.append(Identity(router_id, f"http://{where}:{http.port}", f"{where}:{grpc.port}", served_name))
         return Router(identity[0], stopping, (following, http.task), stack.pop_all())
+
+
+def _of_model(registry: Registry, fingerprint: str) -> Callable[[], Awaitable[list[WorkerInfo]]]:
+    """The registered workers that serve this router's model: another model's answers would be wrong ones."""
+    told: set[str] = set()
+
+    async def found() -> list[WorkerInfo]:
+        ours = []
+        for info in await registry.list():
+            theirs = info.capability.model_fingerprint
+            if theirs == fingerprint:
+                ours.append(info)
+            elif info.boot_id not in told:
+                told.add(info.boot_id)
+                log.warning("%s at %s is left alone: it serves another model (%s, ours is %s)",
+                            info.worker_id, info.address, theirs, fingerprint)
+        return ours
+
+    return found
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
