@@ -13,9 +13,9 @@ import itertools
 from collections.abc import AsyncIterator, Coroutine, Sequence
 
 from baton.core.config import Config, load
-from baton.core.errors import from_code
+from baton.core.errors import RetryRoute, from_code
 from baton.core.messages import Hello, Submit, TokenChunk, UpMessage
-from baton.core.request import FinishReason, Request, SamplingParams
+from baton.core.request import Choice, FinishReason, Request, SamplingParams
 from baton.core.services import Dial, WorkerService
 from baton.core.worker import Role, Route, WorkerInfo
 from baton.decode_node.policy import decode_policy
@@ -64,7 +64,9 @@ class Client:
         started: asyncio.Event | None = None,
         **sampling: object,
     ) -> Answer:
-        """Greedy unless told otherwise. `started` is set at the first token. Raises what the worker answered."""
+        """Greedy unless told otherwise. `started` is set at the first token. Told to choose another route, it sends
+        what it has and asks the decode worker to prefill, as a router does that knows no other. Raises what else the
+        worker answered."""
         params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
         request = Request(f"r{next(_ids)}", tuple(prompt), params)
         chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
@@ -72,10 +74,16 @@ class Client:
         route = Route(self._decode_id, None if local else self.lender)
         self._up.put_nowait(Submit(request, route, 1))
         answer = Answer([], None, 0, [])
+        epoch = 1
         while answer.finish is None:
             async with asyncio.timeout(120):
                 chunk = await chunks.get()
             assert chunk.first_index == len(answer.tokens), "a gap or a duplicate"
+            if chunk.error_code == RetryRoute.code:
+                epoch += 1
+                rest = dataclasses.replace(request, choices=(Choice(0, tuple(answer.tokens)),))
+                self._up.put_nowait(Submit(rest, Route(self._decode_id, None), epoch))
+                continue
             if started is not None:
                 started.set()
             answer.chunks.append(chunk)
