@@ -101,8 +101,9 @@ class World:
 
     def kill(self, machine: Machine, silent: bool) -> None:
         """kill -9 of a worker, or (`silent`) the whole machine is off."""
-        if machine.node is not None and not silent:
-            aboard = {asked_as(s.request_id) for s in machine.node.parts.scheduler.sequences()}
+        if machine.node is not None:
+            # Off, it only falls silent: nobody counts that as a crash, until its next boot shows that it was one.
+            aboard = {asked_as(s.request_id) for s in machine.node.parts.scheduler.sequences()} if not silent else ()
             self.oracle.crashed(machine.node.info.boot_id, sorted(aboard))
         machine.kill(silent)
 
