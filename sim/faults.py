@@ -162,7 +162,8 @@ class Restart(Landing):
         self.evidence = f"{victim.worker_id} was told to stop with {work_of(world, victim)}"
         if await victim.stop():
             await asyncio.sleep(self._down_s)
-            victim.start()
+            if not victim.alive:  # two may have told it to stop
+                victim.start()
 
 
 class Drain(Landing):
