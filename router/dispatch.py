@@ -215,7 +215,11 @@ class Dispatcher:
         crashes; that takes the workers' next word, or `dead_s`."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        run.aboard |= dict.fromkeys((*([attempt.decode.boot_id] if attempt.broke else ()), *attempt.lost_lenders), now)
+        lost = [*([attempt.decode.boot_id] if attempt.broke else ()), *attempt.lost_lenders]
+        lender = attempt.route.prefill
+        if lender is not None and not attempt.has_last_word and self._fleet.crashed(lender.boot_id, now):
+            lost.append(lender.boot_id)  # who could have told us of it was cut off
+        run.aboard |= dict.fromkeys(lost, now)
         until = min(run.deadline, now + self._config.dead_s)
         while True:
             known = {boot: self._fleet.crashed(boot, since) for boot, since in run.aboard.items()}
