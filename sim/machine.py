@@ -233,8 +233,8 @@ class Machine:
         try:
             await serve_registered(node, site.registry.at(self.worker_id), config)
         finally:
-            if await site.network.close(self.worker_id):
-                site.cut_off(info.boot_id)
+            site.cut_off(info.boot_id)  # a router whose stream broke just before cannot tell this end from a crash
+            await site.network.close(self.worker_id)
             await puller.close()
             await transport.close()
 

@@ -27,6 +27,7 @@ from baton.core.errors import (
     IntegrityError,
     InternalError,
     NotFound,
+    Overloaded,
     RetryRoute,
 )
 from baton.core.handoff import FirstToken, HandoffState, PrefillCall
@@ -331,8 +332,10 @@ class Intake:
     # ---- planned move: from here to a peer (worker/giving.py) ----------------------------------------------------
 
     def running(self, choice: int) -> Answer:
-        """The answer with that index, if it runs here. Raises NotFound."""
+        """The answer with that index, if it runs here. Raises NotFound, Overloaded while it is still arriving."""
         answer = self.answers.get(choice)
+        if answer is not None and answer.seq is None and answer.finish is None and not self.life.ended:
+            raise Overloaded(f"request {self.submit.request.request_id} is still arriving here. Ask again.")
         if answer is None or answer.seq is None or answer.finish is not None or answer.paused:
             raise NotFound(f"choice {choice} of request {self.submit.request.request_id} does not run here now")
         return answer

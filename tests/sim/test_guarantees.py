@@ -167,11 +167,11 @@ def test_in_a_hundred_thousand_blocks_every_flipped_bit_is_caught_and_no_right_b
     PullFault.CORRUPT, *(pytest.param(k, marks=pytest.mark.slow) for k in (PullFault.MISPLACED, PullFault.SHORT))
 ])
 def test_whatever_the_wire_does_to_blocks_clients_get_right_tokens_and_alarms_are_true(kind: PullFault) -> None:
-    plan = dataclasses.replace(draw_plan(11), faults=(BadPulls(kind, 12),), num_jobs=40)
-    report = simulate(11, plan=plan)
+    plan = dataclasses.replace(draw_plan(12), faults=(BadPulls(kind, 12),), num_jobs=40)
+    report = simulate(12, plan=plan)
     assert report.ok, report
     assert dict(report.counters)['baton_integrity_failures_total{reason="digest"}'] > 0
-    clean = simulate(11, plan=dataclasses.replace(plan, faults=(BadPulls(PullFault.SLOW, 1),)))
+    clean = simulate(12, plan=dataclasses.replace(plan, faults=(BadPulls(PullFault.SLOW, 1),)))
     assert clean.ok, clean
     assert not any("integrity" in name for name, _ in clean.counters)
 
