@@ -319,7 +319,8 @@ class Intake:
         for one in taken:
             answer, seq, (came,) = one.answer, one.arrival.seq, one.state.choices
             seq.tokens[seq.num_prompt_tokens :] = came.output
-            seq.num_computed_tokens = one.state.num_computed_tokens
+            held = one.arrival.num_held * self._parts.pool.block_size  # shared, perhaps: not to be written again
+            seq.num_computed_tokens = max(one.state.num_computed_tokens, held)
             answer.seq = seq
             answer.came_with(came.output, came.logprobs)
             self._arrivals.remove(one.arrival)
@@ -332,7 +333,7 @@ class Intake:
     # ---- planned move: from here to a peer (worker/giving.py) ----------------------------------------------------
 
     def running(self, choice: int) -> Answer:
-        """The answer with that index, if it runs here. Raises NotFound, Overloaded while it is still arriving."""
+        """Raises NotFound if it does not run here, Overloaded while it is still arriving."""
         answer = self.answers.get(choice)
         if answer is not None and answer.seq is None and answer.finish is None and not self.life.ended:
             raise Overloaded(f"request {self.submit.request.request_id} is still arriving here. Ask again.")
@@ -388,9 +389,7 @@ class Intake:
         offset = called_s - self._started_s
         self._spans += [Span(s.name, s.start_s + offset, s.end_s + offset, s.detail) for s in state.spans]
         self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
-        for answer in self.answers.values():  # an answer may be complete; only its KV still moves
-            if answer.finish is not None:
-                self._say_last(answer)
+        self._say_finished()  # an answer may be complete; only its KV still moves
         self.outbox.flush()
 
     def span(self, name: str, start_s: float, detail: str = "") -> None:
@@ -438,10 +437,13 @@ class Intake:
     def _local_chunk(self, progress: Progress, started: float) -> None:
         self.span("prefill chunk (local)", started, f"{progress.num_computed_tokens - progress.start} tokens")
 
-    def _end_if_over(self) -> None:
+    def _say_finished(self) -> None:
         for answer in self.answers.values():
             if answer.finish is not None:
                 self._say_last(answer)
+
+    def _end_if_over(self) -> None:
+        self._say_finished()
         if all(a.said_last for a in self.answers.values()):
             self.end()
 
@@ -481,9 +483,7 @@ class Intake:
 
     def _last_words(self, error: BatonError | None) -> None:
         """Of an end that is none of the answers' own."""
-        for answer in self.answers.values():
-            if answer.finish is not None:
-                self._say_last(answer)
+        self._say_finished()
         left = [a for a in self.answers.values() if not a.said_last]
         if left:
             assert error is not None, f"{self.submit.request.request_id} ends with answers under way, and no reason"
