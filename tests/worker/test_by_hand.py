@@ -488,19 +488,3 @@ def test_the_last_chunk_goes_layer_by_layer_and_what_was_cached_goes_before_it()
         check(request("r", long), heard)
 
     play(story, num_decode=2)
-
-
-@pytest.mark.parametrize("num_tokens", range(1, 2 * BLOCK + 2))
-def test_a_block_is_not_full_because_the_first_token_came_before_its_kv(num_tokens: int) -> None:
-    """It entered the prefix map with an empty slot, and the next turn read it."""
-
-    async def story(b: Bench) -> None:
-        stream, r = b.stream(b.decode[0]), request("turn-1", range(1, num_tokens + 1), max_tokens=1)
-        heard = stream.submit(r, 1, b.prefill[0])
-        await heard.ended()
-        again = request("turn-2", (*r.prompt, *heard.tokens[0], 70, 71))
-        heard = stream.submit(again, 2)
-        await heard.ended()
-        check(again, heard)
-
-    play(story)

@@ -1,4 +1,4 @@
-"""Many requests at once on workers seen from their streams (tests/worker/by_hand.py)."""
+"""One turn after another, and many requests at once, on workers seen from their streams (tests/worker/by_hand.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.worker.by_hand import Bench, play, request, terms
+from tests.worker.by_hand import BLOCK, Bench, play, request, terms
+from tests.worker.test_by_hand import check
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +55,19 @@ def test_three_hundred_cancelled_at_once_twenty_times_leave_nothing_and_slow_nob
 
     # A step that runs is not aborted: short ones, so that it is the storm that is measured.
     play(story, world_terms=terms(num_blocks=3000, max_step_tokens=32))
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 2 * BLOCK + 2))
+def test_a_block_is_not_full_because_the_first_token_came_before_its_kv(num_tokens: int) -> None:
+    """It entered the prefix map with an empty slot, and the next turn read it."""
+
+    async def story(b: Bench) -> None:
+        stream, r = b.stream(b.decode[0]), request("turn-1", range(1, num_tokens + 1), max_tokens=1)
+        heard = stream.submit(r, 1, b.prefill[0])
+        await heard.ended()
+        again = request("turn-2", (*r.prompt, *heard.tokens[0], 70, 71))
+        heard = stream.submit(again, 2)
+        await heard.ended()
+        check(again, heard)
+
+    play(story)
