@@ -6,6 +6,7 @@ hosts differ, what is left of a deadline does not).
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hashlib
 from dataclasses import dataclass, field
@@ -150,3 +151,8 @@ class Request:
         if self.sampling.seed is not None:
             return self.sampling.seed
         return int.from_bytes(hashlib.sha256(self.request_id.encode()).digest()[:8], "little")
+
+    @property
+    def seeded_sampling(self) -> SamplingParams:
+        """`sampling` with the seed that is used: under another request id, it would be another."""
+        return dataclasses.replace(self.sampling, seed=self.seed)

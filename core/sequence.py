@@ -81,8 +81,8 @@ def new_sequence(request: Request, epoch: int, block_size: int, max_output_token
 def fork_sequence(leader: SequenceState, choice: Choice, blocks: list[int], max_output_tokens: int) -> SequenceState:
     """One choice of a sequence of several, after its prompt: `blocks` are its own references (full blocks shared,
     the partial tail copied) and hold the KV of `leader.num_computed_tokens` tokens."""
-    sampling = dataclasses.replace(leader.request.sampling, seed=leader.request.seed)  # else it would follow the new id
     request_id = f"{leader.request_id}.{choice.index}"
+    sampling = leader.request.seeded_sampling
     request = dataclasses.replace(leader.request, choices=(choice,), request_id=request_id, sampling=sampling)
     child = new_sequence(request, leader.epoch, leader.block_table.block_size, max_output_tokens)
     child.block_table.blocks.extend(blocks)

@@ -72,16 +72,12 @@ class Arrival:
             self.blocks.extend(self._parts.pool.bind(self._credit))
             self._credit = None
 
-    @property
-    def is_bound(self) -> bool:
-        return self._credit is None
-
     # ---- what comes ----------------------------------------------------------------------------------------------
 
     def announce(self, event: Published) -> list[int]:
         """Destination blocks for what was published. Raises IntegrityError unless all of it is new and has its place:
         a lender's word is not enough."""
-        layers = event.layers or Layers(0, self._parts.num_layers)
+        layers = self._layers_of(event)
         indices = [b.index for b in event.blocks]
         known = self._parts.blocks_for(self._num_tokens)
         end = max(indices, default=-1) + 1 if self._may_grow else known
@@ -106,9 +102,12 @@ class Arrival:
 
     def verified(self, event: Published) -> None:
         """The bytes of this publish are in, and right."""
-        layers = event.layers or Layers(0, self._parts.num_layers)
+        layers = self._layers_of(event)
         for block in event.blocks:
             self._verified[block.index] = self._verified.get(block.index, 0) + layers.end - layers.start
+
+    def _layers_of(self, event: Published) -> Layers:
+        return event.layers or Layers(0, self._parts.num_layers)
 
     def num_verified(self) -> int:
         """Leading blocks that are ours, whole."""

@@ -102,9 +102,7 @@ class Intake:
         """As others hear of it: with the seed that is used, and what is left of its time."""
         asked = self.submit.request
         left_s = max(0.001, asked.deadline_s - (self._parts.clock() - self._started_s))
-        return dataclasses.replace(
-            asked, sampling=dataclasses.replace(asked.sampling, seed=asked.seed), deadline_s=left_s
-        )
+        return dataclasses.replace(asked, sampling=asked.seeded_sampling, deadline_s=left_s)
 
     def arrive(self, seq: SequenceState, may_grow: bool = False) -> Arrival:
         """Room for a sequence, and for what its choices need beside it once they go apart: a copy of the partial tail

@@ -260,9 +260,8 @@ class WorkerNode:
                 f"{len(request.prompt)} prompt tokens, {num_delivered} tokens delivered and {output} allowed: "
                 f"nothing is left to generate. This worker holds {limit} tokens of prompt and output together."
             )
-        sampling = dataclasses.replace(request.sampling, seed=request.seed)
         engine_id = f"{request.request_id}@{epoch}#{next(self._numbers)}"
-        attempt = dataclasses.replace(request, request_id=engine_id, sampling=sampling)
+        attempt = dataclasses.replace(request, request_id=engine_id, sampling=request.seeded_sampling)
         return new_sequence(attempt, epoch, self.parts.pool.block_size, output)
 
     def _forget(self, intake: Intake) -> None:
