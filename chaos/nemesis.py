@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from baton.chaos.faults import (
@@ -78,7 +79,9 @@ class Nemesis:
     _busy: set[str] = field(default_factory=set)
     _deck: list[str] = field(default_factory=list)
     _exposed: set[str] = field(default_factory=set)
-    """Requests that were open when a worker was killed last."""
+    """Requests that were open at some time between the kill of a worker and its return."""
+    _killing: bool = False
+    """A worker was killed and is not back: a router that does not know yet may send to it."""
 
     def disturbed(self, name: str, since_s: float) -> bool:
         """A fault was on this host at some time since then, or is; a client's channel to it may not know yet that it is
@@ -107,21 +110,27 @@ class Nemesis:
             await asyncio.sleep(self.rng.uniform(0.0, 0.5))
 
     async def _play(self, drawn: Drawn) -> None:
-        loop, clients = asyncio.get_running_loop(), self.scene.clients
-        struck: Landed | None = None
-        try:
+        async with AsyncExitStack() as held:
+            held.push_async_callback(drawn.fault.heal)
             if not await self._at_work(drawn):
                 self.num_idle[drawn.kind] = self.num_idle.get(drawn.kind, 0) + 1
-                return
-            await drawn.fault.strike()
-            struck = Landed(drawn.kind, drawn.hosts, loop.time(), open_requests=tuple(clients.in_flight))
-            self.landed.append(struck)
-            if drawn.kills_worker:
-                self._exposed |= clients.in_flight.keys()
-            await asyncio.sleep(drawn.hold_s)
-            struck.proof = await self._proof(drawn.fault)
-        finally:
-            await drawn.fault.heal()
+            elif drawn.kills_worker:
+                self._killing = True  # nothing was awaited since it was found fair
+                await self._strike(drawn, held)
+                self._exposed |= self.scene.clients.in_flight.keys()
+                self._killing = False
+            else:
+                await self._strike(drawn, held)
+
+    async def _strike(self, drawn: Drawn, held: AsyncExitStack) -> None:
+        """Until its victims are back, or late."""
+        loop = asyncio.get_running_loop()
+        await drawn.fault.strike()
+        struck = Landed(drawn.kind, drawn.hosts, loop.time(), open_requests=tuple(self.scene.clients.in_flight))
+        self.landed.append(struck)
+        await asyncio.sleep(drawn.hold_s)
+        struck.proof = await self._proof(drawn.fault)
+        await held.aclose()
         struck.healed_s = loop.time()
         if await self._recovered(drawn):
             struck.recovered_s = loop.time()
@@ -131,11 +140,13 @@ class Nemesis:
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + WORK_TIMEOUT_S
         while loop.time() < give_up_s:
-            fair = not (drawn.kills_worker and self._exposed & self.scene.clients.in_flight.keys())
-            if await drawn.fault.work() and fair:
+            if await drawn.fault.work() and not (drawn.kills_worker and self._kills_are_unfair()):
                 return True
             await asyncio.sleep(POLL_S)
         return False
+
+    def _kills_are_unfair(self) -> bool:
+        return self._killing or bool(self._exposed & self.scene.clients.in_flight.keys())
 
     async def _proof(self, fault: Fault) -> str:
         """A fault that has met nothing yet, a cut that nobody sent anything across, is held a little longer."""

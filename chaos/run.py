@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,8 @@ async def run_chaos(plan: Plan, say: Say) -> Findings:
 
 def _kept(logs: Path, plan: Plan) -> Path:
     """Under a name that the next stack's start does not sweep away."""
-    target = logs.with_name(f"chaos-seed{plan.seed}-{os.getpid()}")
-    logs.rename(target)
-    return target
+    target = tempfile.mkdtemp(prefix=f"chaos-seed{plan.seed}-")
+    return logs.replace(target)  # an empty directory is replaced
 
 
 class _Run:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:  # torch and its like are loaded by the tests that need them, not by all
     from baton.models.convert import ModelFiles
+
+settings.register_profile("house", deadline=None)  # no test looks at the clock: machines are shared
+settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

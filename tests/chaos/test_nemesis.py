@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from baton.chaos.clients import Clients
 from baton.chaos.faults import REGISTRY, Scene
 from baton.chaos.lossy import LossyControl
-from baton.chaos.nemesis import REDIAL_S, Landed, Nemesis
+from baton.chaos.nemesis import REDIAL_S, Drawn, Landed, Nemesis
 from baton.chaos.netns import Host, Namespaces
 from baton.chaos.plan import Plan
 from baton.chaos.stack import Stack
@@ -73,3 +75,41 @@ def test_a_router_is_disturbed_until_clients_can_know_that_it_is_back() -> None:
     assert not one.disturbed("router-1", 9.0)
     one.landed.append(Landed("kill router", ("router-1",), at_s=20.0))
     assert one.disturbed("router-1", 99.0), "it has not come back"
+
+
+class Struck:
+    """Ready to be hit, at once; the second look at it takes as long as a kill by another lane."""
+
+    def __init__(self) -> None:
+        self.strikes: list[float] = []
+        self.heals = 0
+
+    async def work(self) -> int:
+        await asyncio.sleep(0.01)
+        return 1
+
+    async def strike(self) -> None:
+        self.strikes.append(asyncio.get_running_loop().time())
+
+    async def proof(self) -> str:
+        return "seen"
+
+    async def heal(self) -> None:
+        self.heals += 1
+
+
+def test_no_request_meets_two_kills() -> None:
+    """Two lanes looked at the same moment, and each found its own kill fair."""
+
+    async def main() -> None:
+        in_flight = {"q1": object()}
+        scene = Scene(nemesis(1).scene.stack, cast(Clients, SimpleNamespace(in_flight=in_flight)))
+        one, faults = Nemesis(scene, random.Random(1)), [Struck(), Struck()]
+        kills = [asyncio.create_task(one._play(Drawn("kill decode", f, (), 0.05, kills_worker=True))) for f in faults]
+        await asyncio.sleep(0.2)
+        assert sum(len(f.strikes) for f in faults) == 1
+        in_flight.clear()
+        await asyncio.gather(*kills)
+        assert all(len(f.strikes) == f.heals == 1 for f in faults)
+
+    asyncio.run(main())

@@ -437,4 +437,4 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase
-TestPoolAgainstModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPoolAgainstModel.settings = settings(max_examples=100, stateful_step_count=40)

@@ -82,7 +82,7 @@ def test_tokens_come_as_often_as_the_formula_says(sampling: SamplingParams) -> N
     assert sum((counts[i] - num * p) ** 2 / (num * p) for i, p in expected.items()) < 26
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.integers(-6, 6), min_size=1, max_size=12),
     st.builds(
@@ -186,7 +186,7 @@ def naive_penalties(logits: list[float], row: SampledRow) -> list[float]:
     return result
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.integers(-8, 8), min_size=8, max_size=8), penalties,
     st.lists(st.integers(0, 7), max_size=9), st.lists(st.integers(0, 7), max_size=9),
@@ -239,7 +239,7 @@ def test_extreme_penalties_neither_fail_nor_warn(temperature: float) -> None:
 # ---- log-probs -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(-6, 6), min_size=1, max_size=30), st.integers(0, 20), st.sampled_from([0.0, 1.5]))
 def test_logprobs_are_a_softmax_of_the_raw_logits_and_the_top_falls(
     whole: list[int], num_top: int, temperature: float

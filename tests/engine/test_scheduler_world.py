@@ -343,7 +343,7 @@ def _world(rnd: Random) -> World:
     return World(Bench.of(rnd.randint(smallest, smallest + 4), budgets))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.randoms(use_true_random=False), st.lists(st.sampled_from(HAPPENINGS), min_size=10, max_size=80))
 def test_whatever_happens_every_sequence_gets_its_own_tokens_and_gives_back_every_block(
     rnd: Random, happenings: list[Callable[[World, Random], None]]

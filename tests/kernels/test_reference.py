@@ -39,7 +39,7 @@ def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tens
     return out.flatten(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.sampled_from([1, 1, 2, 3, 9])), min_size=1, max_size=6),
     st.sampled_from([2, 3, 16]),

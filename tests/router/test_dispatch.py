@@ -184,7 +184,7 @@ def mangled(draw: st.DrawFn) -> list[tuple[int, int, int, bool]]:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mess=mangled(), seed=st.integers(0, 3))
 def test_duplicated_reordered_stale_and_contradicting_chunks_never_reach_the_client(
     mess: list[tuple[int, int, int, bool]], seed: int

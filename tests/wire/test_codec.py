@@ -64,7 +64,7 @@ def test_every_codec_is_tried_below() -> None:
 def test_every_message_survives_the_wire(name: str) -> None:
     tried = CODECS[name]
 
-    @settings(max_examples=60, deadline=None, database=None)
+    @settings(max_examples=60, database=None)
     @given(values_of(HINTS[name]))
     def survives(value: Any) -> None:
         message = tried.encode(value)

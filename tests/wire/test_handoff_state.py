@@ -72,7 +72,7 @@ def carried(state: HandoffState) -> HandoffState:
     return back
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300, database=None)
 @given(states())
 def test_the_whole_state_survives(state: HandoffState) -> None:
     back = carried(state)
@@ -81,7 +81,7 @@ def test_the_whole_state_survives(state: HandoffState) -> None:
     assert [type(c.finish) for c in back.choices] == [type(c.finish) for c in state.choices]
 
 
-@settings(max_examples=50, deadline=None, database=None)
+@settings(max_examples=50, database=None)
 @given(states(), st.binary(min_size=1, max_size=40))
 def test_what_a_later_build_adds_beside_it_changes_nothing(state: HandoffState, news: bytes) -> None:
     """Fields are only ever added: a reader steps over those it does not know, at every level."""
