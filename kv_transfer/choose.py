@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.core.config import HandoffConfig
 from baton.core.errors import BatonError, Incompatible, IntegrityError, PeerLost
@@ -38,6 +38,19 @@ class Figure:
     error: str = ""
 
 
+@dataclass(slots=True)
+class _Landing:
+    """One of our blocks that probes are pulled into."""
+
+    block_id: int
+    pulls: list[Pull] = field(default_factory=list)
+
+    def is_quiet(self) -> bool:
+        """No byte can land in it any more."""
+        self.pulls = [pull for pull in self.pulls if pull.state is PullState.MOVING]
+        return not self.pulls
+
+
 class Handshake:
     """Measures pairs for one worker. Several run at once, each with its own landing block."""
 
@@ -48,9 +61,11 @@ class Handshake:
         self._transports = transports
         self._config = config
         self._metrics = metrics
-        self._landing: asyncio.Queue[int] = asyncio.Queue()
+        self._free: asyncio.Queue[_Landing] = asyncio.Queue()
         for block in memory.landing_blocks:
-            self._landing.put_nowait(block)
+            self._free.put_nowait(_Landing(block))
+        self._unended: list[_Landing] = []
+        """A probe could not be ended: its bytes may still land."""
 
     async def choose(self, peer: WorkerInfo) -> tuple[Figure, ...]:
         """Figures of all common transports, the chosen one first; at least that one works.
@@ -59,12 +74,7 @@ class Handshake:
         at all, PeerLost when every one failed (strict: when the first one failed).
         """
         common = [n for n, _ in peer.capability.transports if n in self._transports]
-        landing = await self._landing.get()
-        try:
-            figures = [f for name in common if (f := await self._try(name, peer, landing)) is not None]
-        finally:
-            # Every probe is terminal by now (_probe fences what is not), so no byte can land any more.
-            self._landing.put_nowait(landing)
+        figures = [f for name in common if (f := await self._try(name, peer)) is not None]
         if not figures:
             raise Incompatible(
                 f"no transport joins this worker and {peer.worker_id}: it offers "
@@ -73,10 +83,24 @@ class Handshake:
             )
         return _ranked(peer, figures)
 
-    async def _try(self, name: str, peer: WorkerInfo, landing: int) -> Figure | None:
+    async def _landing(self, peer: WorkerInfo) -> _Landing:
+        """Raises PeerLost when every one is taken for long."""
+        for landing in [one for one in self._unended if one.is_quiet()]:
+            self._unended.remove(landing)
+            self._free.put_nowait(landing)
+        try:
+            async with asyncio.timeout(self._config.peer_timeout_s):
+                return await self._free.get()
+        except TimeoutError:
+            raise PeerLost(
+                f"{peer.worker_id} was not measured: {len(self._unended)} landing blocks wait for probes that do not "
+                "end, the others are in use"
+            ) from None
+
+    async def _try(self, name: str, peer: WorkerInfo) -> Figure | None:
         """None: this transport cannot join the two (other machine), which is no failure."""
         try:
-            return Figure(name, await self._measure(self._transports[name], peer, landing))
+            return Figure(name, await self._measure(self._transports[name], peer))
         except Incompatible as e:
             log.debug("%s does not reach %s: %s", name, peer.worker_id, e)
             return None
@@ -88,24 +112,33 @@ class Handshake:
             raise PeerLost(f"transport {name} to {peer.worker_id} failed and handoff.strict is set: {reason}")
         return Figure(name, 0.0, reason)
 
-    async def _measure(self, transport: Transport, peer: WorkerInfo, landing: int) -> float:
+    async def _measure(self, transport: Transport, peer: WorkerInfo) -> float:
         """Bytes per second. Raises PeerLost, Incompatible, IntegrityError or TimeoutError."""
         async with asyncio.timeout(self._config.peer_timeout_s):
             await transport.connect(peer)
         loop = asyncio.get_running_loop()
         repeats = min(MAX_PROBE_PULLS, max(1, self._config.probe_bytes // self._memory.block_bytes))
-        await self._probe(transport, peer, landing, 1)
-        started = loop.time()
-        await self._probe(transport, peer, landing, repeats)
+        landing = await self._landing(peer)
+        try:
+            await self._probe(transport, peer, landing, 1)
+            started = loop.time()
+            await self._probe(transport, peer, landing, repeats)
+        finally:
+            if landing.is_quiet():
+                self._free.put_nowait(landing)
+            else:
+                self._unended.append(landing)
         return repeats * self._memory.block_bytes / max(loop.time() - started, _SHORTEST_S)
 
-    async def _probe(self, transport: Transport, peer: WorkerInfo, landing: int, repeats: int) -> None:
+    async def _probe(self, transport: Transport, peer: WorkerInfo, landing: _Landing, repeats: int) -> None:
         """Pull the peer's probe block `repeats` times into our landing block and look at what came."""
-        block = self._memory.block(landing)
+        block = self._memory.block(landing.block_id)
         block[:] = bytes(len(block))
         # The peer's probe block lies behind its own pool, whose size is not ours.
-        order = PullOrder(PROBE_LEASE, (peer.capability.num_blocks,) * repeats, (landing,) * repeats)
-        await _finish(transport, peer.worker_id, transport.pull(peer.worker_id, order), self._config.peer_timeout_s)
+        order = PullOrder(PROBE_LEASE, (peer.capability.num_blocks,) * repeats, (landing.block_id,) * repeats)
+        pull = transport.pull(peer.worker_id, order)
+        landing.pulls.append(pull)
+        await _finish(transport, peer.worker_id, pull, self._config.peer_timeout_s)
         if digest(block) != self._memory.probe_digest:
             raise IntegrityError(
                 f"the probe block of {peer.worker_id} came over {transport.name} with other bytes than it holds"

@@ -5,6 +5,7 @@ Owns which link serves which peer. Does not know how a link is made: it is given
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -46,6 +47,8 @@ class OrderTransport:
         self._listener = listener
         self._closed = closed
         self._links: dict[str, Link] = {}
+        self._fencing: dict[str, asyncio.Task[None]] = {}
+        """By peer, its link that is being closed."""
 
     async def connect(self, peer: WorkerInfo) -> None:
         link = self._links.get(peer.worker_id)
@@ -70,11 +73,18 @@ class OrderTransport:
     async def fence(self, peer_id: str) -> None:
         link = self._links.pop(peer_id, None)
         if link is not None:
-            await link.close()
+            self._fencing[peer_id] = asyncio.create_task(link.close(), name=f"fence {peer_id}")
+        ending = self._fencing.get(peer_id)
+        if ending is not None:  # whoever fences at the same time relies on it too
+            try:
+                await asyncio.shield(ending)
+            finally:
+                if ending.done() and self._fencing.get(peer_id) is ending:
+                    del self._fencing[peer_id]
 
     async def close(self) -> None:
         await self._listener.close()
-        for peer_id in list(self._links):
+        for peer_id in {**self._links, **self._fencing}:
             await self.fence(peer_id)
         if self._closed is not None:
             await self._closed()

@@ -29,6 +29,8 @@ class ScriptedTransport:
     connects: list[tuple[str, str]] = field(default_factory=list)
     fences: list[str] = field(default_factory=list)
     moving: list[tuple[str, Pull]] = field(default_factory=list)
+    destinations: set[int] = field(default_factory=set)
+    """Every block a pull was ever told to fill."""
     closed: bool = False
     _connected: set[str] = field(default_factory=set)
 
@@ -44,6 +46,7 @@ class ScriptedTransport:
             return failed(order, PeerLost(f"no connection to {peer_id}"))
         pull = Pull(order)
         self.moving.append((peer_id, pull))
+        self.destinations.update(order.destination)
         if order.lease_id == PROBE_LEASE:
             delay = len(order.source) * self.memory.block_bytes / self.bytes_per_s
             asyncio.get_running_loop().call_later(delay, self._land_if_moving, pull)

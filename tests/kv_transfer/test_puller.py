@@ -153,6 +153,27 @@ def test_a_probe_that_does_not_end_is_fenced_before_its_landing_block_is_used_ag
     simulate(scenario)
 
 
+def test_a_probe_that_cannot_be_ended_keeps_its_landing_block_from_everybody_else() -> None:
+    async def scenario(w: World) -> None:
+        w.slow.bytes_per_s, w.slow.fence_error = 1e-3, InternalError("its agent cannot be destroyed")
+        for boot in range(3):  # each leaves one block behind
+            assert await w.puller.connect(w.peer(boot=f"b{boot}")) == "fast"
+        late = [block for _, pull in w.slow.moving for block in set(pull.order.destination)]
+        assert len(set(late)) == len(late) == 3
+        w.fast.destinations.clear()
+        assert await w.puller.connect(w.peer(boot="b3", transports=("fast",))) == "fast"
+        assert not set(late) & w.fast.destinations, "another probe landed where late bytes may land"
+        with pytest.raises(PeerLost):  # it takes the last one
+            await w.puller.connect(w.peer(boot="b4"))
+        with pytest.raises(PeerLost, match="landing blocks"):
+            await w.puller.connect(w.peer("p1", transports=("fast",)))
+        w.slow.fence_error = None
+        await w.slow.fence("p0")  # now it could be
+        assert await w.puller.connect(w.peer("p1", transports=("fast",))) == "fast"
+
+    simulate(scenario)
+
+
 def test_requests_share_one_handshake_and_an_impatient_one_does_not_end_it() -> None:
     async def scenario(w: World) -> None:
         first, second = (asyncio.create_task(w.puller.connect(w.peer())) for _ in range(2))
