@@ -71,7 +71,9 @@ class PoolConfig(_Tree):
 
 class HandoffConfig(_Tree):
     transports: Annotated[tuple[TransportName, ...], Field(min_length=1), AfterValidator(_fit_one_process)] = Field(
-        ("shm", "nixl", "tcp"), description="Transports a worker offers; which one a pair uses is measured."
+        ("shm", "nixl", "tcp"),
+        description="Transports a worker offers, of shm, tcp, nixl, ucx and nccl (nixl or ucx, not both); which one a "
+        "pair uses is measured.",
     )
     lease_ttl_s: Seconds = Field(10.0, description="A lease ends this long after its last renewal.")
     pull_timeout_s: Seconds = Field(

@@ -253,7 +253,7 @@ WORKER = Machine(
         State("suspect", "no new requests", "worker", "`router.dead_s` of silence", "bury"),
         State("draining", "no new requests; those it has finish or move to a peer",
               "worker", "`router.dead_s` of silence", "bury"),
-        State("dead", "counted once (`baton_worker_lost_total`) if it was READY; dialled on",
+        State("dead", "counted once (`baton_worker_lost_total`) if it was READY and did not leave in order; dialled on",
               "R dials, with back-off to 2 s", "`router.dead_s` per dial", "timeout"),
     ),
     (

@@ -49,7 +49,7 @@ TABLE = (
     _c("baton_retry_waits_total", "Retries after a loss that waited for the retry budget."),
     _c("baton_moves_total", "Planned moves of requests off a draining worker, by how they ended.", "end"),
     _c("baton_quarantined_requests_total", "Requests failed as poison: aboard two crashes, or like one that was.", "reason"),
-    _c("baton_worker_lost_total", "Workers declared dead by the router.", "role"),
+    _c("baton_worker_lost_total", "Workers the router lost: silent for too long, or crashed. Who drained first is not counted.", "role"),
     _c("baton_index_resyncs_total", "Prefix index rebuilt from a snapshot after a gap or a new boot."),
     _g("baton_workers", "Workers by role and state.", "role", "state"),
     _g("baton_index_blocks", "Distinct block hashes in the prefix index."),

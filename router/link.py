@@ -247,6 +247,8 @@ class Link:
             try:
                 await self._session()
                 why = "the worker closed it"
+                if self._life.at("draining"):
+                    self._alive = False  # it left in order: that is no loss
             except TimeoutError:
                 why = f"nothing was heard within {self._around.config.dead_s:g} s"
                 self._declare_dead_if_silent()

@@ -10,9 +10,11 @@ there, and the attempt here ends with an error.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baton.core.errors import BatonError, Cancelled
 from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
@@ -41,11 +43,19 @@ class Taken:
 async def take_over(intake: Intake, parts: WorkerParts, source: TakeFrom) -> None:
     """Ends the intake if it fails."""
     taken: list[Taken] = []
+
+    async def take(answer: Answer) -> None:
+        taken.append(await _take(intake, parts, answer, source))
+
     try:
-        for answer in intake.answers.values():
-            taken.append(await _take(intake, parts, answer, source))
-        for one in taken:
-            await one.handoff.release()
+        for answer in intake.answers.values():  # the first brings the prompt, which the others share
+            request = dataclasses.replace(intake.request, choices=(answer.choice,))
+            await fetch_prefix(parts, request, intake.submit.epoch, source.worker)
+        if intake.life.ended:  # a task group that is cancelled while it fails forgets the cancel
+            raise Cancelled("the move was given up")
+        # All at once: each is paused from its take-over to its release.
+        await _all(take(answer) for answer in intake.answers.values())
+        await _all(one.handoff.release() for one in taken)
     except BaseException as e:
         for one in taken:
             one.handoff.give_up()
@@ -57,12 +67,16 @@ async def take_over(intake: Intake, parts: WorkerParts, source: TakeFrom) -> Non
         intake.adopt(taken)
 
 
+async def _all(them: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Each to its end, together. Raises the first error."""
+    for error in await asyncio.gather(*them, return_exceptions=True):
+        if error is not None:
+            raise error
+
+
 async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: TakeFrom) -> Taken:
     request = dataclasses.replace(intake.request, choices=(answer.choice,))
     epoch, ttl_s = intake.submit.epoch, parts.handoff.lease_ttl_s
-    await fetch_prefix(parts, request, epoch, source.worker)
-    if intake.life.ended:  # a task group that is cancelled while it fails forgets the cancel
-        raise Cancelled("the move was given up")
     arrival = intake.arrive(_sequence(intake, parts, answer), may_grow=True)
     running = RunningAttempt(intake.outbox.router_id, source.epoch, answer.choice.index)
     call = PrefillCall(

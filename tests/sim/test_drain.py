@@ -80,6 +80,7 @@ def test_a_decode_worker_that_is_drained_under_load_computes_no_token_twice_and_
             assert answer.tokens == right(r)
         assert s.router.metrics[-1].value("baton_moves_total", end="moved") >= 2
         assert s.router.metrics[-1].value("baton_dispatch_retries_total", reason="peer_lost") == 0
+        assert s.router.metrics[-1].value("baton_worker_lost_total", role="decode") == 0, "it left in order"
         needed = {r.request_id: len(r.prompt) + OUTPUT - 1 for r in requests}
         assert computed(s) == needed, "each token went through an engine once"
         assert took[0] < 2.0, "it left as soon as it was empty"
