@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -28,26 +30,43 @@ def simulate(
     trace: Annotated[bool, typer.Option("--trace", help="Print every event.")] = False,
 ) -> None:
     """Run worlds of routers, workers, clients and faults, and check that nothing is lost."""
-    from baton.sim.campaign import shrink as smallest
     from baton.sim.more_faults import draw_faults
-    from baton.sim.simulate import simulate as run_world
 
-    if not trace:
-        # What workers and routers warn about is the point of these worlds; the report counts it.
-        logging.getLogger("baton").setLevel(logging.CRITICAL)
     if seeds > 1:
         if trace or faults is not None or jobs_kept is not None:
             raise typer.BadParameter("--trace, --faults and --jobs-kept are for one world: leave --seeds out.")
-        raise typer.Exit(_campaign(range(seed, seed + seeds), jobs, shrink))
+        with _quiet():
+            raise typer.Exit(_campaign(range(seed, seed + seeds), jobs, shrink))
     kept = _positions(faults)
     num_faults = len(draw_faults(seed))
     if kept is not None and any(position >= num_faults for position in kept):
         raise typer.BadParameter(f"--faults {faults}: world {seed} has {num_faults} faults, counted from 0.")
-    report = run_world(seed, trace, kept_faults=kept, kept_jobs=jobs_kept)
+    with contextlib.nullcontext() if trace else _quiet():
+        raise typer.Exit(_one(seed, trace, kept, jobs_kept, shrink))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What workers and routers warn about is the point of these worlds; the report counts it."""
+    ours = logging.getLogger("baton")
+    before = ours.level
+    ours.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
+
+
+def _one(seed: int, trace: bool, kept_faults: tuple[int, ...] | None, kept_jobs: int | None, shrink: bool) -> int:
+    """The exit code."""
+    from baton.sim.campaign import shrink as smallest
+    from baton.sim.simulate import simulate as run_world
+
+    report = run_world(seed, trace, kept_faults=kept_faults, kept_jobs=kept_jobs)
     print(report)
-    if not report.ok and shrink and not trace and faults is None and jobs_kept is None:
+    if not report.ok and shrink and not trace and kept_faults is None and kept_jobs is None:
         print(f"smallest: {smallest(report)}")
-    raise typer.Exit(0 if report.ok else 1)
+    return 0 if report.ok else 1
 
 
 def _campaign(seeds: range, jobs: int, shrink: bool) -> int:

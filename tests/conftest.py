@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,14 @@ if TYPE_CHECKING:  # torch and its like are loaded by the tests that need them, 
 
 settings.register_profile("house", deadline=None)  # no test looks at the clock: machines are shared
 settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _what_is_logged_stays_as_it_was() -> Iterator[None]:
+    """A test that silences a logger for good makes others fail that read it, a hundred files later."""
+    ours = logging.getLogger("baton")
+    yield
+    assert (logging.root.manager.disable, ours.level, ours.propagate) == (0, logging.NOTSET, True)
 
 
 @pytest.fixture(scope="session")
