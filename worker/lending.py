@@ -258,25 +258,31 @@ class CachedLending:
         self._out = LentSequence(parts, call, seq, lease)
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
-        parts, seq, handed = self._parts, self._seq, False
-        size = parts.pool.block_size
-        blocks = parts.pool.match(parts.steps.scheduler.hashes(seq, seq.num_tokens // size))
-        parts.pool.acquire(blocks)
-        seq.block_table.blocks.extend(blocks)
-        parts.hold(seq)
+        parts, handed = self._parts, False
         try:
+            published = self._lend()
             yield Accepted(self._out.lease)
-            started_s = parts.clock() - self._out.arrived_s
-            span = Span("lend cached", started_s, started_s, f"{len(blocks)} blocks")
-            if self._out.num_published < len(blocks):
-                for event in self._out.publish(len(blocks) * size, span, last=True):
-                    yield event
+            for event in published:
+                yield event
             handed = True
-            yield self._out.state((), self._out.num_published * size, 0, ())
+            yield self._out.state((), self._out.num_published * parts.pool.block_size, 0, ())
         finally:
-            parts.let_go(seq)
-            parts.pool.release(seq.block_table.blocks)
-            seq.block_table.blocks.clear()
             self._out.life.on("hand" if handed else "end")
             if not handed:
                 parts.leases.abandon(self._out.lease.lease_id, parts.clock())
+
+    def _lend(self) -> Iterable[Published]:
+        """From now on the lease alone holds the blocks, however slowly the reader reads."""
+        parts, seq, size = self._parts, self._seq, self._parts.pool.block_size
+        blocks = parts.pool.match(parts.steps.scheduler.hashes(seq, seq.num_tokens // size))
+        if self._out.num_published >= len(blocks):
+            return ()
+        parts.pool.acquire(blocks)
+        seq.block_table.blocks.extend(blocks)
+        try:
+            now_s = parts.clock() - self._out.arrived_s
+            span = Span("lend cached", now_s, now_s, f"{len(blocks)} blocks")
+            return self._out.publish(len(blocks) * size, span, last=True)
+        finally:
+            parts.pool.release(blocks)
+            seq.block_table.blocks.clear()
