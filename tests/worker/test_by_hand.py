@@ -204,6 +204,21 @@ def test_the_next_turn_pulls_the_answer_from_the_decode_worker_that_made_it(read
     play(story, num_prefill=2, num_decode=2)
 
 
+def test_a_reader_of_the_cache_that_stands_still_holds_nothing_beyond_its_lease() -> None:
+    async def story(b: Bench) -> None:
+        await b.stream(b.decode[0]).submit(request("turn-1", PROMPT), 1).ended()
+        node = b.decode[0].node
+        assert node is not None
+        events = node.prefill(PrefillCall(request("r", PROMPT), 2, "decode-1", 0, 3.0, LendMode.CACHED))
+        await anext(events)
+        assert node.parts.pool.ledger().lent == len(PROMPT) // BLOCK
+        await asyncio.sleep(4.0)  # nobody renews
+        assert (node.parts.pool.ledger().lent, node.parts.pool.ledger().active) == (0, 0)
+        await events.aclose()  # type: ignore[attr-defined]
+
+    play(story, num_decode=2)
+
+
 def test_a_holder_that_is_gone_costs_only_the_cache() -> None:
     async def story(b: Bench) -> None:
         heard = b.stream(b.decode[0]).submit(request("turn-1", PROMPT), 1)
