@@ -258,8 +258,9 @@ def test_a_frozen_lender_writes_no_byte_into_a_block_that_has_a_new_owner(
     """Frozen half-way, timed out, quarantined, fenced, thawed: the blocks are somebody else's by then."""
     seen = freeze_once(transport)
     assert not seen.missed, f"nothing was on its way when the lender was stopped: {seen}"
-    assert seen.timed_out > 0, "the second pull needs a lender that is awake"
-    assert seen.fences == 1, f"{seen}"
+    if request.node.callspec.params["transport"] != "nixl":  # process_vm_readv reads a frozen process, too
+        assert seen.timed_out > 0, "the second pull needs a lender that is awake"
+    assert seen.fences == (seen.timed_out > 0), f"{seen}"
     assert seen.late_bytes == 0, f"{seen}"
     # UCX's emulated READ aborts a process that finds its reader fenced when it wakes up (docs/notes/0003).
     assert seen.lender_lived or request.node.callspec.params["transport"] == "nixl/tcp"
