@@ -95,7 +95,7 @@ class Handoff:
         """Until everything is here and verified. Raises the BatonError that broke the hand-off; the lease is released
         then, and the arrival knows what was verified."""
         try:
-            failure = await self._drive()
+            failure = await self._driven()
             if failure is not None:
                 raise failure
             return self._complete()
@@ -164,6 +164,17 @@ class Handoff:
             self._parts.metrics.inc("baton_integrity_failures_total", reason="incomplete")
             raise IntegrityError(f"{self._lender.worker_id} handed over {', '.join(wrong)}. It is not used.")
         return state
+
+    async def _driven(self) -> BatonError | None:
+        """In a task of its own: one whose TaskGroup fails while it is cancelled may forget the cancel, and one whose
+        TaskGroup fails as it ends may stay half cancelled, so that its next time-out kills it (Python 3.11.2)."""
+        me, driving = asyncio.current_task(), asyncio.create_task(self._drive())
+        assert me is not None
+        num_cancels = me.cancelling()
+        failure = await driving
+        if me.cancelling() > num_cancels:
+            raise asyncio.CancelledError
+        return failure
 
     async def _drive(self) -> BatonError | None:
         """Read, pull and renew side by side; the first failure ends them all and is returned."""

@@ -156,9 +156,8 @@ class Intake:
     async def _fetch_and_run(self, holder: WorkerInfo) -> None:
         try:
             await fetch_prefix(self._parts, self.request, self.submit.epoch, holder)
-            if not self.life.ended:  # a task group that is cancelled while it fails forgets the cancel
-                self.life.on("fetched")
-                self._run_leader()
+            self.life.on("fetched")
+            self._run_leader()
         except BatonError as e:
             self.end(e)
 

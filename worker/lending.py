@@ -130,7 +130,6 @@ class ComputeLending:
         self._first_start: int | None = None
         self._spans: list[Span] = []
         self._layers_began = False
-        self._closed = False
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
         """The Prefill stream. Closing it before HandoffState ends the work and the lease."""
@@ -154,7 +153,6 @@ class ComputeLending:
                     handed = isinstance(event, HandoffState)
                     yield event
         finally:
-            self._closed = True
             timer.cancel()
             if fetching is not None:
                 fetching.cancel()
@@ -174,8 +172,6 @@ class ComputeLending:
 
     async def _fetch_and_begin(self, holder: WorkerInfo) -> None:
         await fetch_prefix(self._parts, self._call.request, self._call.epoch, holder)
-        if self._closed:  # a task group that is cancelled while it fails forgets the cancel
-            return
         self._out.life.on("fetched")
         try:
             self._begin()

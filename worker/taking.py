@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from baton.core.errors import BatonError, Cancelled
+from baton.core.errors import BatonError
 from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
 from baton.core.messages import TakeFrom
 from baton.core.sequence import SequenceState, new_sequence
@@ -51,8 +51,6 @@ async def take_over(intake: Intake, parts: WorkerParts, source: TakeFrom) -> Non
         for answer in intake.answers.values():  # the first brings the prompt, which the others share
             request = dataclasses.replace(intake.request, choices=(answer.choice,))
             await fetch_prefix(parts, request, intake.submit.epoch, source.worker)
-        if intake.life.ended:  # a task group that is cancelled while it fails forgets the cancel
-            raise Cancelled("the move was given up")
         # All at once: each is paused from its take-over to its release.
         await _all(take(answer) for answer in intake.answers.values())
         await _all(one.handoff.release() for one in taken)
