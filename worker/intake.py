@@ -341,6 +341,8 @@ class Intake:
     async def pause(self, answer: Answer) -> bool:
         """Stop it at the next step boundary; False: it ended before. `given` follows."""
         assert answer.seq is not None, "only what runs is paused"
+        if self.life.ended or answer.finish is not None:
+            return False
         if self.life.at("running"):
             self.life.on("move")
         answer.paused = True

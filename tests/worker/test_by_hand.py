@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from baton.core.errors import NotFound
 from baton.core.handoff import HandoffState, Layers, LendMode, PrefillCall, Published, RunningAttempt
 from baton.core.messages import TakeFrom
 from baton.core.request import Choice, FinishReason, Request
@@ -382,6 +383,28 @@ def test_a_request_that_ended_is_not_moved() -> None:
         assert after.last.error_code == "not_found"
 
     play(story, num_decode=2)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "finished"])
+def test_a_request_that_ends_before_it_is_paused_is_not_moved(end: str) -> None:
+    async def story(b: Bench) -> None:
+        r, node = request("r", PROMPT, max_tokens=8), b.decode[0].node
+        assert node is not None
+        source = b.stream(b.decode[0])
+        before = source.submit(r, 1)
+        await before.until(lambda h: len(h.tokens[0]) >= 4)
+        running = RunningAttempt(HAND, 1, 0)
+        events = node.prefill(PrefillCall(r, 2, "decode-1", 0, 3.0, LendMode.TAKE_OVER, running))
+        await anext(events)  # accepted; the reader is slow to read on
+        if end == "cancelled":
+            source.cancel(r, 1)
+            await asyncio.sleep(0.5)
+        else:
+            await before.ended()
+        with pytest.raises(NotFound):
+            await anext(events)
+
+    play(story)
 
 
 def test_a_cancel_in_the_middle_of_a_move_ends_both_sides() -> None:
