@@ -13,6 +13,7 @@ from baton.core.messages import Cancel, Hello, StepMessage, Submit, TakeFrom, To
 from baton.core.request import Choice, FinishReason, Request, SamplingParams, TokenLogprob
 from baton.core.worker import Role, Route, WorkerInfo, WorkerLoad
 from baton.engine.hash_runner import StepCosts
+from baton.models.hash_model import expected
 from baton.sim.loop import SimLoop, SimProcess, run
 from baton.sim.machine import Builders, Machine, SimRegistry, Site, Terms
 from baton.sim.network import Conditions, SimNetwork
@@ -22,6 +23,11 @@ from baton.sim.transport import Fabric, WireSpeed
 BLOCK = 4
 MAX_MODEL_LEN = 96
 HAND = "hand"
+PROMPT = tuple(range(1, 31))  # 30 tokens: 7 full blocks and a half one
+ALIGNED = tuple(range(1, 33))
+PLAIN: dict[str, object] = {}
+FANCY = {"temperature": 0.8, "seed": 7, "frequency_penalty": 0.5, "presence_penalty": 0.25, "repetition_penalty": 1.2,
+         "logit_bias": ((5, 2.0),), "logprobs": 3}
 
 
 def terms(num_blocks: int = 60, bytes_per_s: float = 1e6, max_step_tokens: int = 256, **handoff: object) -> Terms:
@@ -208,3 +214,15 @@ def play(
         await bench.hand.spawn(told(), "story")
 
     run(seed, main)
+
+
+def check(r: Request, heard: Heard) -> None:
+    """Every choice, from what was delivered before, log-probs and all."""
+    for choice, answer in zip(r.choices, expected(r, MAX_MODEL_LEN), strict=True):
+        start = len(choice.delivered)
+        assert heard.tokens[choice.index] == [t.token_id for t in answer.tokens[start:]], f"choice {choice.index}"
+        assert heard.finish[choice.index] is answer.finish
+        if r.sampling.logprobs is not None:
+            assert heard.logprobs[choice.index] == [t.logprob for t in answer.tokens[start:]]
+        else:
+            assert not heard.logprobs[choice.index]
