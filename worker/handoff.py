@@ -104,12 +104,10 @@ class Handoff:
             raise
 
     def give_up(self) -> None:
-        """Let the lender know that we want no more, without waiting for it. The end of a take-over's call resumes the
-        request there; a release would be the acknowledgement."""
-        if self._call.mode is LendMode.TAKE_OVER:
-            self._parts.spawn(self._close())
-        else:
-            self._parts.spawn(self._release_quietly())
+        """Let the lender know that we want no more, without waiting for it. The end of a call that is still open ends
+        its lease; the release of a take-over would be the acknowledgement."""
+        computes = self._call.mode is LendMode.COMPUTE
+        self._parts.spawn(self._release_quietly() if computes else self._close())
 
     async def release(self) -> None:
         """Learn whether the lease was good throughout: raises PeerLost if not, and the arrival forgets what came. A
@@ -190,8 +188,8 @@ class Handoff:
         return failure
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
-        """All events until HandoffState, each within peer_timeout_s of the one before. A take-over's call stays open
-        until the release."""
+        """All events until HandoffState, each within peer_timeout_s of the one before. The call ends then if it
+        computed something; if it lends what was there, it stays open until the release."""
         silence_s = self._parts.handoff.peer_timeout_s
         try:
             while self._state is None:
@@ -207,7 +205,7 @@ class Handoff:
                     raise
                 self._on_event(event, tasks)
         finally:
-            if self._state is None or self._call.mode is not LendMode.TAKE_OVER:
+            if self._state is None or self._call.mode is LendMode.COMPUTE:
                 await self._close()
 
     async def _close(self) -> None:

@@ -9,7 +9,8 @@
 
 `CachedLending`: what the prefix map has, published in slices; nothing is computed.
 
-If the reader goes away before HandoffState is out, the work ends and the lease is abandoned.
+If the reader goes away before HandoffState is out, the work ends and the lease is abandoned; a reader of the cache
+stays until it has released.
 """
 
 from __future__ import annotations
@@ -248,24 +249,30 @@ class ComputeLending:
 
 
 class CachedLending:
-    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
+    """Its call stays open until the release: whoever closes it before, even one who never heard of the lease, ends the
+    lease with it."""
+
+    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState) -> None:
         self._parts = parts
         self._seq = seq
+        self._ended = asyncio.Event()
+        lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, parts.clock(), lambda how: self._ended.set())
         self._out = LentSequence(parts, call, seq, lease)
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
-        parts, handed = self._parts, False
+        out, parts = self._out, self._parts
         try:
             published = self._lend()
-            yield Accepted(self._out.lease)
+            yield Accepted(out.lease)
             for event in published:
                 yield event
-            handed = True
-            yield self._out.state((), self._out.num_published * parts.pool.block_size, 0, ())
+            yield out.state((), out.num_published * parts.pool.block_size, 0, ())
+            out.life.on("hand")
+            await self._ended.wait()  # the lease has a deadline
         finally:
-            self._out.life.on("hand" if handed else "end")
-            if not handed:
-                parts.leases.abandon(self._out.lease.lease_id, parts.clock())
+            if not out.life.at("lent"):
+                out.life.on("end")
+            parts.leases.abandon(out.lease.lease_id, parts.clock())  # nothing, if it was released
 
     def _lend(self) -> Iterable[Published]:
         """From now on the lease alone holds the blocks, however slowly the reader reads."""

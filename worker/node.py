@@ -153,16 +153,16 @@ class WorkerNode:
     def _lending(self, call: PrefillCall) -> ComputeLending | CachedLending | Giving:
         """Raises Overloaded and InvalidRequest for what cannot be computed here, NotFound for what does not run
         here."""
-        parts, now = self._shared, asyncio.get_running_loop().time()
+        parts = self._shared
         if call.mode is LendMode.TAKE_OVER:
             return Giving(parts, call, self._running_intake(call))
         if call.mode is LendMode.COMPUTE and self._draining:
             raise self._drained_away()
         num_delivered = max(len(c.delivered) for c in call.request.choices)
         seq = self._sequence(call.request, call.epoch, max_output_tokens=num_delivered + 1)
-        lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, now)
         if call.mode is LendMode.CACHED:
-            return CachedLending(parts, call, seq, lease)
+            return CachedLending(parts, call, seq)
+        lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, parts.clock())
         return ComputeLending(parts, call, seq, lease)
 
     def _running_intake(self, call: PrefillCall) -> Intake:
