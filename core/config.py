@@ -234,6 +234,11 @@ def cache_dir(config: ModelConfig | None = None) -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "baton"
 
 
+def compiler() -> str | None:
+    """$CXX: the C++ compiler of the host library, instead of the first that is found."""
+    return os.environ.get("CXX") or None
+
+
 def child_env(threads: int) -> dict[str, str]:
     """Environment of a worker process: ours, plus one OpenMP team of the stated size (barriers on contended cores
     cost 50x) and quiet libraries. Values the user set win."""

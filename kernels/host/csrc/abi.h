@@ -6,12 +6,14 @@
    2. baton_program_new copies the op list and the descriptors of the matrices; the memory behind them stays the
       caller's and must outlive the program.
    3. baton_step runs ops [first_op, ...) over one batch, on a team of threads. It returns the index of the op it
-      stopped before: a COLLECTIVE or CAPTURE op, or num_ops. `*layers_done` counts the layers whose K and V are in
-      the pool, release-ordered; another thread may read it at any time.
+      stopped at, a COLLECTIVE or CAPTURE op (go on with the one after it, and the same batch), or num_ops.
+      `*layers_done` counts the layers whose K and V are in the pool, release-ordered; another thread may read it at
+      any time.
    4. baton_program_free. One step at a time per program. */
 #pragma once
 #include <stdint.h>
 
+#pragma GCC visibility push(default) /* everything else is hidden */
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -20,10 +22,9 @@ extern "C" {
 
 typedef enum { BATON_FP32 = 0, BATON_BF16 = 1, BATON_INT8 = 2, BATON_INT4 = 3 } BatonFormat;
 
-/* A packed weight matrix W [n, k]; y = x W^T. See pack.h for the panels of each format. */
+/* A packed weight matrix W [n, k]; y = x W^T. See pack.h for the panels of each format; scales lie in them. */
 typedef struct {
   const void* panels;
-  const float* scales;  /* int8: [n] one per output channel; else unused. int4 keeps its scales in the panels */
   int32_t n, k;
   int32_t format;       /* BatonFormat */
   int32_t reserved;
@@ -31,7 +32,8 @@ typedef struct {
 
 typedef enum {
   BATON_OP_EMBED = 0,          /* hidden = embed[token] (fp32 rows) */
-  BATON_OP_RMS_NORM,           /* x = rms_norm(hidden) * vector, in the activation format of the next linear */
+  BATON_OP_RMS_NORM,           /* x = rms_norm(hidden) * vector, in the activation format of the next linear, which
+                                  takes it (so nothing may write hidden in between) */
   BATON_OP_LINEAR,             /* wide = x W^T (fp32) */
   BATON_OP_LINEAR_RESIDUAL,    /* hidden += x W^T */
   BATON_OP_ROPE_WRITE_KV,      /* wide is q|k|v: rotate q and k, write k and v of `layer` into the pool */
@@ -56,10 +58,9 @@ typedef struct {
 typedef struct {
   int32_t hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
   int32_t num_layers, block_size;
-  int32_t kv_format;          /* BATON_FP32, BATON_BF16 or BATON_INT8 */
-  int32_t activation_format;  /* what linears read: BATON_FP32, BATON_BF16, or BATON_INT8 (also for int4 weights) */
-  float rope_theta;
-  int32_t max_rows;           /* most rows of one step: buffers are made for it once */
+  int32_t kv_format;              /* BATON_FP32, BATON_BF16 or BATON_INT8 */
+  int32_t max_rows;               /* most rows of one step: buffers are made for it once */
+  const float* rope_frequencies;  /* [head_dim / 2] fp32: an angle is position * frequency, in fp32; copied */
 } BatonShape;
 
 /* Consecutive rows of one sequence: positions [start, start + num_rows), KV through blocks[first_block ...]. */
@@ -74,7 +75,8 @@ typedef struct {
   const int32_t* sampled_rows;  /* [num_sampled], rising */
   uint8_t* pool;                /* num_blocks * block bytes, 64-byte aligned */
   float* logits;                /* [num_sampled, vocab_size], or null if num_sampled is 0 */
-  int32_t* argmax;              /* [num_sampled]: index of the greatest logit (the first of equals), or null */
+  int32_t* argmax;              /* [num_sampled]: index of the greatest logit (the first of equals; NaN is greater
+                                   than all), or null */
   int32_t* layers_done;
   int32_t num_rows, num_spans, num_sampled, reserved;
 } BatonBatch;
@@ -94,11 +96,12 @@ void baton_team_free(BatonTeam* team);
 
 /* Bytes of a packed [n, k] matrix; multiple of 64. */
 int64_t baton_packed_bytes(int32_t format, int32_t n, int32_t k);
-/* Into `panels` (64-byte aligned, baton_packed_bytes long). scales: int8 only, [n], written. */
+/* Into `panels` (64-byte aligned, baton_packed_bytes long). int8 has one scale per output channel. */
 void baton_pack_fp32(const float* w, int32_t n, int32_t k, void* panels);
 void baton_pack_bf16(const float* w, int32_t n, int32_t k, void* panels);
-void baton_pack_int8(const float* w, int32_t n, int32_t k, void* panels, float* scales);
-/* w = q * scale - minimum, per group of 32 along k: q [n, k] uint8 0..15, scale and minimum [n, k / 32] fp32. */
+void baton_pack_int8(const float* w, int32_t n, int32_t k, void* panels);
+/* w = q * scale - minimum, per group of 32 along k: q [n, k] uint8 0..15, scale and minimum [n, k / 32] fp32, kept in
+   fp16 (what GGUF's Q4_0 and Q4_1 hold). k is a multiple of 32. */
 void baton_pack_int4(const uint8_t* q, const float* scale, const float* minimum, int32_t n, int32_t k, void* panels);
 
 /* Null and *error (a static string) if the program makes no sense or the CPU lacks `isa`. */
@@ -117,6 +120,14 @@ void baton_linear(const char* isa, BatonTeam* team, const float* x, int32_t m, c
 void baton_attention(const char* isa, BatonTeam* team, const BatonShape* shape, const BatonBatch* batch, int32_t layer,
                      const float* q, float* out);
 
+/* The row operations of isa.h, one row each. `run` is a K or V run of a block; `slot` a token's place in it. */
+void baton_rms_norm(const char* isa, const float* x, const float* weight, float eps, int32_t n, float* out);
+void baton_swiglu(const char* isa, const float* gate_up, int32_t n, float* out);
+void baton_rope(const char* isa, float* head, const float* cos_sin, int32_t head_dim);
+void baton_store_kv(const char* isa, const float* values, int32_t format, int32_t head_dim, int32_t block_size,
+                    int32_t slot, uint8_t* run);
+
 #ifdef __cplusplus
 }
 #endif
+#pragma GCC visibility pop

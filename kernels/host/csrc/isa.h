@@ -23,12 +23,13 @@ constexpr int kPadK = 64;      // activations are zero-padded to a multiple of t
 struct Activations {
   void* data;         // fp32, bf16 or int8 elements
   float* scales;      // int8: [rows], value = element * scale; else null
-  int32_t* sums;      // int8: [rows, stride / kGroup] sums of each group's elements (int4 minimums; null if not kept)
+  int32_t* sums;      // int8: [rows, stride / kGroup] sums of each group's elements; else null
   int32_t k, stride;  // elements
   int32_t format;
 };
 
-inline int padded(int k) { return (k + kPadK - 1) / kPadK * kPadK; }
+// `static`: the linker would merge inline functions of files that were compiled for different instruction sets.
+static inline int padded(int k) { return (k + kPadK - 1) / kPadK * kPadK; }
 
 // y [rows, y_stride] fp32 (+)= x W^T for panels [panel_begin, panel_end) and rows [0, num_rows).
 struct LinearTask {

@@ -1,0 +1,89 @@
+// A program: an op list checked and laid out for execution, with the buffers of one step.
+//
+// Producers of x (norm, SwiGLU, attention) are not executed where they stand: the linear op that reads x remembers its
+// source, and makes activations from it when it runs. With few rows every thread makes them for itself, which costs
+// less than a barrier between the two.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "isa.h"
+
+namespace baton {
+
+struct FreeMemory {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeMemory>;
+
+// 64-byte aligned and not initialised.
+template <typename T>
+Buffer<T> make_buffer(size_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+}
+
+enum class Source { kNone, kNorm, kSwiglu, kAttention };
+
+struct CompiledOp {
+  BatonOpKind kind;
+  int layer;
+  const BatonMatrix* matrix;
+  Source source;        // of a matrix product: what x is made of
+  float eps;            // kNorm
+  const float* vector;  // kNorm: weight; EMBED: rows
+};
+
+int activation_format(int weight_format);
+int element_bytes(int format);  // of fp32, bf16, int8
+size_t run_bytes(const BatonShape& shape);
+size_t block_bytes(const BatonShape& shape);
+
+// Room for activations of any format: `rows` rows of `stride` elements.
+struct ActivationBuffer {
+  Buffer<uint8_t> data;
+  Buffer<float> scales;
+  Buffer<int32_t> sums;
+
+  ActivationBuffer(size_t rows, size_t elements);
+  Activations view(int k, int weight_format) const;
+};
+
+// What one thread needs for itself.
+struct ThreadSpace {
+  ActivationBuffer activations;  // of few rows: kOwnElements
+  Buffer<float> row;             // one row before it is rounded
+  Buffer<uint8_t> attention;
+  uint64_t prepared = 0;         // the last product for which `activations` were made
+  uint64_t begun = 0;            // the last step for which Isa::thread_begin was called
+};
+
+// Rows times k up to which every thread makes all activations of a product for itself.
+constexpr int kOwnElements = 8192;
+constexpr int kOwnRows = 16;
+
+}  // namespace baton
+
+struct BatonProgram {
+  const baton::Isa& isa;
+  BatonShape shape;
+  std::vector<float> frequencies;
+  std::vector<BatonMatrix> matrices;
+  std::vector<baton::CompiledOp> ops;
+  int widest = 0;  // the longest row of `wide`, the longest k
+  int longest_k = 0;
+
+  baton::Buffer<float> hidden, wide, mixed, rotation;
+  baton::ActivationBuffer activations{0, 0};
+  std::vector<baton::ThreadSpace> threads;
+  int rows = 0;           // of the step in execution: fewer once only sampled rows are kept
+  uint64_t steps = 0;
+  uint64_t products = 0;  // counts matrix products, to know for which of them a thread is prepared
+
+  BatonProgram(const baton::Isa& isa, const BatonShape& shape) : isa(isa), shape(shape) {}
+  // Null, or what is wrong.
+  const char* compile(const BatonOp* list, int num_ops, const BatonMatrix* given, int num_matrices);
+  void make_buffers();
+  void make_thread_spaces(int num_threads);
+};

@@ -1,0 +1,138 @@
+"""The host library in this process: found or compiled, and its C interface (csrc/abi.h) by ctypes.
+
+Owns the way to the library file and the mirrors of the C structures. Does not know models or requests.
+
+Life of the library file:
+1. A wheel that was built where a compiler was holds it, named by the digest of its sources: it is found first.
+2. Otherwise it is compiled on first use (seconds) into the cache directory, keyed by sources, flags and compiler;
+   one process compiles, the others wait.
+3. No library and no compiler: SetupError. Whoever asked chooses what then (engine/host_runner.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from baton.core import config
+from baton.core.errors import SetupError
+from baton.core.once import made_once
+from baton.kernels.host import build
+
+ABI_VERSION: Final = 1
+FORMATS: Final = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+ISAS: Final = ("amx", "avx512", "avx2", "scalar")
+"""Best first."""
+OPS: Final = ("embed", "rms_norm", "linear", "linear_residual", "rope_write_kv", "attention", "keep_sampled_rows",
+              "swiglu", "lm_head", "collective", "capture")
+LIBRARY_NAME: Final = "libbaton_host.so"
+
+
+class Matrix(ctypes.Structure):
+    _fields_: ClassVar = [("panels", c_void_p), ("n", c_int32), ("k", c_int32), ("format", c_int32),
+                          ("reserved", c_int32)]
+
+
+class Op(ctypes.Structure):
+    _fields_: ClassVar = [("kind", c_int32), ("layer", c_int32), ("matrix", c_int32), ("eps", c_float),
+                          ("vector", c_void_p)]
+
+
+class Shape(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in (
+            "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers",
+            "block_size", "kv_format", "max_rows")),
+        ("rope_frequencies", c_void_p)]
+
+
+class Span(ctypes.Structure):
+    _fields_: ClassVar = [(name, c_int32) for name in ("row", "num_rows", "start", "first_block")]
+
+
+class Batch(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in (
+            "tokens", "spans", "blocks", "sampled_rows", "pool", "logits", "argmax", "layers_done")),
+        *((name, c_int32) for name in ("num_rows", "num_spans", "num_sampled", "reserved"))]
+
+
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "baton_abi_version": (c_int32, ()),
+    "baton_best_isa": (c_char_p, ()),
+    "baton_has_isa": (c_int32, (c_char_p,)),
+    "baton_team_new": (c_void_p, (c_int32, c_int32)),
+    "baton_team_free": (None, (c_void_p,)),
+    "baton_packed_bytes": (c_int64, (c_int32, c_int32, c_int32)),
+    "baton_pack_fp32": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "baton_pack_bf16": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "baton_pack_int8": (None, (c_void_p, c_int32, c_int32, c_void_p)),
+    "baton_pack_int4": (None, (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
+    "baton_program_new": (c_void_p, (c_char_p, POINTER(Shape), POINTER(Op), c_int32, POINTER(Matrix), c_int32,
+                                     POINTER(c_char_p))),
+    "baton_program_free": (None, (c_void_p,)),
+    "baton_program_hidden": (POINTER(c_float), (c_void_p,)),
+    "baton_step": (c_int32, (c_void_p, c_void_p, POINTER(Batch), c_int32)),
+    "baton_linear": (None, (c_char_p, c_void_p, c_void_p, c_int32, POINTER(Matrix), c_void_p, c_int32)),
+    "baton_attention": (None, (c_char_p, c_void_p, POINTER(Shape), POINTER(Batch), c_int32, c_void_p, c_void_p)),
+    "baton_rms_norm": (None, (c_char_p, c_void_p, c_void_p, c_float, c_int32, c_void_p)),
+    "baton_swiglu": (None, (c_char_p, c_void_p, c_int32, c_void_p)),
+    "baton_rope": (None, (c_char_p, c_void_p, c_void_p, c_int32)),
+    "baton_store_kv": (None, (c_char_p, c_void_p, c_int32, c_int32, c_int32, c_int32, POINTER(c_uint8))),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, loaded once per process. Raises SetupError, in one sentence, where there can be none."""
+    path = find_or_build()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise SetupError(f"the host library does not load ({e}). Delete it and start again: it is compiled anew, or "
+                         "set engine.backend=torch.") from e
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    assert library.baton_abi_version() == ABI_VERSION, (library.baton_abi_version(), ABI_VERSION)
+    return library
+
+
+def isas() -> tuple[str, ...]:
+    """What this CPU and the library have, best first."""
+    library = load()
+    return tuple(isa for isa in ISAS if library.baton_has_isa(isa.encode()))
+
+
+def find_or_build() -> Path:
+    """The library's file: out of the package, or compiled into the cache directory. Raises SetupError."""
+    packaged = packaged_path()
+    if packaged.exists():
+        return packaged
+    wanted = config.compiler()
+    compiler = build.find_compiler(wanted)
+    if compiler is None:
+        what = f"$CXX is {wanted!r}, which is no command" if wanted else "there is no C++ compiler"
+        raise SetupError(f"the host library cannot be compiled: {what}. Install g++ or clang++, or set "
+                         "engine.backend=torch.")
+    try:
+        key = build.digest(build.version(compiler))
+        directory = config.cache_dir() / "kernels" / f"host-{key}"
+        return made_once(directory, _opened, lambda d: build.compile_library(compiler, d / LIBRARY_NAME),
+                         "compile the host library")
+    except build.BuildError as e:
+        raise SetupError(f"the host library cannot be compiled: {e}. Set CXX to another compiler, or "
+                         "engine.backend=torch.") from e
+
+
+def packaged_path() -> Path:
+    """Where a wheel keeps its library."""
+    return Path(build.__file__).with_name(f"libbaton_host-{build.digest()}.so")
+
+
+def _opened(directory: Path) -> Path | None:
+    library = directory / LIBRARY_NAME
+    return library if library.exists() else None
