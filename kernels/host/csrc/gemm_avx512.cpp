@@ -1,0 +1,248 @@
+// Matrix products with AVX-512 (BF16 and VNNI), and activations for them.
+//
+// A panel's line is one register: 16 columns times as much of k as four bytes of an activation row hold. So fp32, bf16
+// and int8 are one loop: per line, each row's four bytes are broadcast and multiplied into that row's accumulator.
+// A block of kRows x kPanels accumulators goes through all of k; a smaller block does the same for each of its rows, so
+// a row's bits do not depend on the others.
+//
+// Order: panels outside, rows inside. Weights come from memory once, activations again and again from L2. While the
+// first rows meet a block of panels, the next block is fetched into L2: with few rows, that is what the time goes to.
+// The compiler's own header reads undefined registers on purpose (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "pack.h"
+#include "parts.h"
+
+namespace baton::avx512 {
+namespace {
+
+// One block of work: kPanels panels from `panel` on, kRows rows from `row` on.
+struct Block {
+  const LinearTask& task;
+  int64_t panel_bytes;
+  int panel, row;
+  bool fetch;  // the next block of panels
+
+  const uint8_t* weights() const { return static_cast<const uint8_t*>(task.w->panels) + panel * panel_bytes; }
+  const uint8_t* activations(int element_bytes) const {
+    return static_cast<const uint8_t*>(task.x.data) + static_cast<int64_t>(row) * task.x.stride * element_bytes;
+  }
+};
+
+inline __m512i broadcast4(const uint8_t* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return _mm512_set1_epi32(bytes);
+}
+
+struct Fp32 {
+  using Sum = __m512;
+  static constexpr int kRows = 6, kPanels = 4, kElementBytes = 4;
+  static Sum add(Sum sum, __m512i w, __m512i x) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
+  }
+  static __m512 finish(Sum sum, const LinearTask&, const uint8_t*, int) { return sum; }
+};
+
+struct Bf16 {
+  using Sum = __m512;
+  static constexpr int kRows = 6, kPanels = 4, kElementBytes = 2;
+  static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+  static __m512 finish(Sum sum, const LinearTask&, const uint8_t*, int) { return sum; }
+};
+
+struct Int8 {
+  using Sum = __m512i;
+  static constexpr int kRows = 6, kPanels = 4, kElementBytes = 1;
+  static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+  static __m512 finish(Sum sum, const LinearTask& task, const uint8_t* panel, int row) {
+    const int groups = task.x.stride / kGroup;
+    const int32_t* sums = task.x.sums + static_cast<int64_t>(row) * groups;
+    int32_t total = 0;
+    for (int group = 0; group < groups; ++group) total += sums[group];
+    const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(kInt8Zero * total)));
+    const __m512 scales = _mm512_load_ps(panel + padded(task.w->k) * kPanel);
+    return _mm512_mul_ps(dot, _mm512_mul_ps(_mm512_set1_ps(task.x.scales[row]), scales));
+  }
+};
+
+// y[row, 16 columns of the panel] (+)= value.
+inline void put(const LinearTask& task, int panel, int row, __m512 value) {
+  float* y = task.y + static_cast<int64_t>(row) * task.y_stride + panel * kPanel;
+  const int columns = task.w->n - panel * kPanel;
+  const __mmask16 mask = columns >= kPanel ? 0xffff : static_cast<__mmask16>((1u << columns) - 1);
+  if (task.accumulate) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), value);
+  _mm512_mask_storeu_ps(y, mask, value);
+}
+
+template <typename Format, int kRows, int kPanels, bool kFetch>
+inline __attribute__((always_inline)) void multiply_lines(const Block& block,
+                                                          typename Format::Sum (&sums)[kRows][kPanels]) {
+  const uint8_t* w = block.weights();
+  const uint8_t* x = block.activations(Format::kElementBytes);
+  const int64_t stride = static_cast<int64_t>(block.task.x.stride) * Format::kElementBytes;
+  const int64_t bytes = static_cast<int64_t>(padded(block.task.w->k)) * Format::kElementBytes;
+  for (int64_t i = 0; i < bytes; i += 4, w += kLineBytes) {
+    __m512i lines[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      lines[p] = _mm512_load_si512(w + p * block.panel_bytes);
+      if (kFetch) _mm_prefetch(w + (p + kPanels) * block.panel_bytes, _MM_HINT_T1);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i four = broadcast4(x + r * stride + i);
+      for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(sums[r][p], lines[p], four);
+    }
+  }
+}
+
+template <typename Format, int kRows, int kPanels>
+struct Multiply {
+  static void run(const Block& block) {
+    typename Format::Sum sums[kRows][kPanels] = {};
+    if (block.fetch)
+      multiply_lines<Format, kRows, kPanels, true>(block, sums);
+    else
+      multiply_lines<Format, kRows, kPanels, false>(block, sums);
+    for (int p = 0; p < kPanels; ++p)
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* panel = block.weights() + p * block.panel_bytes;
+        put(block.task, block.panel + p, block.row + r, Format::finish(sums[r][p], block.task, panel, block.row + r));
+      }
+  }
+};
+
+// int4: a group's nibbles are unpacked once for all rows of the block; its dot product is exact in integers, and the
+// groups are summed up in order.
+struct Int4 {
+  static constexpr int kRows = 8, kPanels = 1;
+};
+
+struct Int4Group {
+  __m512i quads[8];  // quad q: unsigned weights of k = 4 q ... 4 q + 3
+  __m512 scales, minimums;
+
+  explicit Int4Group(const uint8_t* group) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int line = 0; line < 4; ++line) {
+      const __m512i both = _mm512_load_si512(group + line * kLineBytes);
+      quads[2 * line] = _mm512_and_si512(both, low);
+      quads[2 * line + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    }
+    const __m256i* last = reinterpret_cast<const __m256i*>(group + 4 * kLineBytes);
+    scales = _mm512_cvtph_ps(_mm256_load_si256(last));
+    minimums = _mm512_cvtph_ps(_mm256_load_si256(last + 1));
+  }
+};
+
+template <int kRows>
+struct Multiply<Int4, kRows, 1> {
+  static void run(const Block& block) {
+    const uint8_t* w = block.weights();
+    const uint8_t* x = block.activations(1);
+    const int64_t stride = block.task.x.stride;
+    const int groups = padded(block.task.w->k) / kGroup;
+    const int32_t* sums = block.task.x.sums + block.row * (stride / kGroup);
+    __m512 totals[kRows] = {};
+    for (int g = 0; g < groups; ++g, w += kInt4GroupBytes, x += kGroup) {
+      if (block.fetch)
+        for (int line = 0; line < 5; ++line) _mm_prefetch(w + block.panel_bytes + line * kLineBytes, _MM_HINT_T1);
+      const Int4Group group(w);
+      for (int r = 0; r < kRows; ++r) {
+        __m512i dot = _mm512_setzero_si512();
+        for (int q = 0; q < 8; ++q) dot = _mm512_dpbusd_epi32(dot, group.quads[q], broadcast4(x + r * stride + 4 * q));
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_set1_epi32(sums[r * (stride / kGroup) + g]));
+        totals[r] = _mm512_fmadd_ps(group.scales, _mm512_cvtepi32_ps(dot), totals[r]);
+        totals[r] = _mm512_fnmadd_ps(group.minimums, sum, totals[r]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 scale = _mm512_set1_ps(block.task.x.scales[block.row + r]);
+      put(block.task, block.panel, block.row + r, _mm512_mul_ps(totals[r], scale));
+    }
+  }
+};
+
+// The block with the greatest number of rows, up to kRows, that is not more than `rows`. Returns that number.
+template <typename Format, int kRows, int kPanels>
+int multiply_rows(const Block& block, int rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_rows<Format, kRows - 1, kPanels>(block, rows);
+  }
+  Multiply<Format, kRows, kPanels>::run(block);
+  return kRows;
+}
+
+// Panels [begin, end), kPanels at a time, then what is left in halves.
+template <typename Format, int kPanels>
+void multiply_panels(const LinearTask& task, int begin, int end) {
+  const int64_t bytes = panel_bytes(task.w->format, task.w->k);
+  for (; end - begin >= kPanels; begin += kPanels) {
+    const bool more = begin + 2 * kPanels <= end;
+    for (int row = 0; row < task.num_rows;) {
+      const Block block{task, bytes, begin, row, more && row == 0};
+      row += multiply_rows<Format, Format::kRows, kPanels>(block, task.num_rows - row);
+    }
+  }
+  if constexpr (kPanels > 1) multiply_panels<Format, kPanels / 2>(task, begin, end);
+}
+
+// `count` of 16 values from x on, zeros after them.
+inline __m512 load_some(const float* x, int count) {
+  const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
+  return _mm512_maskz_loadu_ps(mask, x);
+}
+
+void quantise(const float* x, const Activations& out, int row) {
+  // As integers, magnitudes keep their order and a NaN is the greatest: it reaches the scale, and so the product.
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i most_bits = _mm512_setzero_si512();
+  for (int i = 0; i < out.k; i += 16) {
+    const __m512i bits = _mm512_castps_si512(load_some(x + i, out.k - i));
+    most_bits = _mm512_max_epi32(most_bits, _mm512_and_si512(magnitude, bits));
+  }
+  const float most = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most_bits))));
+  const __m512 inverse = _mm512_set1_ps(most > kLeastMagnitude ? kInt8Most / most : 0);
+  int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
+  int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
+  for (int i = 0; i < out.stride; i += kGroup) {
+    __m512i halves[2];
+    for (int h = 0; h < 2; ++h) {
+      const int at = i + 16 * h;
+      halves[h] = _mm512_cvtps_epi32(_mm512_mul_ps(load_some(x + at, out.k - at), inverse));
+      _mm_store_si128(reinterpret_cast<__m128i*>(to + at), _mm512_cvtsepi32_epi8(halves[h]));
+    }
+    sums[i / kGroup] = _mm512_reduce_add_epi32(_mm512_add_epi32(halves[0], halves[1]));
+  }
+  out.scales[row] = most / kInt8Most;
+}
+
+}  // namespace
+
+void to_activation(const float* x, const Activations& out, int row) {
+  if (out.format == BATON_INT8) return quantise(x, out, row);
+  const int64_t offset = static_cast<int64_t>(row) * out.stride;
+  for (int i = 0; i < out.stride; i += 16) {
+    const __m512 values = load_some(x + i, out.k - i);
+    if (out.format == BATON_FP32) {
+      _mm512_store_ps(static_cast<float*>(out.data) + offset + i, values);
+    } else {
+      uint16_t* to = static_cast<uint16_t*>(out.data) + offset + i;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
+    }
+  }
+}
+
+void linear(const LinearTask& task, int panel_begin, int panel_end) {
+  switch (task.w->format) {
+    case BATON_FP32: return multiply_panels<Fp32, Fp32::kPanels>(task, panel_begin, panel_end);
+    case BATON_BF16: return multiply_panels<Bf16, Bf16::kPanels>(task, panel_begin, panel_end);
+    case BATON_INT8: return multiply_panels<Int8, Int8::kPanels>(task, panel_begin, panel_end);
+    default: return multiply_panels<Int4, Int4::kPanels>(task, panel_begin, panel_end);
+  }
+}
+
+}  // namespace baton::avx512
