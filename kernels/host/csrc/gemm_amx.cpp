@@ -1,0 +1,217 @@
+// Matrix products with AMX: bf16 and int8 in tiles of up to 16 rows by 16 columns, whose sums stay in tile registers
+// through all of k. A tile of fewer rows does for each of them what a full one does, so every number of rows goes this
+// way, one row too. fp32 and int4 take AVX-512's.
+//
+// Order: a chunk of activations that L2 holds; in it panels, a pair at a time; and for each pair all rows, 32 at a time.
+// The pair's weights (36 KB at k = 576 in bf16) come from memory once per chunk.
+#include "gemm512.h"
+#include "parts.h"
+
+namespace baton::amx {
+namespace {
+
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 1024;              // 16 lines of weights
+constexpr int64_t kChunkBytes = 768 * 1024;   // activations between two visits of the same weights: part of a 2 MB L2
+
+// Tiles 0-3 are sums, 4 and 5 activations, 6 and 7 weights.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  explicit TileConfig(int num_rows) {
+    for (int tile = 0; tile < 8; ++tile) {
+      row_bytes[tile] = kLineBytes;
+      rows[tile] = static_cast<uint8_t>(tile < 6 ? num_rows : kTileRows);
+    }
+  }
+};
+
+// All rows, in tiles of equal height: the last one moves up and does some rows of the one before it again, since
+// another height would cost another configuration.
+struct RowTiles {
+  int num_rows, count, height;
+
+  explicit RowTiles(int num_rows)
+      : num_rows(num_rows),
+        count((num_rows + kTileRows - 1) / kTileRows),
+        height((num_rows + count - 1) / count) {}
+  int begin(int tile) const { return tile + 1 < count ? tile * height : num_rows - height; }
+  // Rows of `tile` that the one before it has done.
+  int done(int tile) const { return tile * height - begin(tile); }
+};
+
+struct Bf16 {
+  static constexpr int kElementBytes = 2;
+  static constexpr bool kInteger = false;
+  static __m512 finish(__m512i sum, const LinearTask&, const uint8_t*, int) { return _mm512_castsi512_ps(sum); }
+};
+
+struct Int8 {
+  static constexpr int kElementBytes = 1;
+  static constexpr bool kInteger = true;
+  static __m512 finish(__m512i sum, const LinearTask& task, const uint8_t* panel, int row) {
+    return int8_product(sum, task, panel, row);
+  }
+};
+
+// Tile registers are part of the instruction, so their numbers must be literal.
+#define BATON_MULTIPLY(sum, activations, weights) \
+  if constexpr (Format::kInteger)                 \
+    _tile_dpbsud(sum, activations, weights);      \
+  else                                            \
+    _tile_dpbf16ps(sum, activations, weights)
+
+template <typename Format>
+struct Product {
+  const LinearTask& task;
+  const RowTiles rows;
+  const int64_t panel_bytes, row_bytes;  // row_bytes: of an activation row
+  const int64_t depth;                   // bytes of a row that the product goes through
+
+  Product(const LinearTask& task)
+      : task(task),
+        rows(task.num_rows),
+        panel_bytes(baton::panel_bytes(task.w->format, task.w->k)),
+        row_bytes(static_cast<int64_t>(task.x.stride) * Format::kElementBytes),
+        depth(static_cast<int64_t>(padded(task.w->k)) * Format::kElementBytes) {}
+
+  const uint8_t* weights(int panel) const { return static_cast<const uint8_t*>(task.w->panels) + panel * panel_bytes; }
+  const uint8_t* activations(int tile) const {
+    return static_cast<const uint8_t*>(task.x.data) + rows.begin(tile) * row_bytes;
+  }
+
+  // Sums of one row tile and kPanels panels into registers 0 ... kPanels - 1.
+  template <int kPanels>
+  void multiply_one(int tile, int panel, bool fetch) const {
+    const uint8_t *x = activations(tile), *w = weights(panel);
+    _tile_zero(0);
+    if constexpr (kPanels > 1) _tile_zero(1);
+    if constexpr (kPanels > 2) _tile_zero(2);
+    if constexpr (kPanels > 3) _tile_zero(3);
+    for (int64_t i = 0; i < depth; i += kLineBytes, w += kTileBytes) {
+      if (fetch) fetch_ahead<kPanels>(w);
+      _tile_loadd(4, x + i, row_bytes);
+      _tile_loadd(6, w, kLineBytes);
+      BATON_MULTIPLY(0, 4, 6);
+      if constexpr (kPanels > 1) {
+        _tile_loadd(7, w + panel_bytes, kLineBytes);
+        BATON_MULTIPLY(1, 4, 7);
+      }
+      if constexpr (kPanels > 2) {
+        _tile_loadd(6, w + 2 * panel_bytes, kLineBytes);
+        BATON_MULTIPLY(2, 4, 6);
+        _tile_loadd(7, w + 3 * panel_bytes, kLineBytes);
+        BATON_MULTIPLY(3, 4, 7);
+      }
+    }
+  }
+
+  // Sums of row tiles `tile` and `tile` + 1 and of kPanels panels into registers 0, 1 and 2, 3.
+  template <int kPanels>
+  void multiply_two(int tile, int panel, bool fetch) const {
+    const uint8_t *x = activations(tile), *below = activations(tile + 1), *w = weights(panel);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < depth; i += kLineBytes, w += kTileBytes) {
+      if (fetch) fetch_ahead<kPanels>(w);
+      _tile_loadd(4, x + i, row_bytes);
+      _tile_loadd(6, w, kLineBytes);
+      _tile_loadd(5, below + i, row_bytes);
+      BATON_MULTIPLY(0, 4, 6);
+      BATON_MULTIPLY(2, 5, 6);
+      if constexpr (kPanels > 1) {
+        _tile_loadd(7, w + panel_bytes, kLineBytes);
+        BATON_MULTIPLY(1, 4, 7);
+        BATON_MULTIPLY(3, 5, 7);
+      }
+    }
+  }
+
+  // The same place of the next panels into L2.
+  template <int kPanels>
+  void fetch_ahead(const uint8_t* w) const {
+    for (int p = kPanels; p < 2 * kPanels; ++p)
+      for (int line = 0; line < kTileRows; ++line) _mm_prefetch(w + p * panel_bytes + line * kLineBytes, _MM_HINT_T1);
+  }
+
+  void put_tile(const __m512i* sums, int tile, int panel) const {
+    for (int i = rows.done(tile); i < rows.height; ++i) {
+      const int row = rows.begin(tile) + i;
+      put(task, panel, row, Format::finish(sums[i], task, weights(panel), row));
+    }
+  }
+
+  template <int kPanels>
+  void one_tile(int tile, int panel, bool fetch) const {
+    alignas(64) __m512i sums[kPanels][kTileRows];
+    multiply_one<kPanels>(tile, panel, fetch);
+    _tile_stored(0, sums[0], kLineBytes);
+    if constexpr (kPanels > 1) _tile_stored(1, sums[1], kLineBytes);
+    if constexpr (kPanels > 2) _tile_stored(2, sums[2], kLineBytes);
+    if constexpr (kPanels > 3) _tile_stored(3, sums[3], kLineBytes);
+    for (int p = 0; p < kPanels; ++p) put_tile(sums[p], tile, panel + p);
+  }
+
+  template <int kPanels>
+  void two_tiles(int tile, int panel, bool fetch) const {
+    alignas(64) __m512i sums[2][2][kTileRows];
+    multiply_two<kPanels>(tile, panel, fetch);
+    _tile_stored(0, sums[0][0], kLineBytes);
+    _tile_stored(2, sums[1][0], kLineBytes);
+    if constexpr (kPanels > 1) {
+      _tile_stored(1, sums[0][1], kLineBytes);
+      _tile_stored(3, sums[1][1], kLineBytes);
+    }
+    for (int t = 0; t < 2; ++t)
+      for (int p = 0; p < kPanels; ++p) put_tile(sums[t][p], tile + t, panel + p);
+  }
+
+  // Up to 16 rows: what counts is how fast weights come.
+  template <int kPanels>
+  void few_rows(int begin, int end) const {
+    for (; end - begin >= kPanels; begin += kPanels) one_tile<kPanels>(0, begin, begin + 2 * kPanels <= end);
+    if constexpr (kPanels > 1) few_rows<kPanels / 2>(begin, end);
+  }
+
+  template <int kPanels>
+  void chunk(int tile_begin, int tile_end, int begin, int end) const {
+    for (; end - begin >= kPanels; begin += kPanels) {
+      const bool more = begin + 2 * kPanels <= end;
+      int tile = tile_begin;
+      for (; tile + 1 < tile_end; tile += 2) two_tiles<kPanels>(tile, begin, more && tile == tile_begin);
+      if (tile < tile_end) one_tile<kPanels>(tile, begin, more && tile == tile_begin);
+    }
+    if constexpr (kPanels > 1) chunk<kPanels / 2>(tile_begin, tile_end, begin, end);
+  }
+
+  void run(int begin, int end) const {
+    const TileConfig config(rows.height);
+    _tile_loadconfig(&config);
+    if (rows.count == 1) {
+      few_rows<4>(begin, end);
+    } else {
+      int each = static_cast<int>(kChunkBytes / (row_bytes * rows.height)) & ~1;
+      if (each < 2) each = 2;
+      for (int tile = 0; tile < rows.count; tile += each)
+        chunk<2>(tile, tile + each < rows.count ? tile + each : rows.count, begin, end);
+    }
+    _tile_release();
+  }
+};
+
+}  // namespace
+
+void linear(const LinearTask& task, int panel_begin, int panel_end) {
+  if (task.num_rows == 0) return;
+  switch (task.w->format) {
+    case BATON_BF16: return Product<Bf16>(task).run(panel_begin, panel_end);
+    case BATON_INT8: return Product<Int8>(task).run(panel_begin, panel_end);
+    default: return avx512::linear(task, panel_begin, panel_end);
+  }
+}
+
+}  // namespace baton::amx
