@@ -9,8 +9,9 @@ constexpr float kPow2[7] = {1.0f,           0.69314718246f,  0.24022647738f,  0.
                             0.00961843692f, 0.001339887502f, 0.00015353362f};
 // Below this an fp32 exponent ends: weights there are exactly 0.
 constexpr float kLeastPow2 = -126.0f;
-constexpr float kLog2E = 1.44269502162933349609375f;      // log2(e) rounded to fp32
-constexpr float kLog2ERest = 1.925963033500011079e-8f;    // log2(e) - kLog2E
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.693359375f;  // 355 / 512: times a small whole number it is exact
+constexpr float kLn2Rest = -2.12194440e-4f;
 
 }  // namespace
 }  // namespace baton

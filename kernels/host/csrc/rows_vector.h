@@ -46,8 +46,8 @@ float sum_of_squares(const float* x, int n) {
 Reg exp_of(Reg x) {
   const Reg bounded = Vec::min(Vec::set(87.0f), Vec::max(Vec::set(-87.0f), x));
   const Reg whole = Vec::round(Vec::mul(bounded, Vec::set(kLog2E)));
-  Reg rest = Vec::mul_add(bounded, Vec::set(kLog2E), Vec::sub(Vec::zero(), whole));
-  rest = Vec::mul_add(bounded, Vec::set(kLog2ERest), rest);
+  Reg rest = Vec::mul_add(whole, Vec::set(-kLn2), bounded);  // exact, also where mul_add rounds twice
+  rest = Vec::mul(Vec::mul_add(whole, Vec::set(-kLn2Rest), rest), Vec::set(kLog2E));
   Reg power = Vec::set(kPow2[6]);
   for (int i = 5; i >= 0; --i) power = Vec::mul_add(power, rest, Vec::set(kPow2[i]));
   return Vec::scale(power, whole);
