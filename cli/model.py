@@ -44,7 +44,7 @@ def show(name: Name = None, config: ConfigFile = None, override: Overrides = Non
 
     settings = read_config(config, override)
     files = open_model(chosen(settings, name), say)
-    layout = files.spec.layout(settings.engine.block_size, settings.engine.dtype)
+    layout = files.spec.layout(settings.engine.block_size, settings.engine.kv_element)
     print(f"directory: {files.directory}\nfingerprint: {files.fingerprint}")
     for field in dataclasses.fields(files.spec):
         print(f"{field.name}: {getattr(files.spec, field.name)}")

@@ -104,7 +104,7 @@ class TorchRunner:
         with torch.inference_mode():
             logits = self.logits(step.chunks, on_layers)
             rows = [SampledRow.of(step.chunks[i]) for i in sampling]
-            for i, outcome in zip(sampling, [] if logits is None else sample(logits, rows), strict=True):
+            for i, outcome in zip(sampling, [] if logits is None else sample(logits.numpy(), rows), strict=True):
                 if isinstance(outcome, BatonError):
                     failed[i] = outcome
                 else:

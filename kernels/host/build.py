@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,10 +50,16 @@ def source_files() -> list[Path]:
 
 def digest(*more: str) -> str:
     """Names what a library is made of: sources, flags, and `more`. 16 hex digits."""
-    state = hashlib.sha256(repr((COMMON_FLAGS, LINK_FLAGS, ISA_FLAGS, platform.machine(), more)).encode())
-    for path in source_files():
-        text = path.read_bytes()
-        state.update(f"{path.name} {len(text)}\n".encode())
+    flags = repr((COMMON_FLAGS, LINK_FLAGS, ISA_FLAGS, platform.machine()))
+    return digest_of((path.name for path in source_files()), flags, *more)
+
+
+def digest_of(names: Iterable[str], *more: str) -> str:
+    """Names the content of some source files, and `more`."""
+    state = hashlib.sha256(repr(more).encode())
+    for name in names:
+        text = (SOURCES / name).read_bytes()
+        state.update(f"{name} {len(text)}\n".encode())
         state.update(text)
     return state.hexdigest()[:16]
 

@@ -17,6 +17,9 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from baton.core import config
 from baton.core.errors import SetupError
 from baton.core.once import made_once
@@ -28,6 +31,8 @@ ISAS: Final = ("amx", "avx512", "avx2", "scalar")
 """Best first."""
 OPS: Final = ("embed", "rms_norm", "linear", "linear_residual", "rope_write_kv", "attention", "keep_sampled_rows",
               "swiglu", "lm_head", "collective", "capture")
+LINE: Final = 64
+"""Bytes of a cache line."""
 LIBRARY_NAME: Final = "libbaton_host.so"
 
 
@@ -45,7 +50,7 @@ class Shape(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_int32) for name in (
             "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers",
-            "block_size", "kv_format", "max_rows")),
+            "block_size", "kv_format", "reserved")),
         ("rope_frequencies", c_void_p)]
 
 
@@ -136,3 +141,39 @@ def packaged_path() -> Path:
 def _opened(directory: Path) -> Path | None:
     library = directory / LIBRARY_NAME
     return library if library.exists() else None
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack_digest() -> str:
+    """Names the way in which matrices are packed: memory packed in another way is not read."""
+    return build.digest_of(("isa.h", "pack.h", "pack.cpp"))
+
+
+def packed_bytes(form: str, n: int, k: int) -> int:
+    return int(load().baton_packed_bytes(FORMATS[form], n, k))
+
+
+def aligned(num_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory that begins at a cache line, as the kernels want all theirs."""
+    raw = np.zeros(num_bytes + LINE, np.uint8)
+    first = -raw.ctypes.data % LINE
+    return raw[first : first + num_bytes]
+
+
+def pack(array: NDArray[np.float32], form: str, panels: NDArray[np.uint8]) -> None:
+    """A matrix [n, k] fp32 as fp32, bf16 or int8 panels."""
+    function = getattr(load(), f"baton_pack_{form}")
+    rows = np.ascontiguousarray(array)
+    assert panels.nbytes == packed_bytes(form, *rows.shape), (panels.nbytes, form, rows.shape)
+    function(rows.ctypes.data, *rows.shape, panels.ctypes.data)
+
+
+def pack_int4(
+    nibbles: NDArray[np.uint8], scale: NDArray[np.float32], minimum: NDArray[np.float32], panels: NDArray[np.uint8]
+) -> None:
+    """nibbles [n, k], scale and minimum [n, k / 32]: value = nibble * scale - minimum."""
+    parts = [np.ascontiguousarray(part) for part in (nibbles, scale, minimum)]
+    assert panels.nbytes == packed_bytes("int4", *nibbles.shape), (panels.nbytes, nibbles.shape)
+    load().baton_pack_int4(*(part.ctypes.data for part in parts), *nibbles.shape, panels.ctypes.data)

@@ -15,7 +15,6 @@ BatonProgram* baton_program_new(const char* isa, const BatonShape* shape, const 
   if (*error) return nullptr;
   auto program = std::make_unique<BatonProgram>(*table, *shape);
   if ((*error = program->compile(ops, num_ops, matrices, num_matrices))) return nullptr;
-  program->make_buffers();
   return program.release();
 }
 

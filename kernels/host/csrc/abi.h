@@ -59,7 +59,7 @@ typedef struct {
   int32_t hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
   int32_t num_layers, block_size;
   int32_t kv_format;              /* BATON_FP32, BATON_BF16 or BATON_INT8 */
-  int32_t max_rows;               /* most rows of one step: buffers are made for it once */
+  int32_t reserved;
   const float* rope_frequencies;  /* [head_dim / 2] fp32: an angle is position * frequency, in fp32; copied */
 } BatonShape;
 

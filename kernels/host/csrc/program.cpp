@@ -31,7 +31,7 @@ namespace {
 
 const char* check_shape(const BatonShape& s) {
   const bool sizes = s.hidden_size > 0 && s.intermediate_size > 0 && s.num_kv_heads > 0 && s.head_dim > 0 &&
-                     s.vocab_size > 0 && s.num_layers > 0 && s.max_rows > 0;
+                     s.vocab_size > 0 && s.num_layers > 0;
   if (!sizes || s.num_heads <= 0 || s.num_heads % s.num_kv_heads) return "the sizes do not fit together";
   if (s.head_dim % 16 || s.head_dim > 256) return "the head size must be a multiple of 16, at most 256";
   if (s.block_size <= 0 || s.block_size % 16) return "the block size must be a multiple of 16";
@@ -127,18 +127,16 @@ const char* BatonProgram::compile(const BatonOp* list, int num_ops, const BatonM
   return nullptr;
 }
 
-void BatonProgram::make_buffers() {
+void BatonProgram::reserve(int num_rows, int num_threads) {
   using namespace baton;
-  const size_t rows = shape.max_rows;
-  hidden = make_buffer<float>(rows * shape.hidden_size);
-  wide = make_buffer<float>(rows * widest);
-  mixed = make_buffer<float>(rows * shape.num_heads * shape.head_dim);
-  rotation = make_buffer<float>(rows * shape.head_dim);
-  activations = ActivationBuffer(rows, rows * padded(longest_k));
-}
-
-void BatonProgram::make_thread_spaces(int num_threads) {
-  using namespace baton;
+  if (num_rows > reserved_rows) {
+    const size_t rows = reserved_rows = std::max(num_rows, 2 * reserved_rows);
+    hidden = make_buffer<float>(rows * shape.hidden_size);
+    wide = make_buffer<float>(rows * widest);
+    mixed = make_buffer<float>(rows * shape.num_heads * shape.head_dim);
+    rotation = make_buffer<float>(rows * shape.head_dim);
+    activations = ActivationBuffer(rows, rows * padded(longest_k));
+  }
   while (int(threads.size()) < num_threads)
     threads.push_back({ActivationBuffer(kOwnRows, kOwnElements), make_buffer<float>(padded(longest_k)),
                        make_buffer<uint8_t>(isa.attention_scratch_bytes(shape)), 0, 0});

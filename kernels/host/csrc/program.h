@@ -73,6 +73,7 @@ struct BatonProgram {
   std::vector<baton::CompiledOp> ops;
   int widest = 0;  // the longest row of `wide`, the longest k
   int longest_k = 0;
+  int reserved_rows = 0;
 
   baton::Buffer<float> hidden, wide, mixed, rotation;
   baton::ActivationBuffer activations{0, 0};
@@ -84,6 +85,6 @@ struct BatonProgram {
   BatonProgram(const baton::Isa& isa, const BatonShape& shape) : isa(isa), shape(shape) {}
   // Null, or what is wrong.
   const char* compile(const BatonOp* list, int num_ops, const BatonMatrix* given, int num_matrices);
-  void make_buffers();
-  void make_thread_spaces(int num_threads);
+  // Room for a step of so many rows by so many threads; what the buffers held is gone if they had to grow.
+  void reserve(int num_rows, int num_threads);
 };

@@ -21,7 +21,7 @@ int panels_per_task(int panels, int num_threads) { return std::max(2, panels / (
 
 Step::Step(BatonProgram& program, BatonTeam& team, const BatonBatch& batch)
     : p_(program), team_(team), batch_(batch), num_threads_(team.num_threads()) {
-  p_.make_thread_spaces(num_threads_);
+  p_.reserve(batch.num_rows, num_threads_);
   p_.steps++;
 }
 
