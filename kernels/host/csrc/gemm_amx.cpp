@@ -2,8 +2,8 @@
 // through all of k. A tile of fewer rows does for each of them what a full one does, so every number of rows goes this
 // way, one row too. fp32 and int4 take AVX-512's.
 //
-// Order: a chunk of activations that L2 holds; in it panels, a pair at a time; for each pair all rows, 32 at a time. The
-// pair's weights (36 KB at k = 576 in bf16) come from memory once per chunk.
+// Order: a chunk of activations that L2 holds; in it panels, two at a time; for both all rows, 32 at a time. Their
+// weights (36 KB at k = 576 in bf16) come from memory once per chunk.
 #include "gemm512.h"
 #include "parts.h"
 
