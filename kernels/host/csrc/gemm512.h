@@ -33,10 +33,25 @@ inline __m512 int8_product(__m512i sum, const LinearTask& task, const uint8_t* p
   return _mm512_mul_ps(dot, _mm512_mul_ps(_mm512_set1_ps(task.x.scales[row]), scales));
 }
 
+// What the integers of one int4 group and panel mean.
+struct Int4Scales {
+  __m512 scales, minimums;
+
+  explicit Int4Scales(const uint8_t* group) {
+    const __m256i* last = reinterpret_cast<const __m256i*>(group + 4 * kLineBytes);
+    scales = _mm512_cvtph_ps(_mm256_load_si256(last));
+    minimums = _mm512_cvtph_ps(_mm256_load_si256(last + 1));
+  }
+  // The total of a row, and the group's dot product with it; `sum` is that of the row's activations in the group.
+  __m512 add(__m512 total, __m512i dot, int32_t sum) const {
+    total = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(dot), total);
+    return _mm512_fnmadd_ps(minimums, _mm512_cvtepi32_ps(_mm512_set1_epi32(sum)), total);
+  }
+};
+
 // Weights of one int4 group and panel.
 struct Int4Group {
   __m512i quads[8];  // quad q: unsigned weights of k = 4 q ... 4 q + 3
-  __m512 scales, minimums;
 
   explicit Int4Group(const uint8_t* group) {
     const __m512i low = _mm512_set1_epi8(15);
@@ -45,9 +60,6 @@ struct Int4Group {
       quads[2 * line] = _mm512_and_si512(both, low);
       quads[2 * line + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
     }
-    const __m256i* last = reinterpret_cast<const __m256i*>(group + 4 * kLineBytes);
-    scales = _mm512_cvtph_ps(_mm256_load_si256(last));
-    minimums = _mm512_cvtph_ps(_mm256_load_si256(last + 1));
   }
 };
 

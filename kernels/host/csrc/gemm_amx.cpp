@@ -1,9 +1,14 @@
 // Matrix products with AMX: bf16 and int8 in tiles of up to 16 rows by 16 columns, whose sums stay in tile registers
 // through all of k. A tile of fewer rows does for each of them what a full one does, so every number of rows goes this
-// way, one row too. fp32 and int4 take AVX-512's.
+// way, one row too. fp32 takes AVX-512's way.
+//
+// int4 sums up 32 of k in a tile and then in fp32, as AVX-512 does: the integers are exact, so the two give the same
+// bits, and few rows take AVX-512's way, which has no tiles to fill.
 //
 // Order: a chunk of activations that L2 holds; in it panels, two at a time; for both all rows, 32 at a time. Their
 // weights (36 KB at k = 576 in bf16) come from memory once per chunk.
+#include <cstdlib>
+
 #include "gemm512.h"
 #include "parts.h"
 
@@ -20,10 +25,11 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  explicit TileConfig(int num_rows) {
+  // `depth` bytes of an activation row, at most 64, meet as many of each weight column: a line for every four.
+  TileConfig(int num_rows, int depth) {
     for (int tile = 0; tile < 8; ++tile) {
-      row_bytes[tile] = kLineBytes;
-      rows[tile] = static_cast<uint8_t>(tile < 6 ? num_rows : kTileRows);
+      row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? depth : kLineBytes);
+      rows[tile] = static_cast<uint8_t>(tile < 6 ? num_rows : depth / 4);
     }
   }
 };
@@ -189,7 +195,7 @@ struct Product {
   }
 
   void run(int begin, int end) const {
-    const TileConfig config(rows.height);
+    const TileConfig config(rows.height, kLineBytes);
     _tile_loadconfig(&config);
     if (rows.count == 1) {
       few_rows<4>(begin, end);
@@ -203,6 +209,80 @@ struct Product {
   }
 };
 
+constexpr int kInt4TileBytes = kGroup / 4 * kLineBytes;
+
+// Room for one panel's unpacked weights; each thread keeps the largest it needed.
+struct Room {
+  uint8_t* bytes = nullptr;
+  size_t size = 0;
+
+  ~Room() { std::free(bytes); }
+  uint8_t* of(size_t wanted) {
+    if (size < wanted) {
+      std::free(bytes);
+      bytes = static_cast<uint8_t*>(std::aligned_alloc(kLineBytes, wanted));
+      size = wanted;
+    }
+    return bytes;
+  }
+};
+thread_local Room room;
+
+// At least 16 rows, in full tiles: the last one moves up as in RowTiles.
+struct Int4Product {
+  const LinearTask& task;
+  const int num_groups = padded(task.w->k) / kGroup;
+  const int64_t stride = task.x.stride;
+
+  const uint8_t* weights(int panel) const {
+    return static_cast<const uint8_t*>(task.w->panels) + static_cast<int64_t>(panel) * num_groups * kInt4GroupBytes;
+  }
+
+  void unpack(const uint8_t* panel, uint8_t* tiles) const {
+    for (int g = 0; g < num_groups; ++g) {
+      const Int4Group group(panel + g * kInt4GroupBytes);
+      for (int q = 0; q < 8; ++q) _mm512_store_si512(tiles + g * kInt4TileBytes + q * kLineBytes, group.quads[q]);
+    }
+    __asm__ volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read
+  }
+
+  void multiply_tile(const uint8_t* tiles, int panel, int row, int done) const {
+    const int8_t* x = static_cast<const int8_t*>(task.x.data) + row * stride;
+    const int32_t* group_sums = task.x.sums + row * (stride / kGroup);
+    const uint8_t* w = weights(panel);
+    alignas(64) __m512i dots[kTileRows];
+    __m512 totals[kTileRows] = {};
+    for (int g = 0; g < num_groups; ++g, w += kInt4GroupBytes) {
+      _tile_zero(0);
+      _tile_loadd(4, x + g * kGroup, stride);
+      _tile_loadd(6, tiles + g * kInt4TileBytes, kLineBytes);
+      _tile_dpbsud(0, 4, 6);
+      _tile_stored(0, dots, kLineBytes);
+      const Int4Scales factors(w);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r)
+        totals[r] = factors.add(totals[r], dots[r], group_sums[r * (stride / kGroup) + g]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+      if (r >= done) put(task, panel, row + r, _mm512_mul_ps(totals[r], _mm512_set1_ps(task.x.scales[row + r])));
+  }
+
+  void run(int begin, int end) const {
+    const TileConfig config(kTileRows, kGroup);
+    _tile_loadconfig(&config);
+    uint8_t* tiles = room.of(static_cast<size_t>(num_groups) * kInt4TileBytes);
+    for (int panel = begin; panel < end; ++panel) {
+      unpack(weights(panel), tiles);
+      for (int row = 0; row < task.num_rows; row += kTileRows) {
+        const int left = task.num_rows - row, done = left < kTileRows ? kTileRows - left : 0;
+        multiply_tile(tiles, panel, row - done, done);
+      }
+    }
+    _tile_release();
+  }
+};
+
 }  // namespace
 
 void linear(const LinearTask& task, int panel_begin, int panel_end) {
@@ -210,6 +290,9 @@ void linear(const LinearTask& task, int panel_begin, int panel_end) {
   switch (task.w->format) {
     case BATON_BF16: return Product<Bf16>(task).run(panel_begin, panel_end);
     case BATON_INT8: return Product<Int8>(task).run(panel_begin, panel_end);
+    case BATON_INT4:
+      if (task.num_rows >= kTileRows) return Int4Product{task}.run(panel_begin, panel_end);
+      [[fallthrough]];
     default: return avx512::linear(task, panel_begin, panel_end);
   }
 }

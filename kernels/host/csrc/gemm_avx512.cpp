@@ -112,12 +112,11 @@ struct Multiply<Int4, kRows, 1> {
       if (block.fetch)
         for (int line = 0; line < 5; ++line) _mm_prefetch(w + block.panel_bytes + line * kLineBytes, _MM_HINT_T1);
       const Int4Group group(w);
+      const Int4Scales factors(w);
       for (int r = 0; r < kRows; ++r) {
         __m512i dot = _mm512_setzero_si512();
         for (int q = 0; q < 8; ++q) dot = _mm512_dpbusd_epi32(dot, group.quads[q], broadcast4(x + r * stride + 4 * q));
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_set1_epi32(sums[r * (stride / kGroup) + g]));
-        totals[r] = _mm512_fmadd_ps(group.scales, _mm512_cvtepi32_ps(dot), totals[r]);
-        totals[r] = _mm512_fnmadd_ps(group.minimums, sum, totals[r]);
+        totals[r] = factors.add(totals[r], dot, sums[r * (stride / kGroup) + g]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
