@@ -1,0 +1,75 @@
+"""The same figures as pictures. matplotlib is an extra: everything else works without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from baton.bench.load.report import Json
+from baton.core.errors import SetupError
+
+DPI = 120
+
+
+def figure(columns: int) -> tuple[Any, Any]:
+    """A figure and its row of axes. Raises SetupError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError:
+        raise SetupError(
+            "plots need matplotlib; install it (pip install 'baton-serve[bench]'), or leave --plot out."
+        ) from None
+    drawn = Figure(figsize=(4.6 * columns, 3.6), layout="constrained", dpi=DPI)
+    axes = drawn.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return drawn, axes
+
+
+def draw_sweep(report: Json, path: Path) -> None:
+    """Goodput, TTFT and ITL over the offered rate."""
+    drawn, (goodput, ttft, itl) = figure(3)
+    runs = sorted(report["runs"], key=lambda run: run["offered_rate"])
+    rates = [run["offered_rate"] for run in runs]
+    goodput.plot(rates, rates, ":", color="grey", label="offered")
+    goodput.plot(rates, [run["achieved_rate"] for run in runs], "o-", label="achieved")
+    goodput.plot(rates, [run["goodput_rate"] for run in runs], "s-", label="within the SLO")
+    goodput.set(xlabel="offered requests/s", ylabel="requests/s", ylim=(0, None))
+    goodput.legend()
+    for ax, name, limit in ((ttft, "ttft_s", "ttft_s"), (itl, "itl_s", "itl_s")):
+        percentiles_over(ax, rates, [run[name] for run in runs])
+        if report["slo"][limit] is not None:
+            ax.axhline(report["slo"][limit] * 1e3, ls="--", color="grey", label="SLO")
+        ax.set(xlabel="offered requests/s", ylabel=f"{name[:-2].upper()}, ms", yscale="log")
+        ax.legend()
+    drawn.suptitle(f"{report['target']['model']} at {report['target']['url']}", fontsize=9)
+    drawn.savefig(path)
+
+
+def percentiles_over(ax: Any, across: Sequence[float], figures: Sequence[Json | None]) -> None:
+    """Points where there is something; p50 and p99 of one curve."""
+    seen = [(x, f) for x, f in zip(across, figures, strict=True) if f is not None]
+    for percent in ("p50", "p99"):
+        ax.plot([x for x, _ in seen], [f[percent] * 1e3 for _, f in seen], "o-", label=percent)
+
+
+def draw_interference(report: Json, path: Path) -> None:
+    """ITL of the decode load and TTFT of the long prompts over the rate of long prompts, a colour per system."""
+    drawn, (itl, ttft) = figure(2)
+    for number, (name, runs) in enumerate(report["systems"].items()):
+        colour = f"C{number}"
+        by_rate = sorted(runs, key=lambda run: run["long_rate"])
+        for ax, label, measure, percents in (
+            (itl, "decode", "itl_s", (("p50", ":"), ("p99", "-"))),
+            (ttft, "long", "ttft_s", (("p99", "-"),)),
+        ):
+            seen = [(run["long_rate"], f) for run in by_rate if (f := run["labels"].get(label, {}).get(measure))]
+            for percent, style in percents:
+                ax.plot([x for x, _ in seen], [f[percent] * 1e3 for _, f in seen], "o" + style, color=colour,
+                        label=f"{name} {percent}")  # fmt: skip
+    for ax, what in ((itl, "ITL of the decode load, ms"), (ttft, "TTFT of the long prompts, ms")):
+        ax.set(xlabel="long prompts/s", ylabel=what, yscale="log")
+        if ax.lines:
+            ax.legend(fontsize=8)
+    drawn.savefig(path)
