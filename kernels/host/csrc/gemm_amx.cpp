@@ -97,7 +97,7 @@ struct Product {
     if constexpr (kPanels > 2) _tile_zero(2);
     if constexpr (kPanels > 3) _tile_zero(3);
     for (int64_t i = 0; i < depth; i += kLineBytes, w += kTileBytes) {
-      if (fetch) fetch_ahead<kPanels>(w);
+      if (fetch) fetch_ahead<kPanels>(w, i);
       _tile_loadd(4, x + i, row_bytes);
       _tile_loadd(6, w, kLineBytes);
       BATON_MULTIPLY(0, 4, 6);
@@ -123,7 +123,7 @@ struct Product {
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < depth; i += kLineBytes, w += kTileBytes) {
-      if (fetch) fetch_ahead<kPanels>(w);
+      if (fetch) fetch_ahead<kPanels>(w, i);
       _tile_loadd(4, x + i, row_bytes);
       _tile_loadd(6, w, kLineBytes);
       _tile_loadd(5, below + i, row_bytes);
@@ -137,11 +137,12 @@ struct Product {
     }
   }
 
-  // The same place of the next panels into L2.
+  // Weights a tile after those at `w`, which meet byte i of the rows; at the end of the panels, of the next ones.
   template <int kPanels>
-  void fetch_ahead(const uint8_t* w) const {
-    for (int p = kPanels; p < 2 * kPanels; ++p)
-      for (int line = 0; line < kTileRows; ++line) _mm_prefetch(w + p * panel_bytes + line * kLineBytes, _MM_HINT_T1);
+  void fetch_ahead(const uint8_t* w, int64_t i) const {
+    w += i + kLineBytes < depth ? kTileBytes : kPanels * panel_bytes - i * kPanel;
+    for (int p = 0; p < kPanels; ++p)
+      for (int line = 0; line < kTileRows; ++line) _mm_prefetch(w + p * panel_bytes + line * kLineBytes, _MM_HINT_T0);
   }
 
   void put_tile(const __m512i* sums, int tile, int panel) const {
@@ -179,17 +180,16 @@ struct Product {
   // Up to 16 rows: what counts is how fast weights come.
   template <int kPanels>
   void few_rows(int begin, int end) const {
-    for (; end - begin >= kPanels; begin += kPanels) one_tile<kPanels>(0, begin, begin + 2 * kPanels <= end);
+    for (; end - begin >= kPanels; begin += kPanels) one_tile<kPanels>(0, begin, true);
     if constexpr (kPanels > 1) few_rows<kPanels / 2>(begin, end);
   }
 
   template <int kPanels>
   void chunk(int tile_begin, int tile_end, int begin, int end) const {
     for (; end - begin >= kPanels; begin += kPanels) {
-      const bool more = begin + 2 * kPanels <= end;
       int tile = tile_begin;
-      for (; tile + 1 < tile_end; tile += 2) two_tiles<kPanels>(tile, begin, more && tile == tile_begin);
-      if (tile < tile_end) one_tile<kPanels>(tile, begin, more && tile == tile_begin);
+      for (; tile + 1 < tile_end; tile += 2) two_tiles<kPanels>(tile, begin, tile == tile_begin);
+      if (tile < tile_end) one_tile<kPanels>(tile, begin, tile == tile_begin);
     }
     if constexpr (kPanels > 1) chunk<kPanels / 2>(tile_begin, tile_end, begin, end);
   }
@@ -232,7 +232,7 @@ thread_local Room room;
 struct Int4Product {
   const LinearTask& task;
   const int num_groups = padded(task.w->k) / kGroup;
-  const int64_t stride = task.x.stride;
+  const int64_t stride = task.x.stride, groups_per_row = stride / kGroup;
 
   const uint8_t* weights(int panel) const {
     return static_cast<const uint8_t*>(task.w->panels) + static_cast<int64_t>(panel) * num_groups * kInt4GroupBytes;
@@ -248,7 +248,7 @@ struct Int4Product {
 
   void multiply_tile(const uint8_t* tiles, int panel, int row, int done) const {
     const int8_t* x = static_cast<const int8_t*>(task.x.data) + row * stride;
-    const int32_t* group_sums = task.x.sums + row * (stride / kGroup);
+    const int32_t* group_sums = task.x.sums + row * groups_per_row;
     const uint8_t* w = weights(panel);
     alignas(64) __m512i dots[kTileRows];
     __m512 totals[kTileRows] = {};
@@ -261,7 +261,7 @@ struct Int4Product {
       const Int4Scales factors(w);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r)
-        totals[r] = factors.add(totals[r], dots[r], group_sums[r * (stride / kGroup) + g]);
+        totals[r] = factors.add(totals[r], dots[r], group_sums[r * groups_per_row + g]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)

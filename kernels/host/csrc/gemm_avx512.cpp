@@ -5,20 +5,23 @@
 // A block of kRows x kPanels accumulators goes through all of k; a smaller block does the same for each of its rows, so
 // a row's bits do not depend on the others.
 //
-// Order: panels outside, rows inside. Weights come from memory once, activations again and again from L2. While the
-// first rows meet a block of panels, the next block is fetched into L2: with few rows, that is what the time goes to.
+// Order: panels outside, rows inside. Weights come from memory once, activations again and again from L2. The first rows
+// that meet a block of panels fetch its lines ahead of their use: with few rows, that is what the time goes to.
 #include "gemm512.h"
 #include "parts.h"
 
 namespace baton::avx512 {
 namespace {
 
+constexpr int kAhead = 16;  // lines of each panel that are fetched before their use; no panel has fewer
+
 // One block of work: kPanels panels from `panel` on, kRows rows from `row` on.
 struct Block {
   const LinearTask& task;
   int64_t panel_bytes;
   int panel, row;
-  bool fetch;  // the next block of panels
+
+  bool fetches() const { return row == 0; }
 
   const uint8_t* weights() const { return static_cast<const uint8_t*>(task.w->panels) + panel * panel_bytes; }
   const uint8_t* activations(int element_bytes) const {
@@ -57,21 +60,25 @@ struct Int8 {
   }
 };
 
+template <typename Format, int kRows, int kPanels>
+using Sums = typename Format::Sum[kRows][kPanels];
+
+// Adds `num_lines` of the block's panels, from line `begin` on, to `sums`; fetches what is `ahead` bytes after them.
 template <typename Format, int kRows, int kPanels, bool kFetch>
-inline __attribute__((always_inline)) void multiply_lines(const Block& block,
-                                                          typename Format::Sum (&sums)[kRows][kPanels]) {
-  const uint8_t* w = block.weights();
-  const uint8_t* x = block.activations(Format::kElementBytes);
-  const int64_t stride = static_cast<int64_t>(block.task.x.stride) * Format::kElementBytes;
-  const int64_t bytes = static_cast<int64_t>(padded(block.task.w->k)) * Format::kElementBytes;
-  for (int64_t i = 0; i < bytes; i += 4, w += kLineBytes) {
+inline __attribute__((always_inline)) void add_lines(const Block& block, int begin, int num_lines, int64_t ahead,
+                                                     Sums<Format, kRows, kPanels>& sums) {
+  const int64_t panel_bytes = block.panel_bytes;
+  const int64_t row_bytes = static_cast<int64_t>(block.task.x.stride) * Format::kElementBytes;
+  const uint8_t* w = block.weights() + static_cast<int64_t>(begin) * kLineBytes;
+  const uint8_t* x = block.activations(Format::kElementBytes) + begin * 4;
+  for (int i = 0; i < num_lines; ++i, w += kLineBytes, x += 4) {
     __m512i lines[kPanels];
     for (int p = 0; p < kPanels; ++p) {
-      lines[p] = _mm512_load_si512(w + p * block.panel_bytes);
-      if (kFetch) _mm_prefetch(w + (p + kPanels) * block.panel_bytes, _MM_HINT_T1);
+      lines[p] = _mm512_load_si512(w + p * panel_bytes);
+      if (kFetch) _mm_prefetch(w + p * panel_bytes + ahead, _MM_HINT_T0);
     }
     for (int r = 0; r < kRows; ++r) {
-      const __m512i four = broadcast4(x + r * stride + i);
+      const __m512i four = broadcast4(x + r * row_bytes);
       for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(sums[r][p], lines[p], four);
     }
   }
@@ -80,11 +87,16 @@ inline __attribute__((always_inline)) void multiply_lines(const Block& block,
 template <typename Format, int kRows, int kPanels>
 struct Multiply {
   static void run(const Block& block) {
-    typename Format::Sum sums[kRows][kPanels] = {};
-    if (block.fetch)
-      multiply_lines<Format, kRows, kPanels, true>(block, sums);
-    else
-      multiply_lines<Format, kRows, kPanels, false>(block, sums);
+    Sums<Format, kRows, kPanels> sums = {};
+    const int lines = padded(block.task.w->k) * Format::kElementBytes / 4, late = lines - kAhead;
+    if (block.fetches()) {
+      add_lines<Format, kRows, kPanels, true>(block, 0, late, kAhead * kLineBytes, sums);
+      // The end of these panels: now the beginning of the next ones.
+      const int64_t ahead = kPanels * block.panel_bytes - static_cast<int64_t>(late) * kLineBytes;
+      add_lines<Format, kRows, kPanels, true>(block, late, kAhead, ahead, sums);
+    } else {
+      add_lines<Format, kRows, kPanels, false>(block, 0, lines, 0, sums);
+    }
     for (int p = 0; p < kPanels; ++p)
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* panel = block.weights() + p * block.panel_bytes;
@@ -109,8 +121,8 @@ struct Multiply<Int4, kRows, 1> {
     const int32_t* sums = block.task.x.sums + block.row * (stride / kGroup);
     __m512 totals[kRows] = {};
     for (int g = 0; g < groups; ++g, w += kInt4GroupBytes, x += kGroup) {
-      if (block.fetch)
-        for (int line = 0; line < 5; ++line) _mm_prefetch(w + block.panel_bytes + line * kLineBytes, _MM_HINT_T1);
+      if (block.fetches())  // panels follow each other, and so do their groups
+        for (int line = kAhead; line < kAhead + 5; ++line) _mm_prefetch(w + line * kLineBytes, _MM_HINT_T0);
       const Int4Group group(w);
       const Int4Scales factors(w);
       for (int r = 0; r < kRows; ++r) {
@@ -141,11 +153,8 @@ template <typename Format, int kPanels>
 void multiply_panels(const LinearTask& task, int begin, int end) {
   const int64_t bytes = panel_bytes(task.w->format, task.w->k);
   for (; end - begin >= kPanels; begin += kPanels) {
-    const bool more = begin + 2 * kPanels <= end;
-    for (int row = 0; row < task.num_rows;) {
-      const Block block{task, bytes, begin, row, more && row == 0};
-      row += multiply_rows<Format, Format::kRows, kPanels>(block, task.num_rows - row);
-    }
+    for (int row = 0; row < task.num_rows;)
+      row += multiply_rows<Format, Format::kRows, kPanels>({task, bytes, begin, row}, task.num_rows - row);
   }
   if constexpr (kPanels > 1) multiply_panels<Format, kPanels / 2>(task, begin, end);
 }
