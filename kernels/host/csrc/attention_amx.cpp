@@ -45,6 +45,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// What was written before is in memory after: GCC's tile loads do not tell the compiler that they read any.
+void settle() { __asm__ volatile("" ::: "memory"); }
+
 // 2^x to 8e-5, which bf16 does not see; x may be -inf.
 Reg weight_of(Reg x) {
   constexpr int kFloor = 0x09;
@@ -134,7 +137,7 @@ class Attention {
   }
 
   void run() {
-    const TileConfig config;
+    static const TileConfig config;
     _tile_loadconfig(&config);
     std::memset(nothing_, 0, dim_ * 2);
     const int first = task_.span->start + task_.row_begin, end = task_.span->start + task_.row_end;
@@ -259,6 +262,7 @@ class Attention {
   void score(int tile, int group) {
     const uint16_t *low = keys_[2 * group], *high = keys_[2 * group + 1];
     const uint8_t* q = queries(tile);
+    settle();
     _tile_zero(4);
     _tile_zero(5);
     for (int dim = 0; dim < dim_; dim += kDepth) {
@@ -328,6 +332,7 @@ class Attention {
   // Output tiles [at, at + num) of a tile of queries, in registers 0 to num - 1; num is 2 or 4.
   void load_tiles(int tile, int at, int num) const {
     const float* from = out(tile) + at * kTileDims * kLanes;
+    settle();
     _tile_loadd(0, from, 64);
     _tile_loadd(1, from + 256, 64);
     if (num == 2) return;
@@ -346,6 +351,7 @@ class Attention {
 
   void mix(int group, int at, int num) const {
     const uint8_t* values = values_ + group * kDepth * dim_ * 2 + at * kTileBytes;
+    settle();
     _tile_loadd(7, weights_ + group * kTileBytes, 64);
     _tile_loadd(6, values, 64);
     _tile_dpbf16ps(0, 6, 7);
