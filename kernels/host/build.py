@@ -21,7 +21,7 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
                 "-Wall", "-Wextra")
-LINK_FLAGS = ("-shared", "-pthread")
+LINK_FLAGS = ("-shared", "-pthread", "-s")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi",
            "-mfma", "-mf16c")
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
@@ -62,6 +62,11 @@ def digest_of(names: Iterable[str], *more: str) -> str:
         state.update(f"{name} {len(text)}\n".encode())
         state.update(text)
     return state.hexdigest()[:16]
+
+
+def packaged_name() -> str:
+    """The library's file in a wheel, beside this one. Another version's is not found."""
+    return f"libbaton_host-{digest()}.so"
 
 
 def version(compiler: str) -> str:

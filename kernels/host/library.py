@@ -114,7 +114,7 @@ def isas() -> tuple[str, ...]:
 
 def find_or_build() -> Path:
     """The library's file: out of the package, or compiled into the cache directory. Raises SetupError."""
-    packaged = packaged_path()
+    packaged = Path(build.__file__).with_name(build.packaged_name())
     if packaged.exists():
         return packaged
     wanted = config.compiler()
@@ -131,11 +131,6 @@ def find_or_build() -> Path:
     except build.BuildError as e:
         raise SetupError(f"the host library cannot be compiled: {e}. Set CXX to another compiler, or "
                          "engine.backend=torch.") from e
-
-
-def packaged_path() -> Path:
-    """Where a wheel keeps its library."""
-    return Path(build.__file__).with_name(f"libbaton_host-{build.digest()}.so")
 
 
 def _opened(directory: Path) -> Path | None:
