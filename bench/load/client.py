@@ -134,13 +134,12 @@ class Client:
         """Raises SetupError if the address is none."""
         parts = urlsplit(base_url)
         try:
-            port = parts.port
+            self.host = parts.hostname or ""
+            self.port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
-            port = None
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            self.host = ""
+        if parts.scheme not in {"http", "https"} or not self.host:
             raise SetupError(f"{base_url!r} is no address of a server; as in http://127.0.0.1:8000.")
-        self.host = parts.hostname
-        self.port = port or (443 if parts.scheme == "https" else 80)
         self.where = f"{self.host}:{self.port}"
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._path = parts.path.rstrip("/").removesuffix("/v1")

@@ -39,7 +39,9 @@ def serve(arguments: Sequence[str], prog: str) -> None:
         asked.prompt_tokens, asked.output_tokens, asked.shared_prefix, asked.prefix_groups, asked.turns, asked.think_s
     )
     scale = Scale(asked.length_scale, asked.max_prompt_tokens, asked.max_output_tokens)
-    traffic = Traffic(shape, asked.arrivals, asked.trace, scale, asked.duration_s, asked.warmup_s, asked.seed)
+    traffic = Traffic(
+        shape, asked.arrivals, asked.trace, asked.trace_from_s, scale, asked.duration_s, asked.warmup_s, asked.seed
+    )
     target = target_of(asked, asked.url, frozenset(asked.server_pid))
     report = finished(sweep(target, traffic, rates, slo_of(asked), asked.slo_share, say))
     print("\n".join(lines(report["runs"])))
@@ -107,6 +109,7 @@ def serve_options(prog: str) -> argparse.ArgumentParser:
     when.add_argument("--arrivals", type=_read(Process.parse), default=Process(), metavar="PROCESS",
                       help="poisson (default), constant, gamma:cv=3, or onoff:on_s=2,off_s=8")  # fmt: skip
     when.add_argument("--trace", type=Path, metavar="FILE", help="replay this instead: Mooncake or Azure, also .gz")
+    when.add_argument("--trace-from-s", type=_seconds, default=0.0, metavar="S", help="leave out its beginning (0)")
     what = parser.add_argument_group("what they are")
     _lengths(what, "--prompt-tokens", "512", "of each prompt")
     _lengths(what, "--output-tokens", "64", "of each answer")

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 from baton.bench.load.client import Client, Failed, Refused
 from baton.bench.load.http1 import Events
-from baton.bench.load.prose import GUESS, Prose
+from baton.bench.load.prose import GUESS, WORDS, Prose, every_word
 from baton.bench.load.record import Record
 from baton.core.errors import SetupError
 
 Api = Literal["completions", "chat"]
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 PROBE_TIMEOUT_S = 120.0
-PROBE_WORDS = (32, 160)
+PROBE_ROUNDS = (1, 4)
+"""How often each probe says every word: two lengths, from which slope and intercept follow."""
 PROBE_OUTPUT_TOKENS = 4
 
 
@@ -74,7 +75,7 @@ class Reading:
             if not isinstance(event, dict):
                 raise ValueError(f"an event that is no object: {data[:40]!r}")
             if event.get("error"):
-                self.record.error = "in stream"
+                self.record.error, self.record.message = "in stream", json.dumps(event["error"])
             self._choice(event.get("choices") or [], now_s)
             if event.get("usage"):
                 self._bill(event["usage"])
@@ -117,11 +118,11 @@ class Asker:
             async with asyncio.timeout(self._timeout_s):
                 await self._client.post(PATHS[self.dialect.api], body, reading.take)
             if record.error is None and not reading.ended:
-                record.error = "broken"
+                record.error, record.message = "broken", "the stream ended in the middle of the answer"
         except TimeoutError:
-            record.error = "timeout"
+            record.error, record.message = "timeout", f"no end in {self._timeout_s:g} s"
         except Failed as e:
-            record.error = e.kind
+            record.error, record.message = e.kind, str(e)
         record.end_s = now()
         return "".join(reading.text)
 
@@ -166,8 +167,8 @@ async def sized(client: Client, dialect: Dialect, prose: Prose | None, seed: str
     """Two probes: what the endpoint takes, and how texts become so long as they are meant to be. `prose`: of the
     model's tokenizer, where there is one; what the endpoint puts around a prompt is then measured, else all of it."""
     seen = []
-    for count in PROBE_WORDS:
-        text = Prose.estimated(1.0).words(count, random.Random(f"{seed}/probe/{count}"))
+    for rounds in PROBE_ROUNDS:
+        text = every_word(rounds, random.Random(f"{seed}/probe/{rounds}"))
         dialect, record = await probe(client, dialect, text)
         seen.append((text, record.prompt_tokens))
     (_, few), (text, many) = seen
@@ -175,8 +176,9 @@ async def sized(client: Client, dialect: Dialect, prose: Prose | None, seed: str
         return dialect, prose or Prose.estimated(GUESS)
     if prose is not None:
         return dialect, replace(prose, frame_tokens=many - prose.tokens(text))
-    per_word = (many - few) / (PROBE_WORDS[1] - PROBE_WORDS[0])
+    once, often = (rounds * len(WORDS) for rounds in PROBE_ROUNDS)
+    per_word = (many - few) / (often - once)
     if per_word <= 0:
-        raise SetupError(f"{client.where} bills {few} tokens for {PROBE_WORDS[0]} words and {many} for "
-                         f"{PROBE_WORDS[1]}; name a --tokenizer.")
-    return dialect, Prose.estimated(per_word, few - per_word * PROBE_WORDS[0])
+        raise SetupError(f"{client.where} bills {few} tokens for {once} words and {many} for {often}; "
+                         "name a --tokenizer.")
+    return dialect, Prose.estimated(per_word, few - per_word * once)

@@ -92,7 +92,7 @@ def synthetic(
     for number, at_s in enumerate(times):
         rng = random.Random(f"{seed}/{label}/{number}")
         group = rng.randrange(shape.prefix_groups)
-        turns = tuple(_turn(shape, prose, rng, i == 0) for i in range(shape.turns))
+        turns = tuple(_turn(shape, prose, rng) for _ in range(shape.turns))
         if shape.shared_prefix:
             # As long as the longest needs, once per group; each prompt takes words from its beginning.
             if group not in shared:
@@ -103,10 +103,9 @@ def synthetic(
     return sessions
 
 
-def _turn(shape: Shape, prose: Prose, rng: random.Random, first: bool) -> Turn:
+def _turn(shape: Shape, prose: Prose, rng: random.Random) -> Turn:
     prompt_tokens, output_tokens = shape.prompt.draw(rng), shape.output.draw(rng)
-    frame = prose.frame_tokens if first else 0.0
-    return Turn((prose.text(max(prompt_tokens - frame, 1), rng),), prompt_tokens, output_tokens)
+    return Turn((prose.text(max(prompt_tokens - prose.frame_tokens, 1), rng),), prompt_tokens, output_tokens)
 
 
 def _with_prefix(turn: Turn, prefix: str, share: float, prose: Prose, rng: random.Random) -> Turn:
@@ -141,8 +140,8 @@ def from_trace(trace: Sequence[Traced], scale: Scale, prose: Prose, seed: str) -
                 blocks[block] = prose.text(block_tokens, random.Random(f"{seed}/block/{block}"))
             said.append(blocks[block])
             left -= prose.tokens(blocks[block])
-        # The last block of a prompt is not full, and nobody else's.
-        said.append(prose.text(max(left, 1), random.Random(f"{seed}/tail/{number}")))
+        if left >= 1 or not said:  # the last block of a prompt is not full, and nobody else's
+            said.append(prose.text(left, random.Random(f"{seed}/tail/{number}")))
         output_tokens = _within(request.output_tokens * scale.lengths, scale.max_output_tokens)
         sessions.append(Session(request.at_s, (Turn(tuple(said), wanted, output_tokens),)))
     return sessions

@@ -37,12 +37,12 @@ def draw_sweep(report: Json, path: Path) -> None:
     goodput.plot(rates, [run["goodput_rate"] for run in runs], "s-", label="within the SLO")
     goodput.set(xlabel="offered requests/s", ylabel="requests/s", ylim=(0, None))
     goodput.legend()
-    for ax, name, limit in ((ttft, "ttft_s", "ttft_s"), (itl, "itl_s", "itl_s")):
-        percentiles_over(ax, rates, [run[name] for run in runs])
-        if report["slo"][limit] is not None:
-            ax.axhline(report["slo"][limit] * 1e3, ls="--", color="grey", label="SLO")
+    for ax, name in ((ttft, "ttft_s"), (itl, "itl_s")):
         ax.set(xlabel="offered requests/s", ylabel=f"{name[:-2].upper()}, ms", yscale="log")
-        ax.legend()
+        percentiles_over(ax, rates, [run[name] for run in runs])
+        if report["slo"][name] is not None:
+            ax.axhline(report["slo"][name] * 1e3, ls="--", color="grey", label="SLO")
+        fit(ax)
     drawn.suptitle(f"{report['target']['model']} at {report['target']['url']}", fontsize=9)
     drawn.savefig(path)
 
@@ -54,9 +54,18 @@ def percentiles_over(ax: Any, across: Sequence[float], figures: Sequence[Json | 
         ax.plot([x for x, _ in seen], [f[percent] * 1e3 for _, f in seen], "o-", label=percent)
 
 
+def fit(ax: Any) -> None:
+    """Limits around what is there, which may be one point or none, and what the lines are."""
+    if seen := [y for line in ax.lines for y in line.get_ydata()]:
+        ax.set_ylim(min(seen) / 1.5, max(seen) * 1.5)
+        ax.legend(fontsize=8)
+
+
 def draw_interference(report: Json, path: Path) -> None:
     """ITL of the decode load and TTFT of the long prompts over the rate of long prompts, a colour per system."""
     drawn, (itl, ttft) = figure(2)
+    for ax, what in ((itl, "ITL of the decode load, ms"), (ttft, "TTFT of the long prompts, ms")):
+        ax.set(xlabel="long prompts/s", ylabel=what, yscale="log")
     for number, (name, runs) in enumerate(report["systems"].items()):
         colour = f"C{number}"
         by_rate = sorted(runs, key=lambda run: run["long_rate"])
@@ -68,8 +77,6 @@ def draw_interference(report: Json, path: Path) -> None:
             for percent, style in percents:
                 ax.plot([x for x, _ in seen], [f[percent] * 1e3 for _, f in seen], "o" + style, color=colour,
                         label=f"{name} {percent}")  # fmt: skip
-    for ax, what in ((itl, "ITL of the decode load, ms"), (ttft, "TTFT of the long prompts, ms")):
-        ax.set(xlabel="long prompts/s", ylabel=what, yscale="log")
-        if ax.lines:
-            ax.legend(fontsize=8)
+    for ax in (itl, ttft):
+        fit(ax)
     drawn.savefig(path)

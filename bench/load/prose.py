@@ -57,20 +57,21 @@ class Prose:
         return cls({f" {word}": per_word for word in WORDS}, frame_tokens)
 
     def text(self, num_tokens: float, rng: random.Random) -> str:
-        """As near to `num_tokens` as the pieces allow: exact where one of them costs 1."""
+        """As near to `num_tokens` as the pieces allow, exact where one of them costs 1; never empty."""
         words = [f" {word}" for word in WORDS]
         dearest = max(self.costs[word] for word in words)
-        said, left = [], float(num_tokens)
+        said, left = [rng.choice(words)], float(num_tokens)
+        left -= self.costs[said[0]]
         while left >= dearest:
             said.append(rng.choice(words))
             left -= self.costs[said[-1]]
-        while True:
-            # Whatever comes nearest to what is left, as long as it is nearer than nothing.
-            piece = min(self.costs, key=lambda piece: (abs(left - self.costs[piece]), rng.random()))
-            if abs(left - self.costs[piece]) >= left:
-                return "".join(said)
-            said.append(piece)
-            left -= self.costs[piece]
+        while fitting := [piece for piece, cost in self.costs.items() if cost <= left]:
+            said.append(max(fitting, key=lambda piece: (self.costs[piece], rng.random())))
+            left -= self.costs[said[-1]]
+        last = min(self.costs, key=self.costs.__getitem__)
+        if self.costs[last] / 2 < left:  # only where no piece costs 1
+            said.append(last)
+        return "".join(said)
 
     def tokens(self, text: str) -> float:
         """Of a text that was made here."""
@@ -90,9 +91,12 @@ class Prose:
         bare = word.rstrip(".")
         return self.costs[f" {bare}"] + self.costs.get(".", 0.0) * (len(word) - len(bare))
 
-    def words(self, count: int, rng: random.Random) -> str:
-        """For probes: so many words, whatever they cost."""
-        return "".join(f" {word}" for word in rng.choices(WORDS, k=count))
+
+def every_word(times: int, rng: random.Random) -> str:
+    """For probes: each word so many times, in any order, so that what is billed is their mean, and no luck."""
+    words = list(WORDS) * times
+    rng.shuffle(words)
+    return "".join(f" {word}" for word in words)
 
 
 def _pieces() -> list[str]:

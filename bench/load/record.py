@@ -33,6 +33,8 @@ class Record:
     finish: str | None = None
     error: str | None = None
     """What kind of failure ended it: `connect`, `http 429`, `timeout`, `broken`, `in stream`, `malformed`."""
+    message: str = ""
+    """What was said about it."""
 
     @property
     def ok(self) -> bool:

@@ -18,6 +18,7 @@ from baton.bench.load.record import Record, Slo
 FORMAT = 1
 LATE_S = 0.01
 """A request sent later than this counts as a late send."""
+MESSAGE_CHARS = 300
 PERCENTILES = (50, 90, 99)
 
 Json = dict[str, Any]
@@ -73,6 +74,7 @@ def measured(records: Sequence[Record], window: Window, slo: Slo) -> Json:
             "sent": len(counted),
             "ok": len(ok),
             "errors": dict(Counter(r.error for r in counted if r.error is not None)),
+            "first_messages": {r.error: r.message[:MESSAGE_CHARS] for r in reversed(counted) if r.error is not None},
         },
         "ttft_s": spread(r.ttft_s for r in ok if r.ttft_s is not None),
         "itl_s": spread(gap for r in ok for gap in r.gaps_s()),
@@ -174,7 +176,8 @@ def warnings(run: Json) -> list[str]:
     """What makes a run's figures less than they look."""
     said = []
     if errors := run["requests"]["errors"]:
-        said.append(f"failed: {', '.join(f'{count} x {kind}' for kind, count in sorted(errors.items()))}")
+        messages = run["requests"]["first_messages"]
+        said += [f"failed: {count} x {kind}, such as: {messages[kind]}" for kind, count in sorted(errors.items())]
     tokens, client, cores = run["tokens"], run["client"], run.get("cpu_cores")
     if tokens["output_short"]:
         mean = f"{tokens['output']:.0f} tokens on average"

@@ -56,6 +56,7 @@ class Traffic:
     process: Process = Process()
     trace: Path | None = None
     """Instead of shape and process."""
+    trace_from_s: float = 0.0
     scale: Scale = Scale()
     duration_s: float = 60.0
     warmup_s: float = 5.0
@@ -131,6 +132,6 @@ def planned(
 ) -> list[Session]:
     """`seed`: of the prompts; arrivals of a trace are its own."""
     if trace is not None:
-        return from_trace(replayed(trace, rate, span_s(traffic)), traffic.scale, prose, seed)
+        return from_trace(replayed(trace, traffic.trace_from_s, rate, span_s(traffic)), traffic.scale, prose, seed)
     assert rate is not None, "only a trace has a rate of its own"
     return synthetic(traffic.shape, traffic.process, rate, span_s(traffic), prose, seed)

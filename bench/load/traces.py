@@ -96,9 +96,10 @@ def spread(trace: Sequence[Traced], rng: random.Random) -> list[Traced]:
     return placed
 
 
-def replayed(trace: Sequence[Traced], rate: float | None, duration_s: float) -> list[Traced]:
-    """The first `duration_s` of the trace, after its time is stretched or squeezed as a whole so that its mean rate
-    is `rate` (None: as recorded). Bursts keep their shape."""
+def replayed(trace: Sequence[Traced], from_s: float, rate: float | None, duration_s: float) -> list[Traced]:
+    """`duration_s` of the trace, after its time is stretched or squeezed as a whole so that its mean rate is `rate`
+    (None: as recorded). Bursts keep their shape. `from_s` of its own time is left out first."""
     span_s = trace[-1].at_s
     squeeze = 1.0 if rate is None or span_s == 0 else len(trace) / span_s / rate
-    return [replace(r, at_s=r.at_s * squeeze) for r in trace if r.at_s * squeeze < duration_s]
+    moved = [replace(r, at_s=(r.at_s - from_s) * squeeze) for r in trace]
+    return [r for r in moved if 0 <= r.at_s < duration_s]
