@@ -21,7 +21,7 @@ SOURCES = Path(__file__).resolve().parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
                 "-Wall", "-Wextra")
-LINK_FLAGS = ("-shared", "-pthread", "-s")
+LINK_FLAGS = ("-shared", "-pthread")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi",
            "-mfma", "-mf16c")
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
