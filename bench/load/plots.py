@@ -57,6 +57,7 @@ def percentiles_over(ax: Any, across: Sequence[float], figures: Sequence[Json | 
 def fit(ax: Any) -> None:
     """Limits around what is there, which may be one point or none, and what the lines are."""
     if seen := [y for line in ax.lines for y in line.get_ydata()]:
+        ax.set_autoscaley_on(False)  # it would look first, and warn about a single value
         ax.set_ylim(min(seen) / 1.5, max(seen) * 1.5)
         ax.legend(fontsize=8)
 

@@ -24,7 +24,7 @@ SWEEP = {
     "slo": {"ttft_s": 0.2, "itl_s": None},
     "runs": [run(2.0), run(1.0), run(3.0, empty=True)],
 }
-INTERFERENCE = {"systems": {"one": [run(0.5), run(1.0)], "other": [run(0.5, empty=True)]}}
+INTERFERENCE = {"systems": {"one": [run(0.5), run(1.0)], "single": [run(0.5)], "other": [run(0.5, empty=True)]}}
 
 
 def test_a_report_becomes_a_picture(tmp_path: Path) -> None:
