@@ -13,25 +13,44 @@
 namespace baton {
 namespace {
 
-// y[row, 16 columns of the panel] (+)= value.
-inline void put(const LinearTask& task, int panel, int row, __m512 value) {
-  float* y = task.y + static_cast<int64_t>(row) * task.y_stride + panel * kPanel;
-  const int columns = task.w->n - panel * kPanel;
-  const __mmask16 mask = columns >= kPanel ? 0xffff : static_cast<__mmask16>((1u << columns) - 1);
-  if (task.accumulate) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), value);
-  _mm512_mask_storeu_ps(y, mask, value);
-}
+// Where one panel's columns of y lie.
+struct Columns {
+  float* y;
+  int64_t stride;
+  __mmask16 mask;
+  bool accumulate;
 
-// The product of one row and an int8 panel, from the sum of unsigned weights times activations.
-inline __m512 int8_product(__m512i sum, const LinearTask& task, const uint8_t* panel, int row) {
-  const int groups = task.x.stride / kGroup;
-  const int32_t* sums = task.x.sums + static_cast<int64_t>(row) * groups;
-  int32_t total = 0;
-  for (int group = 0; group < groups; ++group) total += sums[group];
-  const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(kInt8Zero * total)));
-  const __m512 scales = _mm512_load_ps(panel + padded(task.w->k) * kPanel);
-  return _mm512_mul_ps(dot, _mm512_mul_ps(_mm512_set1_ps(task.x.scales[row]), scales));
-}
+  Columns(const LinearTask& task, int panel) : stride(task.y_stride), accumulate(task.accumulate) {
+    const int count = task.w->n - panel * kPanel;
+    y = task.y + panel * kPanel;
+    mask = count >= kPanel ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+  }
+  float* at(int row) const { return y + row * stride; }
+  void put(int row, __m512 value) const {
+    if (accumulate) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at(row)), value);
+    _mm512_mask_storeu_ps(at(row), mask, value);
+  }
+};
+
+// From the sum of a row and a panel to the product: nothing to do, or the scales of int8.
+struct PlainFactors {
+  PlainFactors(const LinearTask&, const uint8_t*) {}
+  __m512 product(__m512 sum, int) const { return sum; }
+  __m512 product(__m512i sum, int) const { return _mm512_castsi512_ps(sum); }  // as AMX stores it
+};
+
+struct Int8Factors {
+  __m512 scales;
+  const float* x_scales;
+  const int32_t* totals;
+
+  Int8Factors(const LinearTask& task, const uint8_t* panel)
+      : scales(_mm512_load_ps(panel + padded(task.w->k) * kPanel)), x_scales(task.x.scales), totals(task.x.totals) {}
+  __m512 product(__m512i sum, int row) const {
+    const __m512i dot = _mm512_sub_epi32(sum, _mm512_set1_epi32(kInt8Zero * totals[row]));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(_mm512_set1_ps(x_scales[row]), scales));
+  }
+};
 
 // What the integers of one int4 group and panel mean.
 struct Int4Scales {

@@ -49,17 +49,15 @@ struct RowTiles {
 };
 
 struct Bf16 {
+  using Factors = PlainFactors;
   static constexpr int kElementBytes = 2;
   static constexpr bool kInteger = false;
-  static __m512 finish(__m512i sum, const LinearTask&, const uint8_t*, int) { return _mm512_castsi512_ps(sum); }
 };
 
 struct Int8 {
+  using Factors = Int8Factors;
   static constexpr int kElementBytes = 1;
   static constexpr bool kInteger = true;
-  static __m512 finish(__m512i sum, const LinearTask& task, const uint8_t* panel, int row) {
-    return int8_product(sum, task, panel, row);
-  }
 };
 
 // Tile registers are part of the instruction, so their numbers must be literal.
@@ -69,6 +67,26 @@ struct Int8 {
   else                                            \
     _tile_dpbf16ps(sum, activations, weights)
 
+template <int kTile>
+void store_tile(void* to, int64_t row_bytes) {
+  static_assert(kTile < 4, "a sum");
+  if constexpr (kTile == 0) _tile_stored(0, to, row_bytes);
+  if constexpr (kTile == 1) _tile_stored(1, to, row_bytes);
+  if constexpr (kTile == 2) _tile_stored(2, to, row_bytes);
+  if constexpr (kTile == 3) _tile_stored(3, to, row_bytes);
+}
+
+// The weights that come next, which a block fetches into L2 while it computes: `lines` of them per step.
+struct Ahead {
+  const uint8_t* weights;
+  int lines;
+
+  void fetch() {
+    for (int i = 0; i < lines; ++i) _mm_prefetch(weights + i * kLineBytes, _MM_HINT_T1);
+    weights += lines * kLineBytes;
+  }
+};
+
 template <typename Format>
 struct Product {
   const LinearTask& task;
@@ -76,7 +94,7 @@ struct Product {
   const int64_t panel_bytes, row_bytes;  // row_bytes: of an activation row
   const int64_t depth;                   // bytes of a row that the product goes through
 
-  Product(const LinearTask& task)
+  explicit Product(const LinearTask& task)
       : task(task),
         rows(task.num_rows),
         panel_bytes(baton::panel_bytes(task.w->format, task.w->k)),
@@ -88,16 +106,16 @@ struct Product {
     return static_cast<const uint8_t*>(task.x.data) + rows.begin(tile) * row_bytes;
   }
 
-  // Sums of one row tile and kPanels panels into registers 0 ... kPanels - 1.
+  // Row tile `tile` and kPanels panels; sums in registers 0 ... kPanels - 1.
   template <int kPanels>
-  void multiply_one(int tile, int panel, bool fetch) const {
+  void one_tile(int tile, int panel, Ahead ahead) const {
     const uint8_t *x = activations(tile), *w = weights(panel);
     _tile_zero(0);
     if constexpr (kPanels > 1) _tile_zero(1);
     if constexpr (kPanels > 2) _tile_zero(2);
     if constexpr (kPanels > 3) _tile_zero(3);
     for (int64_t i = 0; i < depth; i += kLineBytes, w += kTileBytes) {
-      if (fetch) fetch_ahead<kPanels>(w, i);
+      ahead.fetch();
       _tile_loadd(4, x + i, row_bytes);
       _tile_loadd(6, w, kLineBytes);
       BATON_MULTIPLY(0, 4, 6);
@@ -112,18 +130,22 @@ struct Product {
         BATON_MULTIPLY(3, 4, 7);
       }
     }
+    put_tile<0>(tile, panel);
+    if constexpr (kPanels > 1) put_tile<1>(tile, panel + 1);
+    if constexpr (kPanels > 2) put_tile<2>(tile, panel + 2);
+    if constexpr (kPanels > 3) put_tile<3>(tile, panel + 3);
   }
 
-  // Sums of row tiles `tile` and `tile` + 1 and of kPanels panels into registers 0, 1 and 2, 3.
+  // Row tiles `tile` and `tile` + 1 and kPanels panels; sums in registers 0, 1 and 2, 3.
   template <int kPanels>
-  void multiply_two(int tile, int panel, bool fetch) const {
+  void two_tiles(int tile, int panel, Ahead ahead) const {
     const uint8_t *x = activations(tile), *below = activations(tile + 1), *w = weights(panel);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < depth; i += kLineBytes, w += kTileBytes) {
-      if (fetch) fetch_ahead<kPanels>(w, i);
+      ahead.fetch();
       _tile_loadd(4, x + i, row_bytes);
       _tile_loadd(6, w, kLineBytes);
       _tile_loadd(5, below + i, row_bytes);
@@ -135,61 +157,43 @@ struct Product {
         BATON_MULTIPLY(3, 5, 7);
       }
     }
-  }
-
-  // Weights a tile after those at `w`, which meet byte i of the rows; at the end of the panels, of the next ones.
-  template <int kPanels>
-  void fetch_ahead(const uint8_t* w, int64_t i) const {
-    w += i + kLineBytes < depth ? kTileBytes : kPanels * panel_bytes - i * kPanel;
-    for (int p = 0; p < kPanels; ++p)
-      for (int line = 0; line < kTileRows; ++line) _mm_prefetch(w + p * panel_bytes + line * kLineBytes, _MM_HINT_T0);
-  }
-
-  void put_tile(const __m512i* sums, int tile, int panel) const {
-    for (int i = rows.done(tile); i < rows.height; ++i) {
-      const int row = rows.begin(tile) + i;
-      put(task, panel, row, Format::finish(sums[i], task, weights(panel), row));
-    }
-  }
-
-  template <int kPanels>
-  void one_tile(int tile, int panel, bool fetch) const {
-    alignas(64) __m512i sums[kPanels][kTileRows];
-    multiply_one<kPanels>(tile, panel, fetch);
-    _tile_stored(0, sums[0], kLineBytes);
-    if constexpr (kPanels > 1) _tile_stored(1, sums[1], kLineBytes);
-    if constexpr (kPanels > 2) _tile_stored(2, sums[2], kLineBytes);
-    if constexpr (kPanels > 3) _tile_stored(3, sums[3], kLineBytes);
-    for (int p = 0; p < kPanels; ++p) put_tile(sums[p], tile, panel + p);
-  }
-
-  template <int kPanels>
-  void two_tiles(int tile, int panel, bool fetch) const {
-    alignas(64) __m512i sums[2][2][kTileRows];
-    multiply_two<kPanels>(tile, panel, fetch);
-    _tile_stored(0, sums[0][0], kLineBytes);
-    _tile_stored(2, sums[1][0], kLineBytes);
+    put_tile<0>(tile, panel);
+    put_tile<2>(tile + 1, panel);
     if constexpr (kPanels > 1) {
-      _tile_stored(1, sums[0][1], kLineBytes);
-      _tile_stored(3, sums[1][1], kLineBytes);
+      put_tile<1>(tile, panel + 1);
+      put_tile<3>(tile + 1, panel + 1);
     }
-    for (int t = 0; t < 2; ++t)
-      for (int p = 0; p < kPanels; ++p) put_tile(sums[t][p], tile + t, panel + p);
+  }
+
+  template <int kSum>
+  void put_tile(int tile, int panel) const {
+    const Columns columns(task, panel);
+    const int begin = rows.begin(tile), height = rows.height;
+    if (!Format::kInteger && !columns.accumulate && columns.mask == 0xffff)
+      return store_tile<kSum>(columns.at(begin), columns.stride * 4);
+    alignas(64) __m512i sums[kTileRows];
+    store_tile<kSum>(sums, kLineBytes);
+    const typename Format::Factors factors(task, weights(panel));
+    for (int i = rows.done(tile); i < height; ++i) columns.put(begin + i, factors.product(sums[i], begin + i));
   }
 
   // Up to 16 rows: what counts is how fast weights come.
   template <int kPanels>
   void few_rows(int begin, int end) const {
-    for (; end - begin >= kPanels; begin += kPanels) one_tile<kPanels>(0, begin, true);
+    for (; end - begin >= kPanels; begin += kPanels)
+      one_tile<kPanels>(0, begin, {weights(begin + kPanels), kPanels * kTileRows});
     if constexpr (kPanels > 1) few_rows<kPanels / 2>(begin, end);
   }
 
   template <int kPanels>
   void chunk(int tile_begin, int tile_end, int begin, int end) const {
+    const int num_blocks = (tile_end - tile_begin + 1) / 2, lines = (kPanels * kTileRows + num_blocks - 1) / num_blocks;
     for (; end - begin >= kPanels; begin += kPanels) {
+      Ahead ahead{weights(begin + kPanels), lines};
       int tile = tile_begin;
-      for (; tile + 1 < tile_end; tile += 2) two_tiles<kPanels>(tile, begin, tile == tile_begin);
-      if (tile < tile_end) one_tile<kPanels>(tile, begin, tile == tile_begin);
+      for (; tile + 1 < tile_end; tile += 2, ahead.weights += lines * depth)
+        two_tiles<kPanels>(tile, begin, ahead);
+      if (tile < tile_end) one_tile<kPanels>(tile, begin, ahead);
     }
     if constexpr (kPanels > 1) chunk<kPanels / 2>(tile_begin, tile_end, begin, end);
   }
@@ -263,9 +267,10 @@ struct Int4Product {
       for (int r = 0; r < kTileRows; ++r)
         totals[r] = factors.add(totals[r], dots[r], group_sums[r * groups_per_row + g]);
     }
+    const Columns columns(task, panel);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
-      if (r >= done) put(task, panel, row + r, _mm512_mul_ps(totals[r], _mm512_set1_ps(task.x.scales[row + r])));
+      if (r >= done) columns.put(row + r, _mm512_mul_ps(totals[r], _mm512_set1_ps(task.x.scales[row + r])));
   }
 
   void run(int begin, int end) const {

@@ -109,15 +109,14 @@ struct Int8 {
   static void finish(const Block& block, int r, const __m256i (&sums)[4]) {
     const LinearTask& task = block.task;
     const float* scales = reinterpret_cast<const float*>(block.w + padded(task.w->k) * kPanel);
-    int32_t total = 0;
-    for (int group = 0; group < task.x.stride / kGroup; ++group) total += block.group_sums(r)[group];
+    const __m256i correction = _mm256_set1_epi32(kInt8Zero * task.x.totals[block.row + r]);
     const __m256 x_scale = _mm256_set1_ps(task.x.scales[block.row + r]);
     __m256 values[2];
     for (int h = 0; h < 2; ++h) {
       // hadd works in halves of a register: its quadwords come out as columns 0-1, 4-5, 2-3, 6-7.
       const __m256i mixed = _mm256_hadd_epi32(sums[2 * h], sums[2 * h + 1]);
       const __m256i dots = _mm256_permute4x64_epi64(mixed, 0b11011000);
-      const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots, _mm256_set1_epi32(kInt8Zero * total)));
+      const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots, correction));
       values[h] = _mm256_mul_ps(exact, _mm256_mul_ps(x_scale, _mm256_load_ps(scales + 8 * h)));
     }
     put(block, r, values);
@@ -221,6 +220,7 @@ void quantise(const float* x, const Activations& out, int row) {
   const __m256 inverse = _mm256_set1_ps(most > kLeastMagnitude ? kInt8Most / most : 0);
   int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
   int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
+  out.totals[row] = 0;
   for (int i = 0; i < out.stride; i += kGroup) {
     __m256i q[4], sum = _mm256_setzero_si256();
     for (int part = 0; part < 4; ++part) {
@@ -233,6 +233,7 @@ void quantise(const float* x, const Activations& out, int row) {
     const __m256i bytes = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), bytes);
     sums[i / kGroup] = sum_of(sum);
+    out.totals[row] += sums[i / kGroup];
   }
   out.scales[row] = most / kInt8Most;
 }

@@ -5,8 +5,8 @@
 // A block of kRows x kPanels accumulators goes through all of k; a smaller block does the same for each of its rows, so
 // a row's bits do not depend on the others.
 //
-// Order: panels outside, rows inside. Weights come from memory once, activations again and again from L2. The first rows
-// that meet a block of panels fetch its lines ahead of their use: with few rows, that is what the time goes to.
+// Order: panels outside, rows inside. Weights come from memory once, activations again and again from L2. The first
+// rows that meet a block of panels fetch its lines ahead of their use: with few rows, that is where the time goes.
 #include "gemm512.h"
 #include "parts.h"
 
@@ -37,27 +37,25 @@ inline __m512i broadcast4(const uint8_t* p) {
 
 struct Fp32 {
   using Sum = __m512;
+  using Factors = PlainFactors;
   static constexpr int kRows = 6, kPanels = 4, kElementBytes = 4;
   static Sum add(Sum sum, __m512i w, __m512i x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
   }
-  static __m512 finish(Sum sum, const LinearTask&, const uint8_t*, int) { return sum; }
 };
 
 struct Bf16 {
   using Sum = __m512;
+  using Factors = PlainFactors;
   static constexpr int kRows = 6, kPanels = 4, kElementBytes = 2;
   static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-  static __m512 finish(Sum sum, const LinearTask&, const uint8_t*, int) { return sum; }
 };
 
 struct Int8 {
   using Sum = __m512i;
+  using Factors = Int8Factors;
   static constexpr int kRows = 6, kPanels = 4, kElementBytes = 1;
   static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
-  static __m512 finish(Sum sum, const LinearTask& task, const uint8_t* panel, int row) {
-    return int8_product(sum, task, panel, row);
-  }
 };
 
 template <typename Format, int kRows, int kPanels>
@@ -97,11 +95,11 @@ struct Multiply {
     } else {
       add_lines<Format, kRows, kPanels, false>(block, 0, lines, 0, sums);
     }
-    for (int p = 0; p < kPanels; ++p)
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* panel = block.weights() + p * block.panel_bytes;
-        put(block.task, block.panel + p, block.row + r, Format::finish(sums[r][p], block.task, panel, block.row + r));
-      }
+    for (int p = 0; p < kPanels; ++p) {
+      const Columns columns(block.task, block.panel + p);
+      const typename Format::Factors factors(block.task, block.weights() + p * block.panel_bytes);
+      for (int r = 0; r < kRows; ++r) columns.put(block.row + r, factors.product(sums[r][p], block.row + r));
+    }
   }
 };
 
@@ -131,9 +129,10 @@ struct Multiply<Int4, kRows, 1> {
         totals[r] = factors.add(totals[r], dot, sums[r * (stride / kGroup) + g]);
       }
     }
+    const Columns columns(block.task, block.panel);
     for (int r = 0; r < kRows; ++r) {
       const __m512 scale = _mm512_set1_ps(block.task.x.scales[block.row + r]);
-      put(block.task, block.panel, block.row + r, _mm512_mul_ps(totals[r], scale));
+      columns.put(block.row + r, _mm512_mul_ps(totals[r], scale));
     }
   }
 };
@@ -177,6 +176,7 @@ void quantise(const float* x, const Activations& out, int row) {
   const __m512 inverse = _mm512_set1_ps(most > kLeastMagnitude ? kInt8Most / most : 0);
   int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
   int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
+  int32_t total = 0;
   for (int i = 0; i < out.stride; i += kGroup) {
     __m512i halves[2];
     for (int h = 0; h < 2; ++h) {
@@ -184,8 +184,9 @@ void quantise(const float* x, const Activations& out, int row) {
       halves[h] = _mm512_cvtps_epi32(_mm512_mul_ps(load_some(x + at, out.k - at), inverse));
       _mm_store_si128(reinterpret_cast<__m128i*>(to + at), _mm512_cvtsepi32_epi8(halves[h]));
     }
-    sums[i / kGroup] = _mm512_reduce_add_epi32(_mm512_add_epi32(halves[0], halves[1]));
+    total += sums[i / kGroup] = _mm512_reduce_add_epi32(_mm512_add_epi32(halves[0], halves[1]));
   }
+  out.totals[row] = total;
   out.scales[row] = most / kInt8Most;
 }
 

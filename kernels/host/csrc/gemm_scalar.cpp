@@ -45,12 +45,14 @@ void quantise(const float* x, const Activations& out, int row) {
   const float most = from_bits(most_bits), inverse = most > kLeastMagnitude ? kInt8Most / most : 0;
   int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
   int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
+  out.totals[row] = 0;
   for (int group = 0; group < out.stride / kGroup; ++group) {
     sums[group] = 0;
     for (int i = group * kGroup; i < (group + 1) * kGroup; ++i) {
       to[i] = i < out.k ? static_cast<int8_t>(std::lrint(x[i] * inverse)) : 0;
       sums[group] += to[i];
     }
+    out.totals[row] += sums[group];
   }
   out.scales[row] = most / kInt8Most;
 }
@@ -70,9 +72,8 @@ void multiply_bf16(const uint8_t* panel, const uint16_t* x, int k, float* out) {
 
 void multiply_int8(const uint8_t* panel, const Activations& x, int row, int k, float* out) {
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<int64_t>(row) * x.stride;
-  const int32_t* sums = x.sums + static_cast<int64_t>(row) * (x.stride / kGroup);
-  int32_t correction = 0, dots[kPanel] = {};
-  for (int group = 0; group < k / kGroup; ++group) correction += kInt8Zero * sums[group];
+  const int32_t correction = kInt8Zero * x.totals[row];
+  int32_t dots[kPanel] = {};
   for (int i = 0; i < k; ++i)
     for (int c = 0; c < kPanel; ++c) dots[c] += panel[(i / 4 * kPanel + c) * 4 + i % 4] * values[i];
   const float* scales = reinterpret_cast<const float*>(panel + k * kPanel);

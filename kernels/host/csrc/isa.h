@@ -24,6 +24,7 @@ struct Activations {
   void* data;         // fp32, bf16 or int8 elements
   float* scales;      // int8: [rows], value = element * scale; else null
   int32_t* sums;      // int8: [rows, stride / kGroup] sums of each group's elements; else null
+  int32_t* totals;    // int8: [rows] sums of all; else null
   int32_t k, stride;  // elements
   int32_t format;
 };

@@ -19,12 +19,14 @@ size_t block_bytes(const BatonShape& shape) { return size_t(shape.num_layers) * 
 ActivationBuffer::ActivationBuffer(size_t rows, size_t elements)
     : data(make_buffer<uint8_t>(elements * 4)),
       scales(make_buffer<float>(rows)),
-      sums(make_buffer<int32_t>(elements / kGroup + rows)) {}
+      sums(make_buffer<int32_t>(elements / kGroup + rows)),
+      totals(make_buffer<int32_t>(rows)) {}
 
 Activations ActivationBuffer::view(int k, int weight_format) const {
   const int format = activation_format(weight_format);
   const bool quantised = format == BATON_INT8;
-  return {data.get(), quantised ? scales.get() : nullptr, quantised ? sums.get() : nullptr, k, padded(k), format};
+  if (!quantised) return {data.get(), nullptr, nullptr, nullptr, k, padded(k), format};
+  return {data.get(), scales.get(), sums.get(), totals.get(), k, padded(k), format};
 }
 
 namespace {

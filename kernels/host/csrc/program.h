@@ -44,7 +44,7 @@ size_t block_bytes(const BatonShape& shape);
 struct ActivationBuffer {
   Buffer<uint8_t> data;
   Buffer<float> scales;
-  Buffer<int32_t> sums;
+  Buffer<int32_t> sums, totals;
 
   ActivationBuffer(size_t rows, size_t elements);
   Activations view(int k, int weight_format) const;
