@@ -4,8 +4,9 @@ Owns the compute thread, the team of threads that helps it, the packed weights a
 which model it runs (the op list says), who owns a block, or why a chunk is in the step. Needs no torch.
 
 Life of a step:
-1. `execute` hands it to the one compute thread.
-2. The chunks become flat arrays (`_Batch`); C runs the whole op list over them, without the interpreter's lock.
+1. `execute` queues it for the one compute thread.
+2. There, tokens that the step before sampled are filled in, and the chunks become flat arrays (`_Batch`); C runs the
+   whole op list over them, without the interpreter's lock.
 3. Meanwhile, if somebody wants to hear of layers, the event loop looks at the word in which C counts them.
 4. Last rows of chunks that sample have logits and their greatest; the sampler makes a token of each choice.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -104,13 +105,18 @@ class HostRunner:
         self._logits: Logits = np.empty((0, spec.vocab_size), np.float32)
         self._thread = ThreadPoolExecutor(1, "baton-compute")
         self._team = self._library.baton_team_new(threads, SPIN_US)
+        self._before: StepResult | None = None
+        """The compute thread's: result of the last step, none if it broke."""
 
-    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
+    def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> Awaitable[StepResult]:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
         layers = np.zeros(1, np.int32)
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, step, layers)
-        if on_layers is None:
-            return await running
+        return running if on_layers is None else self._watch(running, layers, on_layers)
+
+    async def _watch(
+        self, running: asyncio.Future[StepResult], layers: Ints, on_layers: Callable[[int], None]
+    ) -> StepResult:
         told, timeout_s = 0, LAYERS_POLL_S
         while told < self._num_layers:
             await asyncio.wait({running}, timeout=timeout_s)
@@ -134,6 +140,8 @@ class HostRunner:
         self._pool = np.empty(0, np.uint8)
 
     def _run(self, step: Step, layers: Ints) -> StepResult:
+        before, self._before = self._before, None
+        step = step.filled(before)
         tokens: list[tuple[SampledToken, ...]] = [()] * len(step.chunks)
         failed: dict[int, BatonError] = {}
         sampling = [i for i, c in enumerate(step.chunks) if c.choices]
@@ -144,7 +152,8 @@ class HostRunner:
                 failed[i] = outcome
             else:
                 tokens[i] = outcome
-        return StepResult(tuple(tokens), failed)
+        self._before = StepResult(tuple(tokens), failed)
+        return self._before
 
     def logits(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         """Run the op list: [number of chunks that sample, vocab_size], in their order. A test may call it while no

@@ -31,7 +31,7 @@ from baton.kernels.reference import rope_tables
 from baton.models.convert import ModelFiles, convert
 from baton.models.packed import quantise_int4
 from baton.models.weights import Array, map_arrays, weights_of, write_weights
-from tests.models.reference import BLOCK_SIZE, TinyLlama, chunk, every_logit, open_runner, write_tiny_llama
+from tests.models.reference import BLOCK_SIZE, TinyLlama, chunk, every_logit, executed, open_runner, write_tiny_llama
 from tests.models.reference import shuffled_tables as tables_of
 
 TOKENS = [(i * i * 7 + 3 * i + 1) % 64 for i in range(100)]
@@ -255,7 +255,7 @@ def test_tokens_come_only_for_chunks_that_sample_and_in_order(files: ModelFiles)
     with opened(files, 8) as (runner, _):
         wanted = [int(logits_of_all(runner, TOKENS[:n], t)[-1].argmax()) for n, t in cases]
         step = Step(1, tuple(chunk(TOKENS[:n], 0, t, samples=n != 11) for n, t in cases))
-        result = asyncio.run(runner.execute(step))
+        result = executed(runner, step)
     assert result.tokens == ((SampledToken(wanted[0]),), (), (SampledToken(wanted[2]),))
 
 
@@ -263,8 +263,8 @@ def test_sampling_gives_what_it_gives_of_torchs_logits(files: ModelFiles) -> Non
     sampling = SamplingParams(temperature=4.0, top_p=0.95)
     steps = [Step(0, (chunk(TOKENS[:30], 0, (0, 1), sampling, seed),)) for seed in range(20)]
     with opened(files, 2) as (ours, _), open_runner(files.directory, 2) as theirs:
-        mine = [asyncio.run(ours.execute(step)).tokens[0][0].token_id for step in steps]
-        assert mine == [asyncio.run(theirs.execute(step)).tokens[0][0].token_id for step in steps]
+        mine = [executed(ours, step).tokens[0][0].token_id for step in steps]
+        assert mine == [executed(theirs, step).tokens[0][0].token_id for step in steps]
     assert len(set(mine)) > 3, "seeds must matter"
 
 
@@ -301,7 +301,7 @@ def test_one_row_gives_every_choice_its_own_token(files: ModelFiles) -> None:
     sampling = SamplingParams(temperature=5.0)
     leader = dataclasses.replace(chunk(TOKENS[:20], 0, (0, 1), sampling, seed=4), choices=(0, 1, 2, 3))
     with opened(files, 2) as (runner, _):
-        (tokens,) = asyncio.run(runner.execute(Step(0, (leader,)))).tokens
+        (tokens,) = executed(runner, Step(0, (leader,))).tokens
     assert len({t.token_id for t in tokens}) > 1
 
 

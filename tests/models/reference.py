@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from baton.core.request import SamplingParams
-from baton.core.step import Runner, ScheduledChunk, Step
+from baton.core.step import Runner, ScheduledChunk, Step, StepResult
 from baton.engine.torch_runner import TorchRunner
 from baton.models.convert import open_converted
 
@@ -95,6 +95,13 @@ def chunk(
     samples: bool = True,
 ) -> ScheduledChunk:
     return ScheduledChunk(f"r{blocks}", tuple(tokens), start, blocks, (0,) if samples else (), sampling, seed)
+
+
+def executed(runner: Runner, step: Step) -> StepResult:
+    async def run() -> StepResult:
+        return await runner.execute(step)
+
+    return asyncio.run(run())
 
 
 def every_logit(runner: TorchRunner, tokens: Sequence[int], blocks: tuple[int, ...]) -> Tensor:

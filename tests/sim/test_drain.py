@@ -82,9 +82,11 @@ def test_a_decode_worker_that_is_drained_under_load_computes_no_token_twice_and_
         assert s.router.metrics[-1].value("baton_dispatch_retries_total", reason="peer_lost") == 0
         needed = {r.request_id: len(r.prompt) + OUTPUT - 1 for r in requests}
         assert computed(s) == needed, "each token went through an engine once"
-        assert took[0] < 2.0, "it left as soon as it was empty"
+        # A prefix lent to a move that was called off before it heard of the lease is held until that lease runs out.
+        assert took[0] < 2.0 + world.terms.config.handoff.lease_ttl_s, "it left as soon as it was empty"
 
-    play(seed, roomy(num_decode=2), story)
+    world = roomy(num_decode=2)
+    play(seed, world, story)
 
 
 @pytest.mark.parametrize("num_choices", [2, 3])
