@@ -22,7 +22,7 @@ struct Columns {
 
   Columns(const LinearTask& task, int panel) : stride(task.y_stride), accumulate(task.accumulate) {
     const int count = task.w->n - panel * kPanel;
-    y = task.y + panel * kPanel;
+    y = task.y + (panel - task.y_panel) * kPanel;
     mask = count >= kPanel ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
   }
   float* at(int row) const { return y + row * stride; }

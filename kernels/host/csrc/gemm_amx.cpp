@@ -5,8 +5,8 @@
 // int4 sums up 32 of k in a tile and then in fp32, as AVX-512 does: the integers are exact, so the two give the same
 // bits, and few rows take AVX-512's way, which has no tiles to fill.
 //
-// Order: a chunk of activations that L2 holds; in it panels, two at a time; for both all rows, 32 at a time. Their
-// weights (36 KB at k = 576 in bf16) come from memory once per chunk.
+// Order: panels outside, two at a time; for both all rows, 32 at a time, which had better fit L2. Weights come from
+// memory once, and while the rows meet those of two panels, those of the next two are fetched.
 #include <cstdlib>
 
 #include "gemm512.h"
@@ -16,8 +16,7 @@ namespace baton::amx {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kTileBytes = 1024;              // 16 lines of weights
-constexpr int64_t kChunkBytes = 768 * 1024;   // activations between two visits of the same weights: part of a 2 MB L2
+constexpr int kTileBytes = 1024;  // 16 lines of weights
 
 // Tiles 0-3 are sums, 4 and 5 activations, 6 and 7 weights.
 struct alignas(64) TileConfig {
@@ -186,29 +185,24 @@ struct Product {
   }
 
   template <int kPanels>
-  void chunk(int tile_begin, int tile_end, int begin, int end) const {
-    const int num_blocks = (tile_end - tile_begin + 1) / 2, lines = (kPanels * kTileRows + num_blocks - 1) / num_blocks;
+  void many_rows(int begin, int end) const {
+    const int num_blocks = (rows.count + 1) / 2, lines = (kPanels * kTileRows + num_blocks - 1) / num_blocks;
     for (; end - begin >= kPanels; begin += kPanels) {
       Ahead ahead{weights(begin + kPanels), lines};
-      int tile = tile_begin;
-      for (; tile + 1 < tile_end; tile += 2, ahead.weights += lines * depth)
-        two_tiles<kPanels>(tile, begin, ahead);
-      if (tile < tile_end) one_tile<kPanels>(tile, begin, ahead);
+      int tile = 0;
+      for (; tile + 1 < rows.count; tile += 2, ahead.weights += lines * depth) two_tiles<kPanels>(tile, begin, ahead);
+      if (tile < rows.count) one_tile<kPanels>(tile, begin, ahead);
     }
-    if constexpr (kPanels > 1) chunk<kPanels / 2>(tile_begin, tile_end, begin, end);
+    if constexpr (kPanels > 1) many_rows<kPanels / 2>(begin, end);
   }
 
   void run(int begin, int end) const {
     const TileConfig config(rows.height, kLineBytes);
     _tile_loadconfig(&config);
-    if (rows.count == 1) {
+    if (rows.count == 1)
       few_rows<4>(begin, end);
-    } else {
-      int each = static_cast<int>(kChunkBytes / (row_bytes * rows.height)) & ~1;
-      if (each < 2) each = 2;
-      for (int tile = 0; tile < rows.count; tile += each)
-        chunk<2>(tile, tile + each < rows.count ? tile + each : rows.count, begin, end);
-    }
+    else
+      many_rows<2>(begin, end);
     _tile_release();
   }
 };

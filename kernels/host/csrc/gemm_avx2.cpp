@@ -27,7 +27,7 @@ struct Block {
 inline void put(const Block& block, int r, const __m256 (&values)[2]) {
   alignas(32) float out[kPanel];
   const LinearTask& task = block.task;
-  float* y = task.y + static_cast<int64_t>(block.row + r) * task.y_stride + block.panel * kPanel;
+  float* y = task.y + static_cast<int64_t>(block.row + r) * task.y_stride + (block.panel - task.y_panel) * kPanel;
   const int columns = task.w->n - block.panel * kPanel;
   _mm256_store_ps(out, values[0]);
   _mm256_store_ps(out + 8, values[1]);

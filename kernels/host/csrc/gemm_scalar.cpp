@@ -131,7 +131,7 @@ void linear(const LinearTask& task, int panel_begin, int panel_end) {
     for (int row = 0; row < task.num_rows; ++row) {
       float out[kPanel] = {};
       multiply(task, panel, row, out);
-      float* y = task.y + static_cast<int64_t>(row) * task.y_stride + p * kPanel;
+      float* y = task.y + static_cast<int64_t>(row) * task.y_stride + (p - task.y_panel) * kPanel;
       for (int c = 0; c < columns; ++c) y[c] = task.accumulate ? y[c] + out[c] : out[c];
     }
   }

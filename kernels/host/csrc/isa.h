@@ -32,13 +32,15 @@ struct Activations {
 // `static`: the linker would merge inline functions of files that were compiled for different instruction sets.
 static inline int padded(int k) { return (k + kPadK - 1) / kPadK * kPadK; }
 
-// y [rows, y_stride] fp32 (+)= x W^T for panels [panel_begin, panel_end) and rows [0, num_rows).
+// y [rows, y_stride] fp32 (+)= x W^T for panels [panel_begin, panel_end) and rows [0, num_rows). The columns of panel
+// `y_panel` are y's first.
 struct LinearTask {
   Activations x;
   const BatonMatrix* w;
   float* y;
   int32_t num_rows, y_stride;
   bool accumulate;
+  int32_t y_panel = 0;
 };
 
 struct AttentionTask {

@@ -96,7 +96,8 @@ const char* take(const BatonShape& s, const BatonOp& given, const BatonMatrix* m
     case BATON_OP_LINEAR_RESIDUAL:
     case BATON_OP_LM_HEAD: return take_product(s, m, r, op);
     case BATON_OP_KEEP_SAMPLED_ROWS:
-      if (r.x == Source::kSwiglu) return "rows are dropped between gate|up and the product that reads them";
+      if (r.x == Source::kSwiglu || r.x == Source::kWide)
+        return "rows are dropped between gate|up and the product that reads them";
       r.wide_size = 0;
       return nullptr;
     case BATON_OP_COLLECTIVE:
@@ -122,10 +123,15 @@ const char* BatonProgram::compile(const BatonOp* list, int num_ops, const BatonM
     const BatonMatrix* matrix = list[i].matrix < 0 ? nullptr : &matrices[list[i].matrix];
     CompiledOp op{BatonOpKind(list[i].kind), list[i].layer, matrix, Source::kNone, list[i].eps, list[i].vector};
     if (const char* wrong = take(shape, list[i], matrix, registers, op)) return wrong;
-    if (op.kind == BATON_OP_LINEAR) widest = std::max(widest, int(matrix->n));
+    if (op.kind == BATON_OP_SWIGLU && ops.back().kind == BATON_OP_LINEAR) {
+      ops.back().gated = ops.back().matrix->n % (2 * kPanel) == 0;
+      if (ops.back().gated) registers.x = Source::kWide;
+    }
     if (matrix) longest_k = std::max(longest_k, int(matrix->k));
     ops.push_back(op);
   }
+  for (const CompiledOp& op : ops)
+    if (op.kind == BATON_OP_LINEAR) widest = std::max(widest, op.gated ? op.matrix->n / 2 : op.matrix->n);
   return nullptr;
 }
 
@@ -141,5 +147,6 @@ void BatonProgram::reserve(int num_rows, int num_threads) {
   }
   while (int(threads.size()) < num_threads)
     threads.push_back({ActivationBuffer(kOwnRows, kOwnElements), make_buffer<float>(padded(longest_k)),
+                       make_buffer<float>(kChunkRows * 2 * kGatedPanels * kPanel),
                        make_buffer<uint8_t>(isa.attention_scratch_bytes(shape)), 0, 0});
 }

@@ -24,7 +24,7 @@ Buffer<T> make_buffer(size_t count) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
 }
 
-enum class Source { kNone, kNorm, kSwiglu, kAttention };
+enum class Source { kNone, kNorm, kSwiglu, kWide, kAttention };
 
 struct CompiledOp {
   BatonOpKind kind;
@@ -33,6 +33,7 @@ struct CompiledOp {
   Source source;        // of a matrix product: what x is made of
   float eps;            // kNorm
   const float* vector;  // kNorm: weight; EMBED: rows
+  bool gated = false;   // LINEAR: leaves silu(gate) * up in `wide`, not gate|up
 };
 
 int activation_format(int weight_format);
@@ -54,6 +55,7 @@ struct ActivationBuffer {
 struct ThreadSpace {
   ActivationBuffer activations;  // of few rows: kOwnElements
   Buffer<float> row;             // one row before it is rounded
+  Buffer<float> gate_up;         // [kChunkRows, gate|up of kGatedPanels panels]
   Buffer<uint8_t> attention;
   uint64_t prepared = 0;         // the last product for which `activations` were made
   uint64_t begun = 0;            // the last step for which Isa::thread_begin was called
@@ -62,6 +64,12 @@ struct ThreadSpace {
 // Rows times k up to which every thread makes all activations of a product for itself.
 constexpr int kOwnElements = 8192;
 constexpr int kOwnRows = 16;
+
+// A product takes so many rows at once, at most, that their activations and what a gated task makes of them stay in an
+// L2 of 2 MB. A smaller one is no harm where AMX is not: other instruction sets read activations much more slowly.
+constexpr int kChunkRows = 512;
+constexpr size_t kChunkBytes = 1 << 20;
+constexpr int kGatedPanels = 4;  // most panels of a gated task, of gate and of up each
 
 }  // namespace baton
 

@@ -15,6 +15,17 @@ namespace {
 
 constexpr int kArgmaxChunk = 8192;  // columns of one task
 
+// The rows from `row` on.
+Activations from_row(Activations x, int row) {
+  x.data = static_cast<uint8_t*>(x.data) + size_t(row) * x.stride * element_bytes(x.format);
+  if (x.format == BATON_INT8) {
+    x.scales += row;
+    x.totals += row;
+    x.sums += size_t(row) * (x.stride / kGroup);
+  }
+  return x;
+}
+
 }  // namespace
 
 int panels_per_task(int panels, int num_threads) { return std::max(2, panels / (4 * num_threads) / 2 * 2); }
@@ -36,7 +47,12 @@ int Step::run(int op) {
   for (; op < int(p_.ops.size()); op++) {
     const CompiledOp& now = p_.ops[op];
     switch (now.kind) {
-      case BATON_OP_LINEAR: product(now, {p_.wide.get(), now.matrix->n, false}); break;
+      case BATON_OP_LINEAR:
+        if (now.gated)
+          gated_product(now);
+        else
+          product(now, {p_.wide.get(), now.matrix->n, false});
+        break;
       case BATON_OP_LINEAR_RESIDUAL: product(now, {p_.hidden.get(), p_.shape.hidden_size, true}); break;
       case BATON_OP_LM_HEAD:
         product(now, {batch_.logits, now.matrix->n, false});
@@ -103,28 +119,56 @@ void Step::prepare(const CompiledOp& op, int row, const Activations& out, Thread
   else if (op.source == Source::kSwiglu)
     p_.isa.swiglu(&p_.wide[size_t(row) * 2 * out.k], out.k, space.row.get());
   else
-    x = &p_.mixed[size_t(row) * out.k];
+    x = &(op.source == Source::kWide ? p_.wide : p_.mixed)[size_t(row) * out.k];
   p_.isa.to_activation(x, out, row);
 }
 
-void Step::product(const CompiledOp& op, const Target& to) {
+template <typename Body>
+void Step::each_part(const CompiledOp& op, int panels, int most, Body&& body) {
   const BatonMatrix& w = *op.matrix;
-  const int panels = num_panels(w.n), each = panels_per_task(panels, num_threads_);
   const bool own = p_.rows <= kOwnRows && p_.rows * padded(w.k) <= kOwnElements;
   if (!own) {
     const Activations shared = p_.activations.view(w.k, w.format);
     parallel(p_.rows, [&](int row, int thread) { prepare(op, row, shared, p_.threads[thread]); });
   }
   p_.products++;
-  parallel((panels + each - 1) / each, [&](int task, int thread) {
+  const int each = std::min(panels_per_task(panels, num_threads_), most), runs = (panels + each - 1) / each;
+  const size_t row_bytes = size_t(padded(w.k)) * element_bytes(activation_format(w.format));
+  const int chunk = std::min(kChunkRows, std::max(kChunkRows / 8, int(kChunkBytes / row_bytes) / 32 * 32));
+  const int chunks = (p_.rows + chunk - 1) / chunk;
+  // Chunks one after the other, so that all threads work on the same one: it stays in L2 for all its panels.
+  parallel(chunks * runs, [&](int task, int thread) {
     ThreadSpace& space = space_of(thread);
     const Activations x = (own ? space.activations : p_.activations).view(w.k, w.format);
     if (own && space.prepared != p_.products) {
       for (int row = 0; row < p_.rows; row++) prepare(op, row, x, space);
       space.prepared = p_.products;
     }
-    const LinearTask linear{x, &w, to.y, p_.rows, to.stride, to.accumulate};
-    p_.isa.linear(linear, task * each, std::min((task + 1) * each, panels));
+    const int row = task / runs * chunk, panel = task % runs * each;
+    body(from_row(x, row), row, std::min(chunk, p_.rows - row), panel, std::min(panel + each, panels), space);
+  });
+}
+
+void Step::product(const CompiledOp& op, const Target& to) {
+  const int panels = num_panels(op.matrix->n);
+  each_part(op, panels, panels, [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace&) {
+    p_.isa.linear({x, op.matrix, to.y + size_t(row) * to.stride, num_rows, to.stride, to.accumulate}, panel, end);
+  });
+}
+
+// Gate and up of the same columns in one task, which makes one number of each two while they are in L2: with many
+// rows, writing both to memory and reading them again would take longer than multiplying.
+void Step::gated_product(const CompiledOp& op) {
+  const BatonMatrix& w = *op.matrix;
+  const int half = num_panels(w.n) / 2;
+  each_part(op, half, kGatedPanels,
+            [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace& space) {
+    const int width = (end - panel) * kPanel;
+    float* gate = space.gate_up.get();
+    p_.isa.linear({x, &w, gate, num_rows, 2 * width, false, panel}, panel, end);
+    p_.isa.linear({x, &w, gate + width, num_rows, 2 * width, false, half + panel}, half + panel, half + end);
+    for (int i = 0; i < num_rows; i++)
+      p_.isa.swiglu(&gate[i * 2 * width], width, &p_.wide[size_t(row + i) * w.n / 2 + panel * kPanel]);
   });
 }
 

@@ -38,7 +38,12 @@ class Step {
   void begin();
   void embed(const float* table);
   void prepare(const CompiledOp& op, int row, const Activations& out, ThreadSpace& space);
+  // Activations for `op` in place, however its rows are chunked; body(x, row, num_rows, panel, end, space) for each
+  // chunk of rows and each run of up to `most` of the first `panels` panels.
+  template <typename Body>
+  void each_part(const CompiledOp& op, int panels, int most, Body&& body);
   void product(const CompiledOp& op, const Target& to);
+  void gated_product(const CompiledOp& op);
   uint8_t* run_of(int block, int layer, int kv_head, int k_or_v) const;
   void rotate_and_store_head(const BatonSpan& span, int i, int layer, int kv_head);
   bool stores_in_attention() const;
