@@ -108,8 +108,11 @@ async def one_round(client: httpx.AsyncClient, model: str, name: str, batch: lis
     return decoded / (max(times[-1] for times, _ in runs) - min(times[0] for times, _ in runs))
 
 
-async def measure_baton(url: str, work: dict[str, list[list[list[int]]]]) -> Figures:
-    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+async def measure_baton(options: list[str], work: dict[str, list[list[list[int]]]]) -> Figures:
+    async with (
+        serving(options) as (url, _),
+        httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
+    ):
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         figures: Figures = {}
         for name, rounds in work.items():
@@ -251,8 +254,8 @@ def main() -> None:
         print(json.dumps(measure_transformers(arguments.peer_source, arguments.peer_threads, work)))
         return
     settings = (f"model.name={json.dumps(config.model.name)}", "engine.threads=1", *arguments.set)
-    with serving([*PAIR, *(word for item in settings for word in ("--set", item))]) as (url, _):
-        columns = {"baton": asyncio.run(measure_baton(url, work))}
+    options = [*PAIR, *(word for item in settings for word in ("--set", item))]
+    columns = {"baton": asyncio.run(measure_baton(options, work))}
     for threads in (2, 1):
         columns[f"transformers, {threads} thr."] = transformers_figures(resolve(config.model), threads, arguments)
     print(

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import httpx
 
-from baton.core.config import child_env
 from baton.core.errors import SetupError
 
 START_TIMEOUT_S, STOP_TIMEOUT_S, POLL_S = 300.0, 60.0, 0.2
 
 
-@contextlib.contextmanager
-def serving(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Its base URL and process id; `arguments` are those of `baton serve`. Stopped as a person would, with Ctrl-C.
-    Raises SetupError if it does not come up."""
+@contextlib.asynccontextmanager
+async def serving(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]:
+    """Its base URL and process id; `arguments` are those of `baton serve`. Stopped as a person would, with Ctrl-C,
+    also if this is cancelled while it starts. Raises SetupError if it does not come up."""
     http_port, grpc_port = free_port(), free_port()
     ports = ("--set", f"router.http_port={http_port}", "--set", f"router.grpc_port={grpc_port}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "baton.cli.main", "serve", "--pool", "local", *ports, *arguments],
-        env=child_env(1),
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "baton.cli.main", "serve", "--pool", "local", *ports, *arguments,
+        stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
     url = f"http://127.0.0.1:{http_port}"
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SetupError("baton serve did not come up; its own message is above.")
-            time.sleep(POLL_S)
+        await _until_up(process, url)
         yield url, process.pid
     finally:
-        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
             process.kill()  # its children notice that it is gone, and go
-            process.wait()
-            raise
+            await process.wait()
 
 
-def answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    return False
+async def _until_up(process: asyncio.subprocess.Process, url: str) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(START_TIMEOUT_S), httpx.AsyncClient(timeout=5) as client:
+            while process.returncode is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get(f"{url}/readyz")).status_code == 200:
+                        return
+                await asyncio.sleep(POLL_S)
+    raise SetupError("baton serve did not come up; its own message is above.")
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ import asyncio
 import functools
 import json
 import random
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -246,10 +247,23 @@ def slo_of(asked: argparse.Namespace) -> Slo:
 
 
 def finished(work: Coroutine[Any, Any, Json]) -> Json:
-    """The report. Ctrl-C ends the work, and whatever it started, without one."""
+    """The report. A signal ends the work, and whatever it started, without one; further signals change nothing."""
+
+    async def unless_told() -> Json:
+        loop, task, told = asyncio.get_running_loop(), asyncio.ensure_future(work), asyncio.Event()
+
+        def end() -> None:
+            if not told.is_set():
+                told.set()
+                task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, end)
+        return await task
+
     try:
-        return asyncio.run(work)
-    except KeyboardInterrupt:
+        return asyncio.run(unless_told())
+    except asyncio.CancelledError:
         say("stopped; nothing was written.")
         raise SystemExit(1) from None
 

@@ -13,7 +13,6 @@ threads), started here one after the other, and endpoints that somebody else has
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import statistics
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -153,9 +152,5 @@ async def elsewhere(target: Target) -> AsyncIterator[Target]:
 @contextlib.asynccontextmanager
 async def own_baton(arguments: Sequence[str], target: Target) -> AsyncIterator[Target]:
     """A stack of our own on free ports; `target` says everything but where."""
-    with contextlib.ExitStack() as until_here:
-        url, pid = await asyncio.to_thread(until_here.enter_context, serving(arguments))
-        try:
-            yield replace(target, url=url, server_pids=frozenset({pid}))
-        finally:
-            await asyncio.to_thread(until_here.close)
+    async with serving(arguments) as (url, pid):
+        yield replace(target, url=url, server_pids=frozenset({pid}))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import queue
 import re
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from baton.bench.load.command import interference, interference_options, serve, serve_options
@@ -17,6 +24,7 @@ from baton.core.errors import SetupError
 
 MODEL = ("--set", "model.name=hash:head_dim=64,step_s=0.002,token_s=0.0001")
 DOCS = (Path(__file__).parents[2] / "docs/load.md").read_text()
+TIMEOUT_S = 120
 SPREAD = {"count", "mean", "p50", "p90", "p99", "max"}
 
 
@@ -37,8 +45,22 @@ def undocumented(report: Any, *names: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(["--prefill", "1", "--decode", "1", *MODEL]) as (address, _):
-        yield address
+    """Of a stack, on a loop that runs in a thread of its own: the commands bring theirs."""
+    up, down, loop = queue.Queue[str](), asyncio.Event(), asyncio.new_event_loop()
+
+    async def main() -> None:
+        async with serving(["--prefill", "1", "--decode", "1", *MODEL]) as (address, _):
+            up.put(address)
+            await down.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
+    thread.start()
+    try:
+        yield up.get(timeout=TIMEOUT_S)
+    finally:
+        loop.call_soon_threadsafe(down.set)
+        thread.join(TIMEOUT_S)
+        loop.close()
 
 
 @pytest.mark.slow
@@ -116,6 +138,24 @@ def test_interference_starts_both_of_its_own_systems_and_ends_them(tmp_path: Pat
     for (run,) in report["systems"].values():
         assert run["requests"]["errors"] == {}
         assert run["labels"]["decode"]["requests"]["ok"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("while_at", ["Workers", "beside"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_told_to_end_takes_its_stack_with_it(number: signal.Signals, while_at: str) -> None:
+    command = [sys.executable, "-m", "baton.cli.main", "bench", "interference", *MODEL, "--long-rate", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        assert any(while_at in line for line in process.stderr)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(TIMEOUT_S) == 1
+    assert "Traceback" not in rest
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
 
 
 @pytest.mark.parametrize(
