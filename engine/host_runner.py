@@ -14,7 +14,6 @@ Life of a step:
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.core.errors import BatonError, SetupError
+from baton.core.errors import BatonError
 from baton.core.layout import KVLayout
 from baton.core.request import SampledToken
 from baton.core.step import ScheduledChunk, Step, StepResult
@@ -191,14 +190,7 @@ def _program(
     shape = library.Shape(
         spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size,
         spec.num_layers, layout.block_size, library.FORMATS[layout.dtype], 0, frequencies.ctypes.data)
-    error = ctypes.c_char_p()
-    program: int | None = library.load().baton_program_new(
-        isa.encode(), shape, (library.Op * len(ops))(*ops), len(ops), (library.Matrix * len(matrices))(*matrices),
-        len(matrices), error)
-    if program is None:
-        raise SetupError(f"the host kernels cannot run this model: {(error.value or b'').decode()}. Set "
-                         "engine.backend=torch.")
-    return program
+    return library.new_program(isa, shape, ops, matrices)
 
 
 def _op(op: Op, names: list[str], arrays: dict[str, Array]) -> library.Op:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -136,6 +137,17 @@ def find_or_build() -> Path:
 def _opened(directory: Path) -> Path | None:
     library = directory / LIBRARY_NAME
     return library if library.exists() else None
+
+
+def new_program(isa: str, shape: Shape, ops: Sequence[Op], matrices: Sequence[Matrix]) -> int:
+    """For baton_step; ends with baton_program_free. Raises SetupError if the kernels cannot run it."""
+    error = c_char_p()
+    program: int | None = load().baton_program_new(
+        isa.encode(), shape, (Op * len(ops))(*ops), len(ops), (Matrix * len(matrices))(*matrices), len(matrices), error)
+    if program is None:
+        raise SetupError(f"the host kernels cannot run this model: {(error.value or b'').decode()}. Set "
+                         "engine.backend=torch.")
+    return program
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
