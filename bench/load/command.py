@@ -21,8 +21,8 @@ from baton.bench.load.arrivals import Process
 from baton.bench.load.openai import PATHS
 from baton.bench.load.plan import Lengths, Scale, Shape
 from baton.bench.load.record import Slo
-from baton.bench.load.report import Json, lines, warnings
-from baton.bench.load.run import Target, Traffic, sweep
+from baton.bench.load.report import QUIET_CORES, Json, row, table, warnings
+from baton.bench.load.run import Measuring, Target, Traffic, sweep
 from baton.core.errors import SetupError
 
 T = TypeVar("T")
@@ -40,12 +40,10 @@ def serve(arguments: Sequence[str], prog: str) -> None:
         asked.prompt_tokens, asked.output_tokens, asked.shared_prefix, asked.prefix_groups, asked.turns, asked.think_s
     )
     scale = Scale(asked.length_scale, asked.max_prompt_tokens, asked.max_output_tokens)
-    traffic = Traffic(
-        shape, asked.arrivals, asked.trace, asked.trace_from_s, scale, asked.duration_s, asked.warmup_s, asked.seed
-    )
+    traffic = Traffic(shape, asked.arrivals, asked.trace, asked.trace_from_s, scale, asked.seed)
     target = target_of(asked, asked.url, frozenset(asked.server_pid))
-    report = finished(sweep(target, traffic, rates, slo_of(asked), asked.slo_share, say))
-    print("\n".join(lines(report["runs"])))
+    report = finished(sweep(target, traffic, measuring_of(asked), rates, say))
+    print("\n".join(table([row(run) for run in report["runs"]])))
     for run in report["runs"]:
         for text in warnings(run):
             print(f"  at {run['offered_rate']:.2f}/s: {text}")
@@ -68,11 +66,9 @@ def interference(arguments: Sequence[str], prog: str) -> None:
         long=Shape(asked.long_prompt_tokens, asked.long_output_tokens),
         shares=tuple(asked.long_share),
         rates=tuple(asked.long_rate) if asked.long_rate else None,
-        duration_s=asked.duration_s,
-        warmup_s=asked.warmup_s,
         seed=asked.seed,
     )
-    report = finished(mode.compare(systems_of(asked), load, slo_of(asked), asked.repeats, say))
+    report = finished(mode.compare(systems_of(asked), load, measuring_of(asked), asked.repeats, say))
     print("\n".join(mode.lines(report)))
     keep(report, asked.json)
     if asked.plot:
@@ -124,7 +120,6 @@ def serve_options(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--max-prompt-tokens", type=_count, metavar="N", help="cut a trace's prompts")
     what.add_argument("--max-output-tokens", type=_count, metavar="N", help="cut a trace's answers")
     _common(parser)
-    parser.add_argument("--slo-share", type=_share, default=0.9, help="of requests that must keep the limits (0.9)")
     parser.add_argument("--server-pid", type=int, action="append", default=[], metavar="PID",
                         help="the server here, with its children (who listens at the URL)")  # fmt: skip
     return parser
@@ -162,6 +157,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
                      help="equal seeds send equal requests, which a prefix cache knows again (a new one)")  # fmt: skip
     for name, of in SLO_OPTIONS.items():
         run.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="MS", help=f"limit on {of}")
+    run.add_argument("--slo-share", type=_share, default=0.9, metavar="SHARE", help="of requests that keep them (0.9)")
+    run.add_argument("--attempts", type=_count, default=1, metavar="N",
+                     help=f"while others use over {QUIET_CORES:g} cores; the quietest is kept (1)")  # fmt: skip
     run.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     run.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves here")
     ask = parser.add_argument_group("how the endpoint is asked")
@@ -241,9 +239,10 @@ def target_of(asked: argparse.Namespace, url: str, server_pids: frozenset[int]) 
     )
 
 
-def slo_of(asked: argparse.Namespace) -> Slo:
-    limits = [vars(asked)[name] for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_itl_ms")]
-    return Slo(*(None if limit is None else limit / 1e3 for limit in limits))
+def measuring_of(asked: argparse.Namespace) -> Measuring:
+    ttft_s, tpot_s, itl_s = (ms and ms / 1e3 for ms in (asked.slo_ttft_ms, asked.slo_tpot_ms, asked.slo_itl_ms))
+    slo = Slo(ttft_s, tpot_s, itl_s)
+    return Measuring(slo, asked.slo_share, asked.duration_s, asked.warmup_s, asked.attempts)
 
 
 def finished(work: Coroutine[Any, Any, Json]) -> Json:

@@ -14,6 +14,7 @@ threads), started here one after the other, and endpoints that somebody else has
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +23,8 @@ from baton.bench.load.arrivals import Process
 from baton.bench.load.drive import drive
 from baton.bench.load.plan import Lengths, Session, Shape, synthetic
 from baton.bench.load.prose import Prose
-from baton.bench.load.record import Slo
-from baton.bench.load.report import FORMAT, Json, warnings
-from baton.bench.load.run import Met, Say, Target, meet, run_once
+from baton.bench.load.report import FORMAT, Json, others_cores, table, warnings
+from baton.bench.load.run import Measuring, Met, Say, Target, meet, run_one
 from baton.bench.stack import serving
 from baton.core.errors import SetupError
 
@@ -42,15 +42,12 @@ class Disturbance:
     long: Shape = Shape(Lengths(2048, 2048), Lengths(4, 4))
     shares: tuple[float, ...] = (0.0, 0.2, 0.4)
     rates: tuple[float, ...] | None = None
-    duration_s: float = 60.0
-    warmup_s: float = 5.0
     capacity_prompts: int = 5
     seed: int = 0
 
 
-def mixed(load: Disturbance, long_rate: float, prose: Prose, seed: str) -> list[Session]:
+def mixed(load: Disturbance, long_rate: float, span_s: float, prose: Prose, seed: str) -> list[Session]:
     """Both kinds of a run."""
-    span_s = load.warmup_s + load.duration_s
     sessions = synthetic(load.decode, Process("constant"), load.decode_rate, span_s, prose, seed, DECODE)
     if long_rate > 0:
         sessions += synthetic(load.long, Process("poisson"), long_rate, span_s, prose, seed, LONG)
@@ -73,20 +70,19 @@ async def capacity(met: Met, load: Disturbance, seed: str) -> float:
 
 
 async def measure(
-    met: Met, load: Disturbance, rates: Sequence[float], seed: str, slo: Slo, say: Say
+    met: Met, load: Disturbance, measuring: Measuring, rates: Sequence[float], seed: str, say: Say
 ) -> list[Json]:
-    """One system, every rate. No two runs share a prompt: a prefix cache would remember the first."""
+    """One system, every rate."""
     runs = []
     for number, rate in enumerate(rates):
-        sessions = mixed(load, rate, met.prose, f"{seed}/{number}")
-        say(f"  {rate:.3g} long prompts/s beside {load.decode_rate:g} decode requests/s for {load.duration_s:g} s")
-        run = await run_once(met, sessions, load.warmup_s, load.duration_s, slo)
-        run.setdefault("labels", {DECODE: {key: value for key, value in run.items() if key != "cpu_cores"}})
+        plan = functools.partial(mixed, load, rate, measuring.span_s, met.prose)
+        say(f"  {rate:.3g} long prompts/s beside {load.decode_rate:g} decode requests/s for {measuring.span_s:g} s")
+        run = await run_one(met, plan, f"{seed}/{number}", measuring)
         runs.append({"long_rate": rate, **run})
     return runs
 
 
-async def compare(systems: Mapping[str, Open], load: Disturbance, slo: Slo, repeats: int, say: Say) -> Json:
+async def compare(systems: Mapping[str, Open], load: Disturbance, measuring: Measuring, repeats: int, say: Say) -> Json:
     """In turn, A B A B, so that a machine that is busy for a while hits all alike. Capacity is the first system's,
     measured once: all get the same load."""
     per_s, rates = None, load.rates
@@ -100,39 +96,81 @@ async def compare(systems: Mapping[str, Open], load: Disturbance, slo: Slo, repe
                     per_s = await capacity(met, load, seed)
                     rates = tuple(share * per_s for share in load.shares)
                     say(f"  capacity: {per_s:.3g} prompts of {load.long.prompt.high} tokens a second")
-                results[name] += await measure(met, load, rates, seed, slo, say)
+                results[name] += await measure(met, load, measuring, rates, seed, say)
     return {
         "format": FORMAT,
         "load": asdict(load),
+        "measuring": asdict(measuring),
         "capacity_prompts_per_s": per_s,
-        "slo": asdict(slo),
         "systems": results,
     }
 
 
-def lines(report: Json) -> list[str]:
-    """A row per system and rate: medians over the repeats, and all of what was seen behind them."""
-    said = []
-    for name, runs in report["systems"].items():
-        for rate in sorted({run["long_rate"] for run in runs}):
-            same = [run for run in runs if run["long_rate"] == rate]
-            decode = [run["labels"].get(DECODE, {}).get("itl_s") for run in same]
-            long = [run["labels"].get(LONG, {}).get("ttft_s") for run in same]
-            others = [cores["others"] for run in same if (cores := run.get("cpu_cores"))]
-            said.append(
-                f"{name:<16} {rate:7.3f} long/s  ITL p50 {_ms(decode, 'p50')}  ITL p99 {_ms(decode, 'p99')}  "
-                f"long TTFT p99 {_ms(long, 'p99')}  others' cores {max(others, default=0.0):.2f}"
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One system at one rate of long prompts: a value per repeat, in ms but for the last two."""
+
+    long_rate: float
+    itl_p50: list[float]
+    itl_p99: list[float]
+    ttft_p99: list[float]
+    """Of the long prompts."""
+    goodput: list[float]
+    """Decode requests per second within the SLO."""
+    others_cores: list[float]
+
+
+def curve(runs: Sequence[Json]) -> list[Point]:
+    """Of one system, by rate."""
+    points = []
+    for rate in sorted({run["long_rate"] for run in runs}):
+        same = [run for run in runs if run["long_rate"] == rate]
+        decode, long = ([run["labels"][kind] for run in same if kind in run["labels"]] for kind in (DECODE, LONG))
+        points.append(
+            Point(
+                rate,
+                _ms(decode, "itl_s", "p50"),
+                _ms(decode, "itl_s", "p99"),
+                _ms(long, "ttft_s", "p99"),
+                [figures["goodput_rate"] for figures in decode],
+                [others_cores(run) for run in same],
             )
-            said += [f"    {text}" for run in same for text in warnings(run)]
-    return said
+        )
+    return points
 
 
-def _ms(figures: Sequence[Json | None], key: str) -> str:
-    values = sorted(f[key] * 1e3 for f in figures if f is not None)
+def _ms(labels: Sequence[Json], measure: str, percent: str) -> list[float]:
+    return [figures[measure][percent] * 1e3 for figures in labels if figures[measure]]
+
+
+def lines(report: Json) -> list[str]:
+    """A row per system and rate: the median over the repeats, with its extremes; and what is to be known of a run."""
+    rows = [
+        {
+            "system": name,
+            "long/s": f"{point.long_rate:.3f}",
+            "ITL p50, ms": _shown(point.itl_p50),
+            "ITL p99, ms": _shown(point.itl_p99),
+            "long TTFT p99, ms": _shown(point.ttft_p99),
+            "decode goodput": _shown(point.goodput),
+            "others' cores": f"{max(point.others_cores):.2f}",
+        }
+        for name, runs in report["systems"].items()
+        for point in curve(runs)
+    ]
+    return table(rows) + [
+        f"  {name} at {run['long_rate']:.3f}/s: {text}"
+        for name, runs in report["systems"].items()
+        for run in runs
+        for text in warnings(run)
+    ]
+
+
+def _shown(values: Sequence[float]) -> str:
     if not values:
-        return f"{'-':>9}"
-    between = f" ({values[0]:.1f}-{values[-1]:.1f})" if len(values) > 1 else ""
-    return f"{statistics.median(values):9.1f} ms{between}"
+        return "-"
+    between = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.1f}{between}"
 
 
 # ---- systems ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from baton.bench.load.interference import curve
 from baton.bench.load.report import Json
 from baton.core.errors import SetupError
 
@@ -40,8 +42,8 @@ def draw_sweep(report: Json, path: Path) -> None:
     for ax, name in ((ttft, "ttft_s"), (itl, "itl_s")):
         ax.set(xlabel="offered requests/s", ylabel=f"{name[:-2].upper()}, ms", yscale="log")
         percentiles_over(ax, rates, [run[name] for run in runs])
-        if report["slo"][name] is not None:
-            ax.axhline(report["slo"][name] * 1e3, ls="--", color="grey", label="SLO")
+        if report["measuring"]["slo"][name] is not None:
+            ax.axhline(report["measuring"]["slo"][name] * 1e3, ls="--", color="grey", label="SLO")
         fit(ax)
     drawn.suptitle(f"{report['target']['model']} at {report['target']['url']}", fontsize=9)
     drawn.savefig(path)
@@ -63,21 +65,20 @@ def fit(ax: Any) -> None:
 
 
 def draw_interference(report: Json, path: Path) -> None:
-    """ITL of the decode load and TTFT of the long prompts over the rate of long prompts, a colour per system."""
+    """ITL of the decode load and TTFT of the long prompts over the rate of long prompts, a colour per system; medians
+    of the repeats and their extremes."""
     drawn, (itl, ttft) = figure(2)
     for ax, what in ((itl, "ITL of the decode load, ms"), (ttft, "TTFT of the long prompts, ms")):
         ax.set(xlabel="long prompts/s", ylabel=what, yscale="log")
     for number, (name, runs) in enumerate(report["systems"].items()):
-        colour = f"C{number}"
-        by_rate = sorted(runs, key=lambda run: run["long_rate"])
-        for ax, label, measure, percents in (
-            (itl, "decode", "itl_s", (("p50", ":"), ("p99", "-"))),
-            (ttft, "long", "ttft_s", (("p99", "-"),)),
-        ):
-            seen = [(run["long_rate"], f) for run in by_rate if (f := run["labels"].get(label, {}).get(measure))]
-            for percent, style in percents:
-                ax.plot([x for x, _ in seen], [f[percent] * 1e3 for _, f in seen], "o" + style, color=colour,
-                        label=f"{name} {percent}")  # fmt: skip
+        points = curve(runs)
+        for ax, measure, style in ((itl, "itl_p50", ":"), (itl, "itl_p99", "-"), (ttft, "ttft_p99", "-")):
+            seen = [(p.long_rate, values) for p in points if (values := getattr(p, measure))]
+            middle = [statistics.median(values) for _, values in seen]
+            reach = [[m - min(v) for m, (_, v) in zip(middle, seen, strict=True)],
+                     [max(v) - m for m, (_, v) in zip(middle, seen, strict=True)]]  # fmt: skip
+            ax.errorbar([x for x, _ in seen], middle, reach, fmt=f"o{style}", color=f"C{number}", capsize=3,
+                        label=f"{name} {measure[-3:]}")  # fmt: skip
     for ax in (itl, ttft):
         fit(ax)
     drawn.savefig(path)

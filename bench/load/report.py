@@ -18,6 +18,8 @@ from baton.bench.load.record import Record, Slo
 FORMAT = 1
 LATE_S = 0.01
 """A request sent later than this counts as a late send."""
+QUIET_CORES = 0.1
+"""Of other processes; above it a run is called contended."""
 MESSAGE_CHARS = 300
 PERCENTILES = (50, 90, 99)
 
@@ -114,7 +116,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def run_report(records: Sequence[Record], window: Window, slo: Slo, watch: Watch) -> Json:
-    """All of one run; `labels` only where there is more than one kind of request."""
+    """All of one run, and of each kind of request in it."""
     report = measured(records, window, slo)
     used = watch.mean
     report["cpu_cores"] = used and {
@@ -122,9 +124,13 @@ def run_report(records: Sequence[Record], window: Window, slo: Slo, watch: Watch
     }  # fmt: skip
     report["client"]["loop_lag_s"] = watch.loop_lag_s
     labels = sorted({r.label for r in records})
-    if len(labels) > 1:
-        report["labels"] = {name: measured([r for r in records if r.label == name], window, slo) for name in labels}
+    report["labels"] = {name: measured([r for r in records if r.label == name], window, slo) for name in labels}
     return report
+
+
+def others_cores(run: Json) -> float:
+    """0 where it is not known."""
+    return float(run["cpu_cores"]["others"]) if run["cpu_cores"] else 0.0
 
 
 def largest_within(runs: Sequence[Json], share: float) -> float | None:
@@ -141,9 +147,8 @@ def largest_within(runs: Sequence[Json], share: float) -> float | None:
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
-def lines(runs: Sequence[Json]) -> list[str]:
-    """One row per run."""
-    rows = [row(run) for run in runs]
+def table(rows: Sequence[dict[str, str]]) -> list[str]:
+    """A heading, and a line per row."""
     widths = {name: max(len(name), *(len(r[name]) for r in rows)) for name in rows[0]}
     return [
         "  ".join(r[name].rjust(width) for name, width in widths.items())
@@ -153,7 +158,7 @@ def lines(runs: Sequence[Json]) -> list[str]:
 
 def row(run: Json) -> dict[str, str]:
     failed = sum(run["requests"]["errors"].values())
-    cores = run.get("cpu_cores")
+    cores = run["cpu_cores"]
     return {
         "rate": f"{run['offered_rate']:.2f}",
         "achieved": f"{run['achieved_rate']:.2f}",
@@ -189,6 +194,6 @@ def warnings(run: Json) -> list[str]:
         said.append(f"prompts have {got:.0f} tokens on average, {asked:.0f} were wanted")
     if client["late_sends"]:
         said.append(f"{client['late_sends']} requests left late, the worst by {client['late_s']['max'] * 1e3:.0f} ms")
-    if cores and cores["others"] > 0.1:
+    if cores and cores["others"] > QUIET_CORES:
         said.append(f"other processes used {cores['others']:.2f} cores: a contended run")
     return said

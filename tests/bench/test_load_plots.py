@@ -16,12 +16,13 @@ from baton.core.errors import SetupError
 def run(rate: float, empty: bool = False) -> Json:
     records = [] if empty else [Record("r", 0, at, 4, 2, at, [at + 0.1, at + rate], at + rate) for at in (0.0, 1.0)]
     figures = measured(records, Window(0.0, 2.0), Slo())
-    return {"rate": rate, "long_rate": rate, **figures, "labels": {"decode": figures, "long": figures}}
+    labels = {"decode": figures, "long": figures}
+    return {"rate": rate, "long_rate": rate, **figures, "cpu_cores": None, "labels": labels}
 
 
 SWEEP = {
     "target": {"model": "m", "url": "http://x"},
-    "slo": {"ttft_s": 0.2, "itl_s": None},
+    "measuring": {"slo": {"ttft_s": 0.2, "itl_s": None}},
     "runs": [run(2.0), run(1.0), run(3.0, empty=True)],
 }
 INTERFERENCE = {"systems": {"one": [run(0.5), run(1.0)], "single": [run(0.5)], "other": [run(0.5, empty=True)]}}

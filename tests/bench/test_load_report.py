@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.bench.load.record import Record, Slo
-from baton.bench.load.report import Window, largest_within, lines, measured, percentile, spread, tokens_within, warnings
+from baton.bench.load.report import (
+    Window,
+    largest_within,
+    measured,
+    percentile,
+    row,
+    spread,
+    table,
+    tokens_within,
+    warnings,
+)
 
 WINDOW = Window(100.0, 10.0)
 
@@ -139,7 +149,8 @@ def test_a_run_that_is_less_than_it_looks_says_so() -> None:
 
 
 def test_the_table_has_a_row_per_run_and_dashes_where_nothing_was_seen() -> None:
-    head, full, empty = lines([measured([record()], WINDOW, Slo()), measured([], WINDOW, Slo())])
+    runs = [measured(records, WINDOW, Slo()) for records in ([record()], [])]
+    head, full, empty = table([row({**run, "cpu_cores": None}) for run in runs])
     assert "1000.0 / 1000.0 ms" in full
     assert "1/1" not in full
     assert empty.split().count("-") == 4
