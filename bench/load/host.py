@@ -45,19 +45,20 @@ class Watch:
 
     def __init__(self, server_pids: frozenset[int]) -> None:
         self._server_pids = server_pids
+        self._server = frozenset[int]()
         self._seen: list[Ticks] = []
         self.loop_lag_s = 0.0
         """How late the client's own event loop was, at worst: what it read then has a late time stamp."""
 
     async def __aenter__(self) -> Watch:
-        self._look()
+        self._look(new_processes=True)
         self._task = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         await asyncio.wait({self._task})
-        self._look()
+        self._look(new_processes=True)
 
     @property
     def mean(self) -> Used | None:
@@ -77,9 +78,11 @@ class Watch:
             self.loop_lag_s = max(self.loop_lag_s, loop.time() - due_s)
             self._look()
 
-    def _look(self) -> None:
+    def _look(self, new_processes: bool = False) -> None:
         if (PROC / "stat").exists():
-            self._seen.append(look(asyncio.get_running_loop().time(), self._server_pids))
+            if new_processes:
+                self._server |= family(self._server_pids)
+            self._seen.append(look(asyncio.get_running_loop().time(), self._server))
 
 
 def used(before: Ticks, after: Ticks, server_known: bool) -> Used:
@@ -90,39 +93,46 @@ def used(before: Ticks, after: Ticks, server_known: bool) -> Used:
     return Used(client, server if server_known else None, max(everything - client - server, 0.0))
 
 
-def look(at_s: float, server_pids: frozenset[int]) -> Ticks:
-    """`server_pids`: with their descendants, of which those that ended are in their parents' accounts."""
+def look(at_s: float, server: frozenset[int]) -> Ticks:
+    """Cheap enough for between tokens: only the processes named are read."""
     tick = os.sysconf("SC_CLK_TCK")
     columns = (PROC / "stat").read_text().partition("\n")[0].split()[1:]
-    processes = dict(_processes())
-    children: dict[int, list[int]] = {}
-    for pid, (parent, _) in processes.items():
-        children.setdefault(parent, []).append(pid)
-    server, to_see = set[int](), list(server_pids & processes.keys())
-    while to_see:
-        pid = to_see.pop()
-        if pid != os.getpid() and pid not in server:
-            server.add(pid)
-            to_see += children.get(pid, [])
-    own = os.times()
+    own, seen = os.times(), [process for pid in server if (process := _process(pid))]
     return Ticks(
         at_s,
         sum(int(columns[i]) for i in _BUSY) / tick,
         own.user + own.system,
-        sum(processes[pid][1] for pid in server) / tick,
+        sum(ticks for _, ticks in seen) / tick,
     )
 
 
-def _processes() -> Iterator[tuple[int, tuple[int, int]]]:
-    """pid, (parent, ticks of it and of its children that ended)."""
-    for entry in PROC.iterdir():
-        if entry.name.isdigit():
-            try:
-                # The name may hold spaces and brackets; what follows its last bracket does not.
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            yield int(entry.name), (int(fields[1]), sum(map(int, fields[11:15])))
+def family(pids: frozenset[int]) -> frozenset[int]:
+    """With their descendants, but for this process and its own: the client is never its own server."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in _parents().items():
+        children.setdefault(parent, []).append(pid)
+    found, to_see = set[int](), list(pids)
+    while to_see:
+        pid = to_see.pop()
+        if pid != os.getpid() and pid not in found:
+            found.add(pid)
+            to_see += children.get(pid, [])
+    return frozenset(found)
+
+
+def _parents() -> dict[int, int]:
+    pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
+    return {pid: process[0] for pid in pids if (process := _process(pid))}
+
+
+def _process(pid: int) -> tuple[int, int] | None:
+    """Its parent, and the ticks of it and of its children that ended. None if it is gone."""
+    try:
+        # The name may hold spaces and brackets; what follows its last bracket does not.
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1]), sum(map(int, fields[11:15]))
 
 
 def listener(host: str, port: int) -> frozenset[int]:
@@ -164,8 +174,7 @@ def _open_files(process: Path) -> Iterator[str]:
 
 
 def _topmost(pid: int) -> int:
-    parents = {child: parent for child, (parent, _) in _processes()}
-    own = _program(pid)
+    parents, own = _parents(), _program(pid)
     while (parent := parents.get(pid, 0)) > 1 and parent != os.getpid() and _program(parent) == own:
         pid = parent
     return pid

@@ -14,6 +14,7 @@ import functools
 import gc
 import json
 import random
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,6 +101,7 @@ class Met:
 @contextlib.asynccontextmanager
 async def meet(target: Target, seed: str) -> AsyncIterator[Met]:
     """Raises SetupError if it cannot be measured."""
+    open_many_files()
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     async with Client(target.url, headers) as client:
         model = target.model or await first_model(client)
@@ -107,6 +109,13 @@ async def meet(target: Target, seed: str) -> AsyncIterator[Met]:
         dialect, prose = await sized(client, Dialect(target.api, model, extra=target.extra), counted, seed)
         pids = target.server_pids or await asyncio.to_thread(listener, client.host, client.port)
         yield Met(Asker(client, dialect, target.timeout_s), prose, pids)
+
+
+def open_many_files() -> None:
+    """Requests in flight are unbounded, and each is a file: as many as the system lets this process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse what they call their own limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 Plan = Callable[[str], Sequence[Session]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.bench.load.host import Ticks, Watch, listener, look, used
+from baton.bench.load.host import Ticks, Watch, family, listener, look, used
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux' /proc")
 
@@ -51,13 +51,15 @@ def test_what_neither_client_nor_server_used_is_others() -> None:
 
 
 def test_a_server_is_its_process_and_all_of_its_children(busy: int) -> None:
-    assert look(0.0, frozenset({busy})).server >= 2 * BURNT_S - 0.05
+    assert len(family(frozenset({busy}))) == 2
+    assert look(0.0, family(frozenset({busy}))).server >= 2 * BURNT_S - 0.05
     assert look(0.0, frozenset()).server == 0
     assert look(0.0, frozenset({1 << 30})).server == 0
 
 
-def test_the_client_is_not_its_own_server() -> None:
-    assert look(0.0, frozenset({os.getpid()})).server == 0
+def test_the_client_is_not_its_own_server(busy: int) -> None:
+    assert family(frozenset({os.getpid()})) == frozenset()
+    assert not family(frozenset({os.getppid()})) & {os.getpid(), busy}
     assert look(0.0, frozenset()).client > 0
 
 
