@@ -74,11 +74,17 @@ class Reading:
             event = json.loads(data)
             if not isinstance(event, dict):
                 raise ValueError(f"an event that is no object: {data[:40]!r}")
-            if event.get("error"):
-                self.record.error, self.record.message = "in stream", json.dumps(event["error"])
-            self._choice(event.get("choices") or [], now_s)
-            if event.get("usage"):
-                self._bill(event["usage"])
+            try:
+                self._event(event, now_s)
+            except (AttributeError, TypeError, LookupError):
+                raise ValueError(f"an event of another shape: {data[:80]!r}") from None
+
+    def _event(self, event: dict[str, Any], now_s: float) -> None:
+        if event.get("error"):
+            self.record.error, self.record.message = "in stream", json.dumps(event["error"])
+        self._choice(event.get("choices") or [], now_s)
+        if event.get("usage"):
+            self._bill(event["usage"])
 
     def _choice(self, choices: list[dict[str, Any]], now_s: float) -> None:
         for choice in choices:

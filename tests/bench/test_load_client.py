@@ -131,6 +131,11 @@ async def says_no_object(x: Exchange) -> None:
     await x.event(b"[1]")
 
 
+async def says_another_shape(x: Exchange) -> None:
+    await x.begin()
+    await x.event({"choices": ["text"]})
+
+
 async def speaks_something_else(x: Exchange) -> None:
     await x.send(b"220 smtp.example.com ESMTP\r\n\r\n")
 
@@ -145,6 +150,7 @@ async def speaks_something_else(x: Exchange) -> None:
         (reports_an_error, "in stream", "out of blocks"),
         (says_no_json, "malformed", ""),
         (says_no_object, "malformed", "no object"),
+        (says_another_shape, "malformed", "another shape"),
         (speaks_something_else, "malformed", "220 smtp"),
     ],
 )
