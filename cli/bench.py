@@ -24,3 +24,11 @@ def interference(context: typer.Context) -> None:
     from baton.bench.load import command
 
     command.interference(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def step(context: typer.Context) -> None:
+    """What a decode step costs in Python on this machine's engine, and how much of that is hidden."""
+    from baton.bench import step
+
+    step.main(context.args, context.command_path)
