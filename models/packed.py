@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from baton.core.errors import SetupError
 from baton.core.once import made_once
 from baton.kernels.host import library
 from baton.models.checkpoint import Checkpoint, Int4
-from baton.models.convert import ModelFiles, fingerprint, read_checkpoint
+from baton.models.convert import ModelFiles, fingerprint
 from baton.models.spec import ModelSpec
 from baton.models.weights import Array, Weight, map_arrays, weights_of
 
@@ -87,6 +88,9 @@ def open_packed(files: ModelFiles, quantization: str) -> PackedWeights:
     def build(building: Path) -> None:
         read_int4 = _source(files).read_int4 if quantization == "int4" and _is_gguf(files) else lambda part: None
         _write(building / ARENA, files, matrices, read_int4)
+        for stale in files.directory.glob(f"packed-{quantization}-*/"):  # of older code; who uses it has it in memory
+            if stale.suffix != ".building":
+                shutil.rmtree(stale, ignore_errors=True)
 
     return made_once(directory, opened, build, f"pack the weights of {files.name} as {quantization}")
 
@@ -116,9 +120,11 @@ def _document(files: ModelFiles) -> dict[str, str]:
 
 
 def _source(files: ModelFiles) -> Checkpoint:
-    """The file that a model was converted from, and still is."""
+    """The GGUF file that a model was converted from, and still is."""
+    from baton.models.gguf_file import read_gguf  # only he who packs needs its libraries
+
     path = Path(_document(files)["source"])
-    checkpoint = read_checkpoint(path) if path.exists() else None
+    checkpoint = read_gguf(path) if path.exists() else None
     if checkpoint is None or fingerprint(checkpoint) != files.fingerprint:
         raise SetupError(f"int4 takes its weights from {path}, and it is gone or changed. Put it back, or set "
                          "engine.quantization to another format.")

@@ -106,6 +106,8 @@ def test_an_arena_is_made_once_and_one_cut_short_is_made_again(files: ModelFiles
     made, content = arena.stat().st_mtime_ns, arena.read_bytes()
     open_packed(files, "bf16").close()
     assert arena.stat().st_mtime_ns == made
+    (arena.parent.with_name("packed-bf16-of-older-code")).mkdir()
     arena.write_bytes(content[:-64])
     open_packed(files, "bf16").close()
     assert arena.read_bytes() == content
+    assert [p for p in files.directory.glob("packed-*") if p.is_dir()] == [arena.parent], "nothing stale stays"
