@@ -160,6 +160,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--slo-share", type=_share, default=0.9, metavar="SHARE", help="of requests that keep them (0.9)")
     run.add_argument("--attempts", type=_count, default=1, metavar="N",
                      help=f"while others use over {QUIET_CORES:g} cores; the quietest is kept (1)")  # fmt: skip
+    run.add_argument("--max-in-flight", type=_count, metavar="N", help="later requests leave late (unbounded)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     run.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves here")
     ask = parser.add_argument_group("how the endpoint is asked")
@@ -242,7 +243,7 @@ def target_of(asked: argparse.Namespace, url: str, server_pids: frozenset[int]) 
 def measuring_of(asked: argparse.Namespace) -> Measuring:
     ttft_s, tpot_s, itl_s = (ms and ms / 1e3 for ms in (asked.slo_ttft_ms, asked.slo_tpot_ms, asked.slo_itl_ms))
     slo = Slo(ttft_s, tpot_s, itl_s)
-    return Measuring(slo, asked.slo_share, asked.duration_s, asked.warmup_s, asked.attempts)
+    return Measuring(slo, asked.slo_share, asked.duration_s, asked.warmup_s, asked.attempts, asked.max_in_flight)
 
 
 def finished(work: Coroutine[Any, Any, Json]) -> Json:

@@ -1,12 +1,13 @@
 """The open loop: every session begins at its time, however many are in flight and however slow their answers are.
 
-Nothing is skipped and nothing waits its turn. When the client itself falls behind, a request leaves late, and its
-record says how late; its latency still counts from when it was meant to leave.
+Nothing is skipped. When the client itself falls behind, or a limit on requests in flight was asked for, a request
+leaves late, and its record says how late; its latency still counts from when it was meant to leave.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -25,21 +26,30 @@ class Asks(Protocol):
     async def ask(self, record: Record, body: bytes, keep_text: bool) -> str: ...
 
 
-async def drive(sessions: Sequence[Session], asker: Asks) -> tuple[float, list[Record]]:
+async def drive(
+    sessions: Sequence[Session], asker: Asks, max_in_flight: int | None = None
+) -> tuple[float, list[Record]]:
     """When it began (the loop's time), and a record per request, when all are over. A turn that failed ends its
     session. Cancelled: so is everything in flight."""
     loop = asyncio.get_running_loop()
+    gate = asyncio.Semaphore(max_in_flight) if max_in_flight else contextlib.nullcontext()
     start_s, records = loop.time() + LEAD_S, list[Record]()
     async with asyncio.TaskGroup() as flying:
         for session in sorted(sessions, key=lambda s: s.at_s):
             intended_s = start_s + session.at_s
             if (wait_s := intended_s - loop.time()) > 0:
                 await asyncio.sleep(wait_s)
-            flying.create_task(_converse(session, intended_s, asker, records))
+            flying.create_task(_converse(session, intended_s, asker, gate, records))
     return start_s, records
 
 
-async def _converse(session: Session, intended_s: float, asker: Asks, records: list[Record]) -> None:
+async def _converse(
+    session: Session,
+    intended_s: float,
+    asker: Asks,
+    gate: contextlib.AbstractAsyncContextManager[None],
+    records: list[Record],
+) -> None:
     said: list[str] = []
     prompt_tokens = 0
     for number, turn in enumerate(session.turns):
@@ -48,7 +58,8 @@ async def _converse(session: Session, intended_s: float, asker: Asks, records: l
         prompt_tokens += turn.prompt_tokens
         record = Record(session.label, number, intended_s, prompt_tokens, turn.output_tokens)
         records.append(record)
-        text = await asker.ask(record, asker.dialect.body(said, turn.output_tokens), more)
+        async with gate:
+            text = await asker.ask(record, asker.dialect.body(said, turn.output_tokens), more)
         if not more or not record.ok:
             return
         said.append(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from baton.bench.load.host import Watch
@@ -78,6 +79,7 @@ def measured(records: Sequence[Record], window: Window, slo: Slo) -> Json:
             "errors": dict(Counter(r.error for r in counted if r.error is not None)),
             "first_messages": {r.error: r.message[:MESSAGE_CHARS] for r in reversed(counted) if r.error is not None},
         },
+        "in_flight": in_flight(records, window),
         "ttft_s": spread(r.ttft_s for r in ok if r.ttft_s is not None),
         "itl_s": spread(gap for r in ok for gap in r.gaps_s()),
         "tpot_s": spread(r.tpot_s for r in ok if r.tpot_s is not None),
@@ -92,6 +94,20 @@ def tokens_within(record: Record, window: Window) -> float:
     if not record.event_s:
         return 0.0
     return sum(map(window.holds, record.event_s)) * record.output_tokens / len(record.event_s)
+
+
+def in_flight(records: Sequence[Record], window: Window) -> Json:
+    """Requests sent and not yet ended, during the window: mean over time, and most at once."""
+    end_s = window.start_s + window.duration_s
+    flights = [
+        (max(r.sent_s, window.start_s), min(r.end_s, end_s))
+        for r in records
+        if r.sent_s is not None and r.end_s is not None and r.sent_s < end_s and r.end_s > window.start_s
+    ]
+    # At one instant landings come first: a request that follows another is not beside it.
+    changes = sorted([(begin_s, 1) for begin_s, _ in flights] + [(done_s, -1) for _, done_s in flights])
+    most = max(accumulate(change for _, change in changes), default=0)
+    return {"mean": sum(done_s - begin_s for begin_s, done_s in flights) / window.duration_s, "max": most}
 
 
 def _tokens(ok: Sequence[Record]) -> Json:
@@ -168,6 +184,7 @@ def row(run: Json) -> dict[str, str]:
         "ITL p50/p99": pair_ms(run["itl_s"]),
         "TPOT p50/p99": pair_ms(run["tpot_s"]),
         "failed": f"{failed}/{run['requests']['sent']}",
+        "in flight": f"{run['in_flight']['mean']:.1f}",
         "late": str(run["client"]["late_sends"]),
         "others' cores": f"{cores['others']:.2f}" if cores else "-",
     }

@@ -84,6 +84,9 @@ class Measuring:
     """A run during which others used more than QUIET_CORES is made again, up to so many in all. The one with the
     least counts: chosen by that alone, never by its figures."""
 
+    max_in_flight: int | None = None
+    """None: unbounded. Else a request may leave late, and its latency counts from when it was meant to."""
+
     @property
     def span_s(self) -> float:
         return self.warmup_s + self.duration_s
@@ -143,7 +146,7 @@ async def attempt(met: Met, sessions: Sequence[Session], measuring: Measuring) -
     gc.freeze()  # the plan is large and lives on: the collector would walk it again and again between tokens
     try:
         async with Watch(met.server_pids) as watch:
-            start_s, records = await drive(sessions, met.asker)
+            start_s, records = await drive(sessions, met.asker, measuring.max_in_flight)
     finally:
         gc.unfreeze()
     return run_report(records, Window(start_s + measuring.warmup_s, measuring.duration_s), measuring.slo, watch)

@@ -40,9 +40,11 @@ class Server:
         return f" answer {number}" if keep_text else ""
 
 
-def driven(sessions: list[Session], server: Server) -> tuple[float, list[Record]]:
+def driven(
+    sessions: list[Session], server: Server, max_in_flight: int | None = None
+) -> tuple[float, list[Record]]:
     async def main(loop: SimLoop) -> tuple[float, list[Record]]:
-        return await drive(sessions, server)
+        return await drive(sessions, server, max_in_flight)
 
     return run(0, main)
 
@@ -67,6 +69,14 @@ def test_a_request_whose_time_has_passed_leaves_at_once_and_its_wait_counts() ->
     assert late.ttft_s == pytest.approx(3.0)
     assert on_time.late_s == pytest.approx(0.0)
     assert on_time.sent_s == pytest.approx(start_s + 0.5)
+
+
+def test_a_limit_on_requests_in_flight_makes_them_late_and_their_wait_counts() -> None:
+    server = Server(answer_s=4.0)
+    _, records = driven(singles(0.0, 1.0, 2.0, 3.0), server, max_in_flight=2)
+    assert server.most_at_once == 2
+    assert [r.late_s for r in records] == pytest.approx([0, 0, 2, 2])
+    assert [r.ttft_s for r in records] == pytest.approx([4, 4, 6, 6])
 
 
 def chat(turns: int, at_s: float = 0.0) -> Session:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from baton.bench.load.record import Record, Slo
 from baton.bench.load.report import (
     Window,
+    in_flight,
     largest_within,
     measured,
     percentile,
@@ -105,6 +106,18 @@ def test_throughput_is_what_came_out_during_the_window_whoever_asked() -> None:
     seen = measured([before, within, after], WINDOW, Slo())
     assert seen["output_tokens_per_s"] == 0.5
     assert seen["achieved_rate"] == 0.2, "the first ended in it, the last did not"
+
+
+def test_requests_in_flight_are_counted_during_the_window_alone() -> None:
+    def flight(sent_s: float, end_s: float) -> Record:
+        return record(sent_s, sent_s=sent_s, end_s=end_s)
+
+    assert in_flight([], WINDOW) == {"mean": 0, "max": 0}
+    follows = [flight(101.0, 102.0), flight(102.0, 103.0)]
+    assert in_flight(follows, WINDOW) == {"mean": pytest.approx(0.2), "max": 1}
+    across = [flight(95.0, 101.0), flight(100.5, 102.5), flight(109.0, 120.0), flight(111.0, 112.0), flight(1.0, 99.0)]
+    assert in_flight(across, WINDOW) == {"mean": pytest.approx(0.4), "max": 2}
+    assert in_flight([record(sent_s=None), record(end_s=None)], WINDOW) == {"mean": 0, "max": 0}
 
 
 def test_failures_are_counted_by_kind_and_miss_the_slo() -> None:
