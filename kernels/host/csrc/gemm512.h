@@ -32,22 +32,27 @@ struct Columns {
   }
 };
 
+// Arrays of this type stay in registers; GCC 12 also writes arrays of __m512i to memory whenever an element changes.
+typedef int Ints __attribute__((vector_size(64)));
+
 // From the sum of a row and a panel to the product: nothing to do, or the scales of int8.
 struct PlainFactors {
+  using Sum = __m512;
+
   PlainFactors(const LinearTask&, const uint8_t*) {}
-  __m512 product(__m512 sum, int) const { return sum; }
-  __m512 product(__m512i sum, int) const { return _mm512_castsi512_ps(sum); }  // as AMX stores it
+  __m512 product(Sum sum, int) const { return sum; }
 };
 
 struct Int8Factors {
+  using Sum = Ints;
   __m512 scales;
   const float* x_scales;
   const int32_t* totals;
 
   Int8Factors(const LinearTask& task, const uint8_t* panel)
       : scales(_mm512_load_ps(panel + padded(task.w->k) * kPanel)), x_scales(task.x.scales), totals(task.x.totals) {}
-  __m512 product(__m512i sum, int row) const {
-    const __m512i dot = _mm512_sub_epi32(sum, _mm512_set1_epi32(kInt8Zero * totals[row]));
+  __m512 product(Sum sum, int row) const {
+    const __m512i dot = _mm512_sub_epi32((__m512i)sum, _mm512_set1_epi32(kInt8Zero * totals[row]));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(_mm512_set1_ps(x_scales[row]), scales));
   }
 };
@@ -70,14 +75,14 @@ struct Int4Scales {
 
 // Weights of one int4 group and panel.
 struct Int4Group {
-  __m512i quads[8];  // quad q: unsigned weights of k = 4 q ... 4 q + 3
+  Ints quads[8];  // quad q: unsigned weights of k = 4 q ... 4 q + 3
 
   explicit Int4Group(const uint8_t* group) {
     const __m512i low = _mm512_set1_epi8(15);
     for (int line = 0; line < 4; ++line) {
       const __m512i both = _mm512_load_si512(group + line * kLineBytes);
-      quads[2 * line] = _mm512_and_si512(both, low);
-      quads[2 * line + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      quads[2 * line] = (Ints)_mm512_and_si512(both, low);
+      quads[2 * line + 1] = (Ints)_mm512_and_si512(_mm512_srli_epi16(both, 4), low);
     }
   }
 };

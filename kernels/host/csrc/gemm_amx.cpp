@@ -162,7 +162,7 @@ struct Product {
     const int begin = rows.begin(tile), height = rows.height;
     if (!Format::kInteger && !columns.accumulate && columns.mask == 0xffff)
       return store_tile<kSum>(columns.at(begin), columns.stride * 4);
-    alignas(64) __m512i sums[kTileRows];
+    alignas(64) typename Format::Factors::Sum sums[kTileRows];
     store_tile<kSum>(sums, kLineBytes);
     const typename Format::Factors factors(task, weights(panel));
     for (int i = rows.done(tile); i < height; ++i) columns.put(begin + i, factors.product(sums[i], begin + i));
@@ -229,7 +229,8 @@ struct Int4Product {
   void unpack(const uint8_t* panel, uint8_t* tiles) const {
     for (int g = 0; g < num_groups; ++g) {
       const Int4Group group(panel + g * kInt4GroupBytes);
-      for (int q = 0; q < 8; ++q) _mm512_store_si512(tiles + g * kInt4TileBytes + q * kLineBytes, group.quads[q]);
+      uint8_t* tile = tiles + g * kInt4TileBytes;
+      for (int q = 0; q < 8; ++q) _mm512_store_si512(tile + q * kLineBytes, (__m512i)group.quads[q]);
     }
     __asm__ volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read
   }

@@ -21,8 +21,6 @@ struct Block {
   int64_t panel_bytes;
   int panel, row;
 
-  bool fetches() const { return row == 0; }
-
   const uint8_t* weights() const { return static_cast<const uint8_t*>(task.w->panels) + panel * panel_bytes; }
   const uint8_t* activations(int element_bytes) const {
     return static_cast<const uint8_t*>(task.x.data) + static_cast<int64_t>(row) * task.x.stride * element_bytes;
@@ -36,68 +34,67 @@ inline __m512i broadcast4(const uint8_t* p) {
 }
 
 struct Fp32 {
-  using Sum = __m512;
   using Factors = PlainFactors;
   static constexpr int kRows = 6, kPanels = 4, kElementBytes = 4;
-  static Sum add(Sum sum, __m512i w, __m512i x) {
+  static __m512 add(__m512 sum, __m512i w, __m512i x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
   }
 };
 
 struct Bf16 {
-  using Sum = __m512;
   using Factors = PlainFactors;
   static constexpr int kRows = 6, kPanels = 4, kElementBytes = 2;
-  static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+  static __m512 add(__m512 sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 };
 
 struct Int8 {
-  using Sum = __m512i;
   using Factors = Int8Factors;
   static constexpr int kRows = 6, kPanels = 4, kElementBytes = 1;
-  static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+  static Ints add(Ints sum, __m512i w, __m512i x) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, w, x); }
 };
-
-template <typename Format, int kRows, int kPanels>
-using Sums = typename Format::Sum[kRows][kPanels];
-
-// Adds `num_lines` of the block's panels, from line `begin` on, to `sums`; fetches what is `ahead` bytes after them.
-template <typename Format, int kRows, int kPanels, bool kFetch>
-inline __attribute__((always_inline)) void add_lines(const Block& block, int begin, int num_lines, int64_t ahead,
-                                                     Sums<Format, kRows, kPanels>& sums) {
-  const int64_t panel_bytes = block.panel_bytes;
-  const int64_t row_bytes = static_cast<int64_t>(block.task.x.stride) * Format::kElementBytes;
-  const uint8_t* w = block.weights() + static_cast<int64_t>(begin) * kLineBytes;
-  const uint8_t* x = block.activations(Format::kElementBytes) + begin * 4;
-  for (int i = 0; i < num_lines; ++i, w += kLineBytes, x += 4) {
-    __m512i lines[kPanels];
-    for (int p = 0; p < kPanels; ++p) {
-      lines[p] = _mm512_load_si512(w + p * panel_bytes);
-      if (kFetch) _mm_prefetch(w + p * panel_bytes + ahead, _MM_HINT_T0);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i four = broadcast4(x + r * row_bytes);
-      for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(sums[r][p], lines[p], four);
-    }
-  }
-}
 
 template <typename Format, int kRows, int kPanels>
 struct Multiply {
   static void run(const Block& block) {
-    Sums<Format, kRows, kPanels> sums = {};
-    const int lines = padded(block.task.w->k) * Format::kElementBytes / 4, late = lines - kAhead;
-    if (block.fetches()) {
-      add_lines<Format, kRows, kPanels, true>(block, 0, late, kAhead * kLineBytes, sums);
-      // The end of these panels: now the beginning of the next ones.
-      const int64_t ahead = kPanels * block.panel_bytes - static_cast<int64_t>(late) * kLineBytes;
-      add_lines<Format, kRows, kPanels, true>(block, late, kAhead, ahead, sums);
-    } else {
-      add_lines<Format, kRows, kPanels, false>(block, 0, lines, 0, sums);
+    if (block.row == 0)
+      multiply<true>(block);
+    else
+      multiply<false>(block);
+  }
+
+ private:
+  // Unrolled by order: only then does the compiler keep all sums in registers.
+  template <bool kFetch>
+  static void multiply(const Block& block) {
+    typename Format::Factors::Sum sums[kRows][kPanels] = {};
+    const int64_t panel_bytes = block.panel_bytes;
+    const int64_t row_bytes = static_cast<int64_t>(block.task.x.stride) * Format::kElementBytes;
+    const uint8_t *w = block.weights(), *x = block.activations(Format::kElementBytes);
+    const int lines = padded(block.task.w->k) * Format::kElementBytes / 4;
+    int64_t ahead = kAhead * kLineBytes;
+    for (int begin = 0, end = kFetch ? lines - kAhead : lines; begin < lines; begin = end, end = lines) {
+      for (int i = begin; i < end; ++i, w += kLineBytes, x += 4) {
+        __m512i line[kPanels];
+#pragma GCC unroll 8
+        for (int p = 0; p < kPanels; ++p) {
+          line[p] = _mm512_load_si512(w + p * panel_bytes);
+          if (kFetch) _mm_prefetch(w + p * panel_bytes + ahead, _MM_HINT_T0);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i four = broadcast4(x + r * row_bytes);
+#pragma GCC unroll 8
+          for (int p = 0; p < kPanels; ++p) sums[r][p] = Format::add(sums[r][p], line[p], four);
+        }
+      }
+      // For the end of these panels: the beginning of the next ones.
+      ahead = kPanels * panel_bytes - static_cast<int64_t>(lines - kAhead) * kLineBytes;
     }
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
       const Columns columns(block.task, block.panel + p);
-      const typename Format::Factors factors(block.task, block.weights() + p * block.panel_bytes);
+      const typename Format::Factors factors(block.task, block.weights() + p * panel_bytes);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) columns.put(block.row + r, factors.product(sums[r][p], block.row + r));
     }
   }
@@ -119,13 +116,16 @@ struct Multiply<Int4, kRows, 1> {
     const int32_t* sums = block.task.x.sums + block.row * (stride / kGroup);
     __m512 totals[kRows] = {};
     for (int g = 0; g < groups; ++g, w += kInt4GroupBytes, x += kGroup) {
-      if (block.fetches())  // panels follow each other, and so do their groups
+      if (block.row == 0)  // panels follow each other, and so do their groups
         for (int line = kAhead; line < kAhead + 5; ++line) _mm_prefetch(w + line * kLineBytes, _MM_HINT_T0);
       const Int4Group group(w);
       const Int4Scales factors(w);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         __m512i dot = _mm512_setzero_si512();
-        for (int q = 0; q < 8; ++q) dot = _mm512_dpbusd_epi32(dot, group.quads[q], broadcast4(x + r * stride + 4 * q));
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; ++q)
+          dot = _mm512_dpbusd_epi32(dot, (__m512i)group.quads[q], broadcast4(x + r * stride + 4 * q));
         totals[r] = factors.add(totals[r], dot, sums[r * (stride / kGroup) + g]);
       }
     }
