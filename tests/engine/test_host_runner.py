@@ -156,11 +156,11 @@ def test_angles_are_those_of_the_reference() -> None:
 # ---- bit for bit -----------------------------------------------------------------------------------------------------
 
 
-def random_steps(
+def random_batches(
     runner: HostRunner, sequences: Sequence[Sequence[int]], tables: Sequence[tuple[int, ...]], rng: random.Random
-) -> Iterator[tuple[int, int, Logits]]:
-    """Compute the sequences in random chunks and random company; (sequence, position, logits) of every chunk's last
-    row."""
+) -> Iterator[list[tuple[int, int, Logits]]]:
+    """Compute the sequences in random chunks and random company; of each batch, (sequence, position, logits) of the
+    last row of each chunk that is sampled."""
     done = [0] * len(sequences)
     while left := [s for s, tokens in enumerate(sequences) if done[s] < len(tokens)]:
         chosen = rng.sample(left, rng.randint(1, len(left)))
@@ -170,31 +170,34 @@ def random_steps(
             chunks.append(chunk(sequences[s][done[s] : done[s] + size], done[s], tables[s], samples=rng.random() < 0.8))
             done[s] += size
         sampled = [s for s, c in zip(chosen, chunks, strict=True) if c.choices]
-        for s, row in zip(sampled, runner.logits(chunks), strict=True):
-            yield s, done[s] - 1, row
+        yield [(s, done[s] - 1, row) for s, row in zip(sampled, runner.logits(chunks), strict=True)]
 
 
-def check_mixes(files: ModelFiles, vocabulary: int, lengths: Sequence[int], num_mixes: int, **engine: Any) -> None:
-    """Each row's logits in random mixes of batches, chunks and threads are, bit for bit, those it gets when each token
-    of its sequence is a chunk of its own."""
+def check_mixes(files: ModelFiles, vocabulary: int, lengths: Sequence[int], num_batches: int, **engine: Any) -> None:
+    """Each row's logits in so many random batches for each of three teams are, bit for bit, those it gets when each
+    token of its sequence is a batch of its own."""
     rng = random.Random(11)
     sequences = [[rng.randrange(vocabulary) for _ in range(n)] for n in lengths]
     num_blocks = sum(-(-n // BLOCK_SIZE) for n in lengths)
-    tables = tables_of(lengths, num_blocks)
+
+    def new_tables() -> list[tuple[int, ...]]:
+        free = rng.sample(range(num_blocks), num_blocks)
+        return [tuple(free.pop() for _ in range(-(-n // BLOCK_SIZE))) for n in lengths]
+
     with opened(files, num_blocks, **engine) as (runner, _):
         alone = [
             np.concatenate([runner.logits([chunk([t], i, table)]) for i, t in enumerate(tokens)])
-            for tokens, table in zip(sequences, tables, strict=True)
+            for tokens, table in zip(sequences, new_tables(), strict=True)
         ]
-    compared = 0
     for threads in (1, 2, 3):
         with opened(files, num_blocks, threads=threads, **engine) as (runner, memory):
-            for _ in range(num_mixes // 3):
+            left = num_batches
+            while left > 0:
                 memory[:] = 0xFF
-                for sequence, position, logits in random_steps(runner, sequences, tables, rng):
-                    np.testing.assert_array_equal(logits, alone[sequence][position])
-                    compared += 1
-    assert compared > num_mixes
+                for batch in random_batches(runner, sequences, new_tables(), rng):
+                    left -= 1
+                    for sequence, position, logits in batch:
+                        np.testing.assert_array_equal(logits, alone[sequence][position])
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
@@ -202,13 +205,14 @@ def check_mixes(files: ModelFiles, vocabulary: int, lengths: Sequence[int], num_
 def test_a_row_gets_the_same_bits_in_any_batch(weights: str, kv: str, isa: str, files: ModelFiles) -> None:
     if isa not in library.isas():
         pytest.skip(f"this CPU has no {isa}")
-    check_mixes(files, 64, (1, 15, 17, 40, 70), 15, quantization=weights, kv_dtype=kv, isa=isa)
+    check_mixes(files, 64, (1, 15, 17, 40, 70), 40, quantization=weights, kv_dtype=kv, isa=isa)
 
 
 @pytest.mark.model
 @pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("int8", "int8")])
 def test_the_real_model_gives_the_same_bits_in_any_batch(weights: str, kv: str, model_files: ModelFiles) -> None:
-    check_mixes(model_files, 49152, (3, 33, 50, 130), 60, quantization=weights, kv_dtype=kv)
+    """240 batches."""
+    check_mixes(model_files, 49152, (3, 33, 50, 130), 80, quantization=weights, kv_dtype=kv)
 
 
 @pytest.mark.model

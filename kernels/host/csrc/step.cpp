@@ -274,24 +274,32 @@ void Step::argmax() {
 
 bool is_greater(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
 
-// Eight independent maxima, which a compiler turns into vectors; then the first place that holds the greatest.
+// Block by block: independent maxima, which a compiler turns into vectors; then the first place in the best block.
 int greatest(const float* values, int n) {
-  constexpr int kLanes = 8;
-  float most[kLanes];
-  std::fill(most, most + kLanes, values[0]);
-  bool sound = true;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) {
-      most[j] = values[i + j] > most[j] ? values[i + j] : most[j];
-      sound &= values[i + j] == values[i + j];
+  constexpr int kBlock = 512, kLanes = 16;
+  float best = values[0];
+  int where = 0;
+  for (int begin = 0; begin < n; begin += kBlock) {
+    const float* block = values + begin;
+    const int size = std::min(kBlock, n - begin), whole = size / kLanes * kLanes;
+    float most[kLanes];
+    int32_t odd[kLanes] = {};
+    std::fill(most, most + kLanes, block[0]);
+    for (int i = 0; i < whole; i += kLanes)
+      for (int j = 0; j < kLanes; j++) {
+        most[j] = block[i + j] > most[j] ? block[i + j] : most[j];
+        odd[j] |= block[i + j] != block[i + j];
+      }
+    for (int i = whole; i < size; i++) {
+      most[0] = block[i] > most[0] ? block[i] : most[0];
+      odd[0] |= block[i] != block[i];
     }
-  for (; i < n; i++) {
-    most[0] = values[i] > most[0] ? values[i] : most[0];
-    sound &= values[i] == values[i];
+    if (std::any_of(odd, odd + kLanes, [](int32_t o) { return o != 0; }))
+      return int(std::find_if(block, block + size, [](float v) { return v != v; }) - values);
+    const float top = *std::max_element(most, most + kLanes);
+    if (top > best) best = top, where = begin;
   }
-  if (!sound) return int(std::find_if(values, values + n, [](float v) { return std::isnan(v); }) - values);
-  return int(std::find(values, values + n, *std::max_element(most, most + kLanes)) - values);
+  return int(std::find(values + where, values + n, best) - values);
 }
 
 }  // namespace baton
