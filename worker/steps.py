@@ -118,14 +118,20 @@ class StepLoop:
                     self._land()
                     continue
                 self._wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(None if self._flights else IDLE_CHECK_S):
-                        await self._wake.wait()
+                if self._flights:
+                    await self._wake.wait()
+                else:
+                    await self._idle()
         finally:
             left = [flight.result for flight in self._flights]
             for result in left:
                 result.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+
+    async def _idle(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_CHECK_S):
+                await self._wake.wait()
 
     def _schedule(self) -> None:
         """Give the runner all the steps that there are, as far as it takes them."""
