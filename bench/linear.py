@@ -1,9 +1,9 @@
 """Matrix products of the host kernels: speed per shape, format, instruction set and number of rows, beside
 torch.nn.functional.linear and beside what this machine reads from memory in the same run.
 
-Each shape has as many copies of its weights as a model has layers' worth of memory (`--weights-mb`), multiplied one
-after the other, so that weights come from where a model's come from and not from a cache that one matrix fits in. The
-figure is the best of some rounds over all copies: on a machine that does other things too, that is the least wrong.
+Each shape has as many copies of its weights as fill `--weights-mb`, multiplied one after the other, so that weights
+come from where a model's come from and not from a cache that one matrix fits in. A figure is what nine of ten single
+calls exceed: on a machine that does other things too, that is the least wrong. Memory is read in pieces, the same way.
 
     python -m baton.bench.linear --threads 1 --rows 1,8,512 --formats bf16,int8
 """
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import mmap
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +26,11 @@ from baton.kernels.host import library
 
 SMOLLM2_135M = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576))
 """(n, k) of qkv, o, gate_up, down and the LM head."""
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+T = TypeVar("T")
+
+MIN_CALLS, MAX_CALLS = 10, 20_000
+READ_BYTES = 4 << 20
+"""Of memory, per timed piece."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +82,38 @@ def line(format: str, isa: str, weights: Weights, m: int, us: float, peer: float
 
 
 def pack_copies(format: str, n: int, k: int, total_bytes: int) -> Weights:
-    """In huge pages, as a model's weights are."""
     host, number = library.load(), library.FORMATS[format]
     num_bytes = int(host.baton_packed_bytes(number, n, k))
     count = max(1, total_bytes // num_bytes)
-    memory = mmap.mmap(-1, count * num_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = huge_memory(count * num_bytes)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     if format == "int4":
         q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
         scale, minimum = torch.rand(n, k // 32), torch.rand(n, k // 32)
         host.baton_pack_int4(q.data_ptr(), scale.data_ptr(), minimum.data_ptr(), n, k, start)
     else:
-        getattr(host, f"baton_pack_{format}")(torch.randn(n, k).data_ptr(), n, k, start)
+        w = torch.randn(n, k)
+        getattr(host, f"baton_pack_{format}")(w.data_ptr(), n, k, start)
     for i in range(1, count):
         ctypes.memmove(start + i * num_bytes, start, num_bytes)
     return Weights([library.Matrix(start + i * num_bytes, n, k, number, 0) for i in range(count)], num_bytes, memory)
+
+
+def huge_memory(num_bytes: int) -> mmap.mmap:
+    """In huge pages, as a model's packed weights are (models/packed.py)."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def product_us(isa: str, team: int, x: torch.Tensor, weights: Weights, seconds: float) -> float:
     y = torch.empty(len(x), weights.matrices[0].n)
     name, host = isa.encode(), library.load()
 
-    def all_copies() -> None:
-        for matrix in weights.matrices:
-            host.baton_linear(name, team, x.data_ptr(), len(x), ctypes.byref(matrix), y.data_ptr(), 0)
+    def multiply(matrix: library.Matrix) -> None:
+        host.baton_linear(name, team, x.data_ptr(), len(x), ctypes.byref(matrix), y.data_ptr(), 0)
 
-    return best_s(all_copies, seconds) / len(weights.matrices) * 1e6
+    return quick_s(multiply, weights.matrices, seconds) * 1e6
 
 
 def torch_us(format: str, x: torch.Tensor, n: int, total_bytes: int, seconds: float) -> float | None:
@@ -112,37 +124,29 @@ def torch_us(format: str, x: torch.Tensor, n: int, total_bytes: int, seconds: fl
     x = x.to(dtype)
     one = torch.randn(n, x.shape[1]).to(dtype)
     copies = [one.clone() for _ in range(max(1, total_bytes // one.nbytes))]
-
-    def all_copies() -> None:
-        for w in copies:
-            torch.nn.functional.linear(x, w)
-
     with torch.inference_mode():
-        return best_s(all_copies, seconds) / len(copies) * 1e6
+        return quick_s(lambda w: torch.nn.functional.linear(x, w), copies, seconds) * 1e6
 
 
 def read_bandwidth(num_bytes: int, seconds: float) -> float:
-    """GB/s of reading memory in huge pages, by a sum over it."""
-    memory = mmap.mmap(-1, num_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    values = torch.frombuffer(memory, dtype=torch.int32).fill_(1)
-    return num_bytes / best_s(lambda: values.sum(dtype=torch.int32), seconds) * 1e-9
+    """GB/s, by a sum over it."""
+    pieces = torch.frombuffer(huge_memory(num_bytes), dtype=torch.float32).fill_(1).view(-1, READ_BYTES // 4).unbind()
+    return READ_BYTES / quick_s(torch.sum, pieces, seconds) * 1e-9
 
 
-def best_s(work: Callable[[], object], seconds: float) -> float:
-    """The least time of one call, in as many as fit into `seconds`."""
-    return min(times(work, seconds))
-
-
-def times(work: Callable[[], object], seconds: float) -> Iterator[float]:
-    work()
+def quick_s(work: Callable[[T], object], copies: Sequence[T], seconds: float) -> float:
+    """The time that nine of ten calls exceed, of as many as fit into `seconds`, on one copy after the other."""
+    for _ in range(2):
+        work(copies[0])
+    spent: list[float] = []
     begin = time.perf_counter()
-    for i in range(MAX_ROUNDS):
+    for copy in itertools.islice(itertools.cycle(copies), MAX_CALLS):
         before = time.perf_counter()
-        if i >= MIN_ROUNDS and before - begin > seconds:
-            return
-        work()
-        yield time.perf_counter() - before
+        if len(spent) >= MIN_CALLS and before - begin > seconds:
+            break
+        work(copy)
+        spent.append(time.perf_counter() - before)
+    return statistics.quantiles(spent, n=10)[0]
 
 
 if __name__ == "__main__":
