@@ -29,13 +29,13 @@ namespace {
 
 constexpr int kLanes = 16;         // queries of a tile
 constexpr int kDepth = 32;         // bf16 values that one tile instruction sums up
-constexpr int kChunk = 128;        // keys between two looks at the reference
+constexpr int kChunk = 64;         // keys between two looks at the reference: K and V of more leave the L1 cache
 constexpr int kGroups = kChunk / kDepth;
 constexpr int kTileBytes = 1024;   // 16 lines
 constexpr int kTileDims = 16;      // dims of an output tile
 constexpr int kHeldTiles = 4;      // output tiles held in registers 0-3; 4 and 5 are scores, 6 and 7 operands
 constexpr float kSlack = 8.0f;     // powers of two
-constexpr int kRowsPerTask = 64;   // enough that transposing V is a small part of the work
+constexpr int kRowsPerTask = 128;  // enough that transposing V is a small part of the work
 
 using Reg = Vec::Reg;
 
@@ -143,6 +143,7 @@ class Attention {
     const int first = task_.span->start + task_.row_begin, end = task_.span->start + task_.row_end;
     for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile, first);
     for (int chunk = 0; chunk < end; chunk += kChunk) {
+      prefetch(chunk + kChunk, end);
       pack(chunk, std::min(end - chunk, kChunk));
       attend(chunk, std::max(chunk - first, 0) * group_ / kLanes);  // earlier ones see nothing of this chunk
     }
@@ -222,7 +223,7 @@ class Attention {
       const __m512 low = Vec::load_int8(from + i), high = Vec::load_int8(from + i + kLanes);
       _mm512_store_si512(to + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
     }
-    for (int i = 0; i < num; ++i) scales_[which][at + i] = pool_.scale(token + i, which);
+    std::memcpy(scales_[which] + at, pool_.scales(token, which), num * sizeof(float));
     return to;
   }
 
@@ -231,8 +232,20 @@ class Attention {
     return (std::min(lanes_[tile].last + 1 - chunk, kChunk) + kDepth - 1) / kDepth;
   }
 
+  // The next chunk comes to the caches while this one is worked on.
+  void prefetch(int chunk, int end) const {
+    for (int token = chunk; token < std::min(chunk + kChunk, end); token += kLanes)
+      for (int which = 0; which < 2; ++which) {
+        const uint8_t* rows = pool_.elements(token, which);
+        for (int at = 0; at < kLanes * dim_ * pool_.element_bytes(); at += 64) __builtin_prefetch(rows + at, 0, 2);
+      }
+  }
+
   void attend(int chunk, int first_tile) {
-    for (int group = 0; group < groups_seen(first_tile, chunk); ++group) score(first_tile, group);
+    for (int group = 0; group < groups_seen(first_tile, chunk); ++group) {
+      score(first_tile, group);
+      store_scores(first_tile, group);
+    }
     for (int tile = first_tile; tile < num_tiles_; ++tile) {
       const int groups = groups_seen(tile, chunk);
       const int next_groups = tile + 1 < num_tiles_ ? groups_seen(tile + 1, chunk) : 0;
@@ -247,6 +260,7 @@ class Attention {
         if (group < groups) soften(tile, group);
         if (group < next_groups) score(tile + 1, group);
         if (group < groups) mix(group, 0, held);
+        if (group < next_groups) store_scores(tile + 1, group);
       }
       store_tiles(tile, 0, held);
       for (int at = held; at < dim_ / kTileDims; at += kHeldTiles) {
@@ -272,6 +286,10 @@ class Attention {
       _tile_loadd(6, high + dim, dim_ * 2);
       _tile_dpbf16ps(5, 6, 7);
     }
+  }
+
+  // Tile loads wait for stores that end in the same 12 bits, so scores are stored when other operands are loaded.
+  void store_scores(int tile, int group) {
     float* scores = scores_[tile % 2] + group * kDepth * kLanes;
     _tile_stored(4, scores, 64);
     _tile_stored(5, scores + kLanes * kLanes, 64);
@@ -401,8 +419,11 @@ bool fits_tiles(const BatonShape& shape) {
 namespace amx {
 
 void attention(const AttentionTask& task, uint8_t* scratch) {
-  if (!fits_tiles(*task.shape)) return avx512::attention(task, scratch);
-  Attention(task, scratch).run();
+  if (fits_tiles(*task.shape)) return Attention(task, scratch).run();
+  for (AttentionTask part = task; part.row_begin < task.row_end; part.row_begin = part.row_end) {
+    part.row_end = std::min(part.row_begin + avx512::attention_rows(), task.row_end);
+    avx512::attention(part, scratch);
+  }
 }
 
 size_t attention_scratch_bytes(const BatonShape& shape) {

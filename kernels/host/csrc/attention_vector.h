@@ -162,7 +162,10 @@ class Attention {
 
   // Rows of K or V: in the pool itself where that is possible, else copied.
   void read_rows(int tile, int written, int which, float* scales, const Element** rows) {
-    for (int i = 0; i < kKeyTile; ++i) {
+    const uint8_t* row = nullptr;
+    const float* scale = nullptr;
+    const int row_bytes = pool_.head_dim * pool_.element_bytes();
+    for (int i = 0, left = 0; i < kKeyTile; ++i, --left, row += row_bytes, ++scale) {
       Element* copy = copied_ + i * dim_;
       rows[i] = copy;
       scales[i] = 0.0f;
@@ -170,20 +173,29 @@ class Attention {
         std::memset(static_cast<void*>(copy), 0, dim_ * sizeof *copy);
         continue;
       }
-      const uint8_t* row = pool_.elements(tile + i, which);
-      alignas(64) uint8_t wide[4 * kMaxHeadDim];
-      if (dim_ != pool_.head_dim) {
-        std::memset(wide, 0, sizeof wide);
-        row = static_cast<const uint8_t*>(std::memcpy(wide, row, pool_.head_dim * pool_.element_bytes()));
+      if (left == 0) {  // the next block
+        left = pool_.block_size - (tile + i) % pool_.block_size;
+        row = pool_.elements(tile + i, which);
+        scale = pool_.scales(tile + i, which);
       }
-      if (pool_.format == BATON_INT8) scales[i] = pool_.scale(tile + i, which);
-      if (pool_.format != Arithmetic::kNative)
-        Arithmetic::convert(row, pool_.format, scales[i], dim_, copy);
-      else if (row == wide)
-        std::memcpy(copy, row, dim_ * sizeof *copy);
-      else
+      if (pool_.format == BATON_INT8) scales[i] = *scale;
+      if (pool_.format == Arithmetic::kNative && dim_ == pool_.head_dim)
         rows[i] = reinterpret_cast<const Element*>(row);
+      else
+        copy_row(row, row_bytes, scales[i], copy);
     }
+  }
+
+  void copy_row(const uint8_t* row, int row_bytes, float scale, Element* copy) const {
+    alignas(64) uint8_t wide[4 * kMaxHeadDim];
+    if (dim_ != pool_.head_dim) {
+      std::memset(wide, 0, sizeof wide);
+      row = static_cast<const uint8_t*>(std::memcpy(wide, row, row_bytes));
+    }
+    if (pool_.format == Arithmetic::kNative)
+      std::memcpy(copy, row, dim_ * sizeof *copy);
+    else
+      Arithmetic::convert(row, pool_.format, scale, dim_, copy);
   }
 
   // As many queries at once as there are, at most N; returns how many.

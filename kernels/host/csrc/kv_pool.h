@@ -33,9 +33,10 @@ struct KvPool {
   const uint8_t* elements(int token, int which) const {
     return run(token, which) + static_cast<int64_t>(token % block_size) * head_dim * element_bytes();
   }
-  float scale(int token, int which) const {
-    const uint8_t* scales = run(token, which) + static_cast<int64_t>(block_size) * head_dim;
-    return reinterpret_cast<const float*>(scales)[token % block_size];
+  // int8: of this token and those after it in its block.
+  const float* scales(int token, int which) const {
+    return reinterpret_cast<const float*>(run(token, which) + static_cast<int64_t>(block_size) * head_dim) +
+           token % block_size;
   }
 };
 
