@@ -15,22 +15,25 @@ struct Block {
   int panel, row;
 
   template <typename Element>
-  const Element* activations(int r) const {
-    return static_cast<const Element*>(task.x.data) + static_cast<int64_t>(row + r) * task.x.stride;
+  const Element* activations() const {
+    return static_cast<const Element*>(task.x.data) + static_cast<int64_t>(row) * task.x.stride;
   }
   const int32_t* group_sums(int r) const {
     return task.x.sums + static_cast<int64_t>(row + r) * (task.x.stride / kGroup);
   }
 };
 
-// y[row, 16 columns of the panel] (+)= values.
-inline void put(const Block& block, int r, const __m256 (&values)[2]) {
+// Arrays of this type stay in registers; GCC 12 also writes arrays of __m256i to memory whenever an element changes.
+typedef int Ints __attribute__((vector_size(32)));
+
+// y[row, 16 columns of the panel] (+)= low and high.
+inline void put(const Block& block, int r, __m256 low, __m256 high) {
   alignas(32) float out[kPanel];
   const LinearTask& task = block.task;
   float* y = task.y + static_cast<int64_t>(block.row + r) * task.y_stride + (block.panel - task.y_panel) * kPanel;
   const int columns = task.w->n - block.panel * kPanel;
-  _mm256_store_ps(out, values[0]);
-  _mm256_store_ps(out + 8, values[1]);
+  _mm256_store_ps(out, low);
+  _mm256_store_ps(out + 8, high);
   for (int c = 0; c < kPanel && c < columns; ++c) y[c] = task.accumulate ? y[c] + out[c] : out[c];
 }
 
@@ -38,19 +41,28 @@ struct Fp32 {
   static constexpr int kRows = 6;
   template <int kRows>
   static void multiply(const Block& block) {
-    const float* w = reinterpret_cast<const float*>(block.w);
+    const float *w = reinterpret_cast<const float*>(block.w), *x = block.activations<float>();
+    const int64_t stride = block.task.x.stride;
     __m256 sums[kRows][2] = {};
-    for (int i = 0; i < padded(block.task.w->k); ++i, w += kPanel) {
+    for (int i = 0, k = padded(block.task.w->k); i < k; ++i, ++x, w += kPanel) {
       const __m256 low = _mm256_load_ps(w), high = _mm256_load_ps(w + 8);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const __m256 x = _mm256_broadcast_ss(block.activations<float>(r) + i);
-        sums[r][0] = _mm256_fmadd_ps(low, x, sums[r][0]);
-        sums[r][1] = _mm256_fmadd_ps(high, x, sums[r][1]);
+        const __m256 one = _mm256_broadcast_ss(x + r * stride);
+        sums[r][0] = _mm256_fmadd_ps(low, one, sums[r][0]);
+        sums[r][1] = _mm256_fmadd_ps(high, one, sums[r][1]);
       }
     }
-    for (int r = 0; r < kRows; ++r) put(block, r, sums[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) put(block, r, sums[r][0], sums[r][1]);
   }
 };
+
+inline __m256i broadcast4(const void* p) {
+  int32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return _mm256_set1_epi32(bytes);
+}
 
 // The lower and the upper half of each pair of bf16, as fp32.
 inline __m256 first_of_pairs(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
@@ -63,20 +75,26 @@ struct Bf16 {
   template <int kRows>
   static void multiply(const Block& block) {
     const __m256i* w = reinterpret_cast<const __m256i*>(block.w);
+    const uint16_t* x = block.activations<uint16_t>();
+    const int64_t stride = block.task.x.stride;
     __m256 sums[kRows][2] = {};
-    for (int i = 0; i < padded(block.task.w->k); i += 2, w += 2) {
-      const __m256i halves[2] = {_mm256_load_si256(w), _mm256_load_si256(w + 1)};
+    for (int i = 0, k = padded(block.task.w->k); i < k; i += 2, x += 2, w += 2) {
+      const __m256i low = _mm256_load_si256(w), high = _mm256_load_si256(w + 1);
+      const __m256 first[2] = {first_of_pairs(low), first_of_pairs(high)};
+      const __m256 second[2] = {second_of_pairs(low), second_of_pairs(high)};
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        int32_t pair;
-        __builtin_memcpy(&pair, block.activations<uint16_t>(r) + i, sizeof pair);
-        const __m256i x = _mm256_set1_epi32(pair);
+        const __m256i pair = broadcast4(x + r * stride);
+        const __m256 x_first = first_of_pairs(pair), x_second = second_of_pairs(pair);
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
-          sums[r][h] = _mm256_fmadd_ps(first_of_pairs(halves[h]), first_of_pairs(x), sums[r][h]);
-          sums[r][h] = _mm256_fmadd_ps(second_of_pairs(halves[h]), second_of_pairs(x), sums[r][h]);
+          sums[r][h] = _mm256_fmadd_ps(first[h], x_first, sums[r][h]);
+          sums[r][h] = _mm256_fmadd_ps(second[h], x_second, sums[r][h]);
         }
       }
     }
-    for (int r = 0; r < kRows; ++r) put(block, r, sums[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) put(block, r, sums[r][0], sums[r][1]);
   }
 };
 
@@ -93,33 +111,36 @@ struct Int8 {
   template <int kRows>
   static void multiply(const Block& block) {
     const __m128i* w = reinterpret_cast<const __m128i*>(block.w);
-    __m256i sums[kRows][4] = {};  // for each of four columns, two partial sums side by side
-    for (int i = 0; i < padded(block.task.w->k); i += 4, w += 4) {
-      __m256i x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = broadcast_quad(block.activations<int8_t>(r) + i);
+    const int8_t* x = block.activations<int8_t>();
+    const int64_t stride = block.task.x.stride;
+    Ints sums[kRows][4] = {};  // for each of four columns, two partial sums side by side
+    for (int i = 0, k = padded(block.task.w->k); i < k; i += 4, x += 4, w += 4) {
+      Ints quads[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) quads[r] = (Ints)broadcast_quad(x + r * stride);
+#pragma GCC unroll 4
       for (int quarter = 0; quarter < 4; ++quarter) {
         const __m256i weights = _mm256_cvtepu8_epi16(_mm_load_si128(w + quarter));
-        for (int r = 0; r < kRows; ++r)
-          sums[r][quarter] = _mm256_add_epi32(sums[r][quarter], _mm256_madd_epi16(weights, x[r]));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sums[r][quarter] += (Ints)_mm256_madd_epi16(weights, (__m256i)quads[r]);
       }
     }
-    for (int r = 0; r < kRows; ++r) finish(block, r, sums[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      put(block, r, product(block, r, 0, sums[r][0], sums[r][1]), product(block, r, 1, sums[r][2], sums[r][3]));
   }
 
-  static void finish(const Block& block, int r, const __m256i (&sums)[4]) {
+  // Columns 8 `half` ... 8 `half` + 7 of row r.
+  static __m256 product(const Block& block, int r, int half, Ints low, Ints high) {
     const LinearTask& task = block.task;
     const float* scales = reinterpret_cast<const float*>(block.w + padded(task.w->k) * kPanel);
     const __m256i correction = _mm256_set1_epi32(kInt8Zero * task.x.totals[block.row + r]);
     const __m256 x_scale = _mm256_set1_ps(task.x.scales[block.row + r]);
-    __m256 values[2];
-    for (int h = 0; h < 2; ++h) {
-      // hadd works in halves of a register: its quadwords come out as columns 0-1, 4-5, 2-3, 6-7.
-      const __m256i mixed = _mm256_hadd_epi32(sums[2 * h], sums[2 * h + 1]);
-      const __m256i dots = _mm256_permute4x64_epi64(mixed, 0b11011000);
-      const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots, correction));
-      values[h] = _mm256_mul_ps(exact, _mm256_mul_ps(x_scale, _mm256_load_ps(scales + 8 * h)));
-    }
-    put(block, r, values);
+    // hadd works in halves of a register: its quadwords come out as columns 0-1, 4-5, 2-3, 6-7.
+    const __m256i mixed = _mm256_hadd_epi32((__m256i)low, (__m256i)high);
+    const __m256i dots = _mm256_permute4x64_epi64(mixed, 0b11011000);
+    const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dots, correction));
+    return _mm256_mul_ps(exact, _mm256_mul_ps(x_scale, _mm256_load_ps(scales + 8 * half)));
   }
 };
 
@@ -129,13 +150,15 @@ struct Int4 {
   static void multiply(const Block& block) {
     __m256 totals[kRows][2] = {};
     const uint8_t* group = block.w;
+    const int8_t* x = block.activations<int8_t>();
+    const int64_t stride = block.task.x.stride;
     for (int g = 0; g < padded(block.task.w->k) / kGroup; ++g, group += kInt4GroupBytes) {
       const __m128i* last = reinterpret_cast<const __m128i*>(group + 4 * kLineBytes);
       for (int h = 0; h < 2; ++h) {
         const __m256 scales = _mm256_cvtph_ps(_mm_load_si128(last + h));
         const __m256 minimums = _mm256_cvtph_ps(_mm_load_si128(last + 2 + h));
         for (int r = 0; r < kRows; ++r) {
-          const __m256 dots = dot(group + 32 * h, block.activations<int8_t>(r) + g * kGroup);
+          const __m256 dots = dot(group + 32 * h, x + r * stride + g * kGroup);
           const __m256 sum = _mm256_cvtepi32_ps(_mm256_set1_epi32(block.group_sums(r)[g]));
           totals[r][h] = _mm256_fmadd_ps(scales, dots, totals[r][h]);
           totals[r][h] = _mm256_fnmadd_ps(minimums, sum, totals[r][h]);
@@ -144,7 +167,7 @@ struct Int4 {
     }
     for (int r = 0; r < kRows; ++r) {
       const __m256 scale = _mm256_set1_ps(block.task.x.scales[block.row + r]);
-      put(block, r, {_mm256_mul_ps(totals[r][0], scale), _mm256_mul_ps(totals[r][1], scale)});
+      put(block, r, _mm256_mul_ps(totals[r][0], scale), _mm256_mul_ps(totals[r][1], scale));
     }
   }
 
@@ -154,17 +177,11 @@ struct Int4 {
     __m256i sums = _mm256_setzero_si256();
     for (int line = 0; line < 4; ++line) {
       const __m256i both = _mm256_load_si256(reinterpret_cast<const __m256i*>(half_lines + line * kLineBytes));
-      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_and_si256(both, low), quad(x + 8 * line)));
+      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_and_si256(both, low), broadcast4(x + 8 * line)));
       const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(high, quad(x + 8 * line + 4)));
+      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(high, broadcast4(x + 8 * line + 4)));
     }
     return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
-  }
-
-  static __m256i quad(const int8_t* x) {
-    int32_t four;
-    __builtin_memcpy(&four, x, sizeof four);
-    return _mm256_set1_epi32(four);
   }
 };
 
