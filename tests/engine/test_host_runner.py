@@ -208,6 +208,19 @@ def test_a_row_gets_the_same_bits_in_any_batch(weights: str, kv: str, isa: str, 
     check_mixes(files, 64, (1, 15, 17, 40, 70), 40, quantization=weights, kv_dtype=kv, isa=isa)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_more_rows_than_a_product_takes_at_once_get_the_same_bits(weights: str, files: ModelFiles) -> None:
+    """1,100 rows in one step are three chunks of rows in a product (kChunkRows in csrc/program.h is 512)."""
+    rng = random.Random(5)
+    tokens = [rng.randrange(64) for _ in range(1100)]
+    blocks = tables_of([len(tokens)], 200)[0]
+    with opened(files, 200, quantization=weights, threads=3) as (runner, _):
+        whole = runner.logits([chunk(tokens, 0, blocks)]).copy()
+        for first in range(0, len(tokens), 100):
+            parts = runner.logits([chunk(tokens[first : first + 100], first, blocks)])
+        np.testing.assert_array_equal(whole, parts)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("int8", "int8")])
 def test_the_real_model_gives_the_same_bits_in_any_batch(weights: str, kv: str, model_files: ModelFiles) -> None:
