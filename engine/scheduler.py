@@ -66,8 +66,6 @@ class _Plan:
     budget_tokens: int
     sampling: dict[int, int]
     """Arrival of who may run ahead -> index of the chunk in flight that samples his token."""
-    lacking: int | None
-    """`blocked` of the step before."""
     chunks: list[ScheduledChunk] = field(default_factory=list)
     sequences: list[SequenceState] = field(default_factory=list)
     blocked: int | None = None
@@ -106,8 +104,6 @@ class Scheduler:
         """Removed while in flight, by arrival: their blocks are still written."""
         self._flights: deque[tuple[Step, list[SequenceState]]] = deque()
         self._refusal: _Refusal | None = None
-        self._blocked: int | None = None
-        """Of the last step that was put together."""
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -242,7 +238,7 @@ class Scheduler:
         whose next token is being sampled runs ahead. `now` is the caller's clock; nothing here depends on it yet.
         """
         assert len(self._flights) < MAX_STEPS_IN_FLIGHT, f"{len(self._flights)} steps are in flight"
-        plan = _Plan(self.limits.max_step_tokens, self._sampling(), self._blocked)
+        plan = _Plan(self.limits.max_step_tokens, self._sampling())
         by_age = sorted((s for s in self._running.values() if s.request_id not in self._paused), key=_arrival)
         decodes = [s for s in by_age if s.num_uncomputed_tokens == 1 or s.arrival in plan.sampling]
         prefills = [s for s in by_age if s.num_uncomputed_tokens > 1]
@@ -254,7 +250,6 @@ class Scheduler:
             if plan.blocked is not None or full or not plan.budget_tokens:
                 break
             self._admit(plan, seq)
-        self._blocked = plan.blocked
         if not plan.chunks:
             return None
         self._num_steps += 1
@@ -336,7 +331,7 @@ class Scheduler:
         """Put the next chunk of a running sequence into the plan, as long as budget and blocks allow."""
         token_from = plan.sampling.get(seq.arrival)
         runs_ahead = token_from is not None
-        if runs_ahead and any(lacks is not None and lacks < seq.arrival for lacks in (plan.blocked, plan.lacking)):
+        if runs_ahead and plan.blocked is not None and plan.blocked < seq.arrival:
             return
         start = seq.num_computed_tokens + seq.num_tokens_in_flight
         left = 1 if runs_ahead else seq.num_uncomputed_tokens

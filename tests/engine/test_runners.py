@@ -21,8 +21,13 @@ from baton.models.convert import convert
 from baton.models.hash_model import layout
 from tests.models.reference import BLOCK_SIZE, TinyLlama, chunk, open_runner, write_tiny_llama
 
-SAMPLING = SamplingParams(temperature=3.0, repetition_penalty=1.3, logprobs=2)
 PROMPT = [(i * i * 7 + 3 * i + 1) % 64 for i in range(20)]
+FRESH = [token for token in range(64) if token not in PROMPT]
+SAMPLING = SamplingParams(
+    temperature=0.0, logprobs=2, repetition_penalty=4.0,
+    logit_bias=((FRESH[0], 90.0), (FRESH[1], 60.0), (FRESH[2], 40.0)),
+)
+"""A real model says each of the fresh ones once, if it is told what it said before."""
 NUM_BLOCKS = 4
 Open = Callable[[], contextlib.AbstractContextManager[Runner]]
 
