@@ -149,7 +149,7 @@ def by_definition(pool: Pool, part: Part, q: Floats, rounded: bool) -> tuple[Ten
     context = pool.context(part.sequence, part.start + part.num_rows)
     scale = np.float32(math.log2(math.e) / math.sqrt(heads.head_dim))
     asked = torch.from_numpy(q * scale)
-    asked = (asked.bfloat16() if rounded else asked).double().unflatten(1, (heads.num_kv_heads, heads.group))
+    asked = (asked.bfloat16() if rounded else asked).double().view(-1, heads.num_kv_heads, heads.group, heads.head_dim)
     scores = torch.einsum("rhgd,htd->rhgt", asked, context[:, 0]) * math.log(2)
     last = part.start + torch.arange(part.num_rows)
     hidden = torch.arange(context.shape[2]) > last[:, None]

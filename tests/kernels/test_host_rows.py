@@ -95,19 +95,18 @@ def test_a_stored_row_is_its_nearest_value_in_the_format(isa: bytes, format: str
     block_size, slot = 16, 5
     values = numbers(head_dim, seed=head_dim)
     run = store(isa, values, format, block_size, slot)
+    row_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[format] * head_dim
+    mine = run[slot * row_bytes :][:row_bytes]
     if format == "fp32":
-        mine = run.view(np.float32)[slot * head_dim :][:head_dim]
-        assert np.array_equal(mine, values)
+        assert np.array_equal(mine.view(np.float32), values)
     elif format == "bf16":
-        mine = run.view(np.int16)[slot * head_dim :][:head_dim]
-        assert np.array_equal(mine, torch.from_numpy(values).bfloat16().view(torch.int16).numpy())
+        assert np.array_equal(mine.view(np.int16), torch.from_numpy(values).bfloat16().view(torch.int16).numpy())
     else:
-        mine = run.view(np.int8)[slot * head_dim :][:head_dim]
         scale = run[block_size * head_dim :].view(np.float32)[slot]
+        whole = mine.view(np.int8)
         assert scale == np.abs(values).max() / np.float32(127)
-        assert np.abs(mine).max() == 127
-        assert np.all(np.abs(mine * np.float64(scale) - values) <= 0.5 * scale * (1 + 1e-5))
-    row_bytes = run.itemsize * mine.nbytes
+        assert np.abs(whole).max() == 127
+        assert np.all(np.abs(whole * np.float64(scale) - values) <= 0.5 * scale * (1 + 1e-5))
     touched = np.flatnonzero(run != 0xEE)
     allowed = set(range(slot * row_bytes, (slot + 1) * row_bytes))
     if format == "int8":
