@@ -4,6 +4,8 @@ made before its memory is laid out, because the element type of KV and the capab
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -66,6 +68,20 @@ def choose_backend(engine: EngineConfig, head_dim: int) -> Backend:
         if engine.backend == "host" or not torch_computes_it:
             raise
         return Backend("torch", "fp32", "fp32", fallback=str(e))
+
+
+def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], None]) -> None:
+    """Make what a worker would make at its start, and others wait for: the library, packed weights. Raises SetupError
+    where it would."""
+    if engine.backend != "torch":
+        with contextlib.suppress(SetupError, ImportError):  # what follows from it is said below
+            from baton.kernels.host import library
+
+            library.find_or_build(progress)
+    if choose_backend(engine, files.spec.head_dim).name == "host":
+        from baton.models.packed import packed_file
+
+        packed_file(files, engine.quantization, progress)
 
 
 def _isa(wanted: str, head_dim: int) -> str:

@@ -6,7 +6,7 @@ Norms and embedding rows are not packed: they are read from the mapped fp32 file
 process so touches only the rows it looks up.
 
 Life of an arena:
-1. `open_packed` finds the file, or packs it matrix by matrix, from a mapping of the fp32 file. int4 is taken from a
+1. `packed_file` finds the file, or packs it matrix by matrix, from a mapping of the fp32 file. int4 is taken from a
    GGUF file's own nibbles where it has such; anything else is quantised from fp32.
 2. The worker reads it into huge pages of its own (see `PackedWeights`).
 3. `close` gives the memory back; nobody may compute with it any more.
@@ -28,7 +28,7 @@ from baton.core.errors import SetupError
 from baton.core.once import made_once
 from baton.kernels.host import library
 from baton.models.checkpoint import Checkpoint, Int4
-from baton.models.convert import ModelFiles, fingerprint
+from baton.models.convert import ModelFiles, Progress, fingerprint
 from baton.models.spec import ModelSpec
 from baton.models.weights import Array, Weight, map_arrays, weights_of
 
@@ -74,18 +74,23 @@ def _huge_memory(size: int) -> mmap.mmap:
 
 
 def open_packed(files: ModelFiles, quantization: str) -> PackedWeights:
-    """The arena of a converted model, packed if it is not there yet. Safe to call from many processes at once.
-    Raises SetupError if it cannot be written, or the source of its 4-bit weights is gone."""
+    """The arena of a converted model in memory, packed if it is not there yet."""
+    return PackedWeights(packed_file(files, quantization), plan(files.spec, quantization))
+
+
+def packed_file(files: ModelFiles, quantization: str, progress: Progress = lambda _: None) -> Path:
+    """The arena's file, made if it is not there yet. Safe to call from many processes at once. Raises SetupError if it
+    cannot be written, or the source of its 4-bit weights is gone."""
     matrices = plan(files.spec, quantization)
     size = max(m.offset + m.num_bytes for m in matrices.values())
     directory = files.directory / f"packed-{quantization}-{library.pack_digest()}"
 
-    def opened(directory: Path) -> PackedWeights | None:
+    def opened(directory: Path) -> Path | None:
         path = directory / ARENA
-        complete = path.exists() and path.stat().st_size == size
-        return PackedWeights(path, matrices) if complete else None
+        return path if path.exists() and path.stat().st_size == size else None
 
     def build(building: Path) -> None:
+        progress(f"packing weights as {quantization}")
         read_int4 = _source(files).read_int4 if quantization == "int4" and _is_gguf(files) else lambda part: None
         _write(building / ARENA, files, matrices, read_int4)
         for stale in files.directory.glob(f"packed-{quantization}-*/"):  # of older code; who uses it has it in memory

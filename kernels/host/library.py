@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -113,7 +113,7 @@ def isas() -> tuple[str, ...]:
     return tuple(isa for isa in ISAS if library.baton_has_isa(isa.encode()))
 
 
-def find_or_build() -> Path:
+def find_or_build(progress: Callable[[str], None] = lambda _: None) -> Path:
     """The library's file: out of the package, or compiled into the cache directory. Raises SetupError."""
     packaged = Path(build.__file__).with_name(build.packaged_name())
     if packaged.exists():
@@ -127,8 +127,11 @@ def find_or_build() -> Path:
     try:
         key = build.digest(build.version(compiler))
         directory = config.cache_dir() / "kernels" / f"host-{key}"
-        return made_once(directory, _opened, lambda d: build.compile_library(compiler, d / LIBRARY_NAME),
-                         "compile the host library")
+        def compile_it(building: Path) -> None:
+            progress("compiling the host kernels")
+            build.compile_library(compiler, building / LIBRARY_NAME)
+
+        return made_once(directory, _opened, compile_it, "compile the host library")
     except build.BuildError as e:
         raise SetupError(f"the host library cannot be compiled: {e}. Set CXX to another compiler, or "
                          "engine.backend=torch.") from e

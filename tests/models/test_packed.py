@@ -11,7 +11,7 @@ from gguf import dequantize
 
 from baton.core.config import EngineConfig
 from baton.core.errors import SetupError
-from baton.engine.backend import choose_backend
+from baton.engine.backend import choose_backend, prepare
 from baton.engine.host_runner import HostRunner
 from baton.kernels.host import library
 from baton.models.checkpoint import Int4
@@ -111,3 +111,16 @@ def test_an_arena_is_made_once_and_one_cut_short_is_made_again(files: ModelFiles
     open_packed(files, "bf16").close()
     assert arena.read_bytes() == content
     assert [p for p in files.directory.glob("packed-*") if p.is_dir()] == [arena.parent], "nothing stale stays"
+
+
+def test_what_workers_would_make_at_their_start_is_prepared_once_and_said(files: ModelFiles) -> None:
+    engine, said = EngineConfig(quantization="int8"), list[str]()
+    library.load()
+    prepare(engine, files, said.append)
+    assert said == ["packing weights as int8"]
+    prepare(engine, files, said.append)
+    assert len(said) == 1
+    prepare(EngineConfig(backend="torch"), files, said.append)
+    assert len(said) == 1, "torch needs nothing packed"
+    with pytest.raises(SetupError, match="fp32 alone"):
+        prepare(EngineConfig(backend="torch", quantization="int4"), files, said.append)
