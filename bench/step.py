@@ -4,7 +4,9 @@ A whole worker (node, scheduler, step loop, streams, message encoding) runs in t
 configuration gives, and requests decode together on it. Measured per step:
 
     kernels    inside the engine's one call
-    gap        from the end of that call to the beginning of the next: what is not hidden
+    gap        from the end of that call to the beginning of the next: what is not hidden, and on a busy machine what
+               others did meanwhile
+    glue       CPU time that the compute thread spent in the gap: sampling, filling in tokens, the queue
     loop       CPU time of the event loop's thread: schedule, commit, listeners, messages. Hidden, while gaps stay small
     hidden     loop / (loop + gap)
     share      gap / (gap + kernels): of a step, what Python costs its requests
@@ -39,24 +41,40 @@ from baton.worker.assembly import open_node
 from baton.worker.node import WorkerNode
 
 PROMPT_TOKENS, WARM_UP_STEPS = 32, 8
-Spans = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instant:
+    """In the compute thread."""
+
+    at_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> Instant:
+        return cls(time.perf_counter(), time.thread_time())
+
+
+Spans = list[tuple[Instant, Instant]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds per step."""
+    """Seconds per step, medians."""
 
     kernels_s: float
     gap_s: float
     worst_gap_s: float
     """One gap in ten is as long."""
+    glue_s: float
     loop_s: float
+    """The mean: not every step has all of it."""
 
     @property
     def row(self) -> str:
         hidden, share = self.loop_s / (self.loop_s + self.gap_s), self.gap_s / (self.gap_s + self.kernels_s)
         return (f"{self.kernels_s * 1e3:10.2f} {self.gap_s * 1e6:8.0f} {self.worst_gap_s * 1e6:8.0f} "
-                f"{self.loop_s * 1e6:8.0f} {hidden:8.0%} {share:8.1%}")
+                f"{self.glue_s * 1e6:8.0f} {self.loop_s * 1e6:8.0f} {hidden:8.0%} {share:8.1%}")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -70,7 +88,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     most = WARM_UP_STEPS + 2 * asked.steps
     sampling = SamplingParams(max_tokens=most, temperature=asked.temperature, ignore_eos=True)
     config = load({}, asked.overrides)
-    print(f"{'batch':>5} {'kernels ms':>10} {'gap us':>8} {'p90 us':>8} {'loop us':>8} {'hidden':>8} {'share':>8}")
+    print(f"{'batch':>5} {'kernels ms':>10} {'gap us':>8} {'p90 us':>8} {'glue us':>8} {'loop us':>8} "
+          f"{'hidden':>8} {'share':>8}")
     for batch in (int(n) for n in asked.batch.split(",")):
         print(f"{batch:5} {asyncio.run(measured(config, batch, asked.steps, sampling)).row}")
 
@@ -99,9 +118,9 @@ def watch_kernels(runner: Runner) -> Spans:
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            began = time.perf_counter()
+            began = Instant.now()
             answer = call(*arguments)
-            spans.append((began, time.perf_counter()))
+            spans.append((began, Instant.now()))
             return answer
 
         return timed
@@ -136,9 +155,15 @@ async def _decode(node: WorkerNode, spans: Spans, batch: int, num_steps: int, sa
         first, cpu_s = len(spans), time.thread_time()
         await _read(messages, told, WARM_UP_STEPS + num_steps)
         seen, cpu_s = spans[first:], time.thread_time() - cpu_s
-    gaps = [begin - end for (_, end), (begin, _) in zip(seen, seen[1:], strict=False)]
-    kernels_s = statistics.median(end - begin for begin, end in seen)
-    return Cost(kernels_s, statistics.median(gaps), statistics.quantiles(gaps, n=10)[-1], cpu_s / len(seen))
+    pairs = [(before, after) for (_, before), (after, _) in zip(seen, seen[1:], strict=False)]
+    gaps = [after.at_s - before.at_s for before, after in pairs]
+    return Cost(
+        statistics.median(end.at_s - begin.at_s for begin, end in seen),
+        statistics.median(gaps),
+        statistics.quantiles(gaps, n=10)[-1],
+        statistics.median(after.cpu_s - before.cpu_s for before, after in pairs),
+        cpu_s / len(seen),
+    )
 
 
 async def _stream(node: WorkerNode, up: asyncio.Queue[UpMessage]) -> AsyncGenerator[StepMessage, None]:
