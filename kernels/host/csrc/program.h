@@ -22,8 +22,8 @@ using Buffer = std::unique_ptr<T[], FreeMemory>;
 
 constexpr size_t kHugePage = 2 << 20;
 
-// 64-byte aligned and not initialised. Large ones ask for huge pages: rows of a step lie kilobytes apart, and the step of
-// a prompt is 2 to 10 % faster when they need few entries of the TLB.
+// 64-byte aligned and not initialised. Large ones ask for huge pages: rows of a step lie kilobytes apart, and the step
+// of a prompt is 2 to 10 % faster when they need few entries of the TLB.
 template <typename T>
 Buffer<T> make_buffer(size_t count) {
   const size_t bytes = count * sizeof(T), alignment = bytes >= kHugePage ? kHugePage : 64;
