@@ -13,7 +13,8 @@
 // keys, gets weights that are exactly 0 for the rest: its bits are those of a query alone. Slots that nobody has
 // written are read as 0 in V and masked in the scores.
 //
-// The scores of the next sixteen queries are computed between the softmax groups of these: tiles and vectors overlap.
+// The scores of the next sixteen queries are computed between the softmax groups of these, so that nobody waits for the
+// last of them. Tiles and vectors share the multipliers: what a step costs is nearly the sum of both (measured).
 #include "vector_avx512.h"
 
 #include <algorithm>
@@ -143,8 +144,7 @@ class Attention {
     const int first = task_.span->start + task_.row_begin, end = task_.span->start + task_.row_end;
     for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile, first);
     for (int chunk = 0; chunk < end; chunk += kChunk) {
-      prefetch(chunk + kChunk, end);
-      pack(chunk, std::min(end - chunk, kChunk));
+      pack(chunk, end);
       attend(chunk, std::max(chunk - first, 0) * group_ / kLanes);  // earlier ones see nothing of this chunk
     }
     for (int tile = 0; tile < num_tiles_; ++tile) store_out(tile);
@@ -189,8 +189,9 @@ class Attention {
     std::memset(out(tile), 0, out_bytes());
   }
 
-  // Keys of a chunk as tiles, and its values transposed; `written` tokens of it may be read.
-  void pack(int chunk, int written) {
+  // Keys of a chunk as tiles, and its values transposed; tokens before `end` may be read.
+  void pack(int chunk, int end) {
+    const int written = std::min(end - chunk, kChunk);
     if (scaled_) std::memset(scales_[1], 0, kChunk * sizeof(float));
     for (int begin = 0; begin < written; begin += kLanes) {
       const int num = std::min(written - begin, kLanes);
@@ -198,16 +199,28 @@ class Attention {
     }
     // A group's second half may not exist: its scores are masked whatever they are.
     if ((written + kLanes - 1) / kLanes % 2) keys_[(written + kLanes - 1) / kLanes] = keys_[0];
+    for (int begin = 0; begin < written; begin += kDepth) pack_values(chunk, begin, end);
+  }
+
+  // Of a group. The tokens one chunk further on are fetched meanwhile, a few lines at a time, because the processor has
+  // room for few, and cannot guess where the next block lies.
+  void pack_values(int chunk, int begin, int end) {
     const uint16_t* rows[kDepth];
-    for (int begin = 0; begin < written; begin += kDepth) {
-      for (int half = begin; half < begin + kDepth; half += kLanes) {
-        const int num = std::clamp(written - half, 0, kLanes);
-        const uint16_t* from =
-            num == 0 ? nothing_ : scaled_ ? copy_rows(chunk + half, half, num, 1) : pool_rows(chunk + half, 1);
-        for (int i = 0; i < kLanes; ++i) rows[half - begin + i] = i < num ? from + i * dim_ : nothing_;
+    const uint8_t* ahead[4];  // runs of K and V
+    for (int half = 0; half < 2; ++half) {
+      const int at = begin + half * kLanes, token = chunk + at, num = std::clamp(end - token, 0, kLanes);
+      const uint16_t* from = num == 0 ? nothing_ : scaled_ ? copy_rows(token, at, num, 1) : pool_rows(token, 1);
+      for (int i = 0; i < kLanes; ++i) rows[half * kLanes + i] = i < num ? from + i * dim_ : nothing_;
+      for (int which = 0; which < 2; ++which)
+        ahead[2 * half + which] = pool_.elements(token + kChunk < end ? token + kChunk : chunk, which);
+    }
+    const int step = 8 * kLanes * pool_.element_bytes();
+    for (int dim = 0; dim < dim_; dim += 8) {
+      for (const uint8_t*& run : ahead) {
+        for (int line = 0; line < step; line += 64) __builtin_prefetch(run + line, 0, 2);
+        run += step;
       }
-      uint8_t* to = values_ + begin * dim_ * 2;
-      for (int dim = 0; dim < dim_; dim += 8) transpose_dims(rows, dim, to + dim * kDepth * 2);
+      transpose_dims(rows, dim, values_ + (begin * dim_ + dim * kDepth) * 2);
     }
   }
 
@@ -230,15 +243,6 @@ class Attention {
   // How many groups of a chunk's keys a tile of queries sees.
   int groups_seen(int tile, int chunk) const {
     return (std::min(lanes_[tile].last + 1 - chunk, kChunk) + kDepth - 1) / kDepth;
-  }
-
-  // The next chunk comes to the caches while this one is worked on.
-  void prefetch(int chunk, int end) const {
-    for (int token = chunk; token < std::min(chunk + kChunk, end); token += kLanes)
-      for (int which = 0; which < 2; ++which) {
-        const uint8_t* rows = pool_.elements(token, which);
-        for (int at = 0; at < kLanes * dim_ * pool_.element_bytes(); at += 64) __builtin_prefetch(rows + at, 0, 2);
-      }
   }
 
   void attend(int chunk, int first_tile) {
@@ -288,7 +292,7 @@ class Attention {
     }
   }
 
-  // Tile loads wait for stores that end in the same 12 bits, so scores are stored when other operands are loaded.
+  // Apart from `score`, to be called after the tile loads of other work: they are held up by stores before them.
   void store_scores(int tile, int group) {
     float* scores = scores_[tile % 2] + group * kDepth * kLanes;
     _tile_stored(4, scores, 64);

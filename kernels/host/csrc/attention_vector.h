@@ -213,7 +213,10 @@ class Attention {
   void attend(int distance, int query) {
     Reg scores[N][kTileRegs];
     score<N>(query, scores);
-    for (int i = 0; i < N; ++i) soften(query + i, distance + (query + i) / group_ + 1, scores[i], weights_ + i * kKeyTile);
+    for (int i = 0; i < N; ++i) {
+      const int seen = distance + (query + i) / group_ + 1;
+      soften(query + i, seen, scores[i], weights_ + i * kKeyTile);
+    }
     int dim = 0;
     for (; dim + kDimRegs * Vec::kWidth <= dim_; dim += kDimRegs * Vec::kWidth) mix<N, kDimRegs>(query, dim);
     for (; dim < dim_; dim += kDimStep) mix<N, kDimStep / Vec::kWidth>(query, dim);

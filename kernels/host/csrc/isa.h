@@ -5,7 +5,7 @@
 // Exactness: what a row gets depends on that row alone. Each function gives the same bits for a row whatever the other
 // rows of the call, the number of rows, the chunk the row came in, and how tasks were dealt to threads. So a matrix
 // product goes through k in one order whatever m (a tile with one row does what a tile with sixteen does), and
-// attention goes through keys in tiles of kKeyTile from position 0 on, reading K and V from the pool, the row's own too.
+// attention goes through keys in tiles of one size from position 0 on, reading K and V from the pool, the row's own too.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace baton {
 
 constexpr int kPanel = 16;     // output columns of one panel
 constexpr int kGroup = 32;     // int4: values that share a scale
-constexpr int kKeyTile = 32;   // keys per attention tile, from position 0 on
+constexpr int kKeyTile = 32;   // keys per attention tile, from position 0 on (AMX has its own)
 constexpr int kPadK = 64;      // activations are zero-padded to a multiple of this
 
 // Activations [rows, stride] in the format that linears read; every row 64-byte aligned, zero beyond k.
