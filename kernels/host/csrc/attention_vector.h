@@ -160,9 +160,10 @@ class Attention {
     for (int i = 0; i < std::min(steps_ - step, Vec::kWidth); ++i) Vec::store(out + (step + i) * kKeyTile, square[i]);
   }
 
-  // Rows of K or V: in the pool itself where that is possible, else copied.
+  // Rows of K or V: in the pool itself where that is possible, else copied. Those of the next tile are fetched meanwhile:
+  // the processor cannot guess where the next block lies.
   void read_rows(int tile, int written, int which, float* scales, const Element** rows) {
-    const uint8_t* row = nullptr;
+    const uint8_t *row = nullptr, *ahead = nullptr;
     const float* scale = nullptr;
     const int row_bytes = pool_.head_dim * pool_.element_bytes();
     for (int i = 0, left = 0; i < kKeyTile; ++i, --left, row += row_bytes, ++scale) {
@@ -177,7 +178,10 @@ class Attention {
         left = pool_.block_size - (tile + i) % pool_.block_size;
         row = pool_.elements(tile + i, which);
         scale = pool_.scales(tile + i, which);
+        ahead = i + kKeyTile < written ? pool_.elements(tile + i + kKeyTile, which) : row;
       }
+      for (int line = 0; line < row_bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      ahead += row_bytes;
       if (pool_.format == BATON_INT8) scales[i] = *scale;
       if (pool_.format == Arithmetic::kNative && dim_ == pool_.head_dim)
         rows[i] = reinterpret_cast<const Element*>(row);
