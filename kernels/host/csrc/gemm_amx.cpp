@@ -198,6 +198,7 @@ struct Product {
 };
 
 constexpr int kInt4TileBytes = kGroup / 4 * kLineBytes;
+constexpr int kInt4LeastRows = 2 * kTileRows;  // with fewer, unpacking into memory first costs more than tiles save
 
 // Room for one panel's unpacked weights; each thread keeps the largest it needed.
 struct Room {
@@ -281,7 +282,7 @@ void linear(const LinearTask& task, int panel_begin, int panel_end) {
     case BATON_BF16: return Product<Bf16>(task).run(panel_begin, panel_end);
     case BATON_INT8: return Product<Int8>(task).run(panel_begin, panel_end);
     case BATON_INT4:
-      if (task.num_rows >= kTileRows) return Int4Product{task}.run(panel_begin, panel_end);
+      if (task.num_rows >= kInt4LeastRows) return Int4Product{task}.run(panel_begin, panel_end);
       [[fallthrough]];
     default: return avx512::linear(task, panel_begin, panel_end);
   }
