@@ -41,10 +41,10 @@ def hash_runner() -> Iterator[Runner]:
 
 
 @contextlib.contextmanager
-def host_runner(home: Path) -> Iterator[Runner]:
+def host_runner(home: Path, num_blocks: int = NUM_BLOCKS) -> Iterator[Runner]:
     files, backend = convert(home / "llama", home / "cache"), choose_backend(EngineConfig(backend="host"), 16)
     shape = files.spec.layout(BLOCK_SIZE, backend.kv_dtype)
-    memory = library.aligned(NUM_BLOCKS * shape.block_bytes)
+    memory = library.aligned(num_blocks * shape.block_bytes)
     runner = HostRunner(files, memory.data, shape, 2, backend)
     yield runner
     asyncio.run(runner.close())
