@@ -160,8 +160,8 @@ class Attention {
     for (int i = 0; i < std::min(steps_ - step, Vec::kWidth); ++i) Vec::store(out + (step + i) * kKeyTile, square[i]);
   }
 
-  // Rows of K or V: in the pool itself where that is possible, else copied. Those of the next tile are fetched meanwhile:
-  // the processor cannot guess where the next block lies.
+  // Rows of K or V: in the pool itself where that is possible, else copied. Those of the next tile are fetched
+  // meanwhile, since the processor cannot guess where the next block lies.
   void read_rows(int tile, int written, int which, float* scales, const Element** rows) {
     const uint8_t *row = nullptr, *ahead = nullptr;
     const float* scale = nullptr;
