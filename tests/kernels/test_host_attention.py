@@ -162,11 +162,14 @@ def by_definition(pool: Pool, part: Part, q: Floats, rounded: bool) -> tuple[Ten
 
 
 def filled(heads: Heads, format: str, block_size: int, lengths: Sequence[int], seed: int = 0,
-           rubbish: int = 0xFF) -> Pool:
+           rubbish: int = 0xFF, steepest: float = 1.0) -> Pool:
+    """Later keys are larger, up to `steepest`: at 8, each row's reference rises at tiles of its own."""
     pool = Pool(heads, format, block_size, lengths, seed, rubbish)
     random = torch.Generator().manual_seed(7)
     for sequence, length in enumerate(lengths):
-        pool.write(sequence, torch.randn(length, 2, heads.num_kv_heads, heads.head_dim, generator=random))
+        kv = torch.randn(length, 2, heads.num_kv_heads, heads.head_dim, generator=random)
+        kv[:, 0] *= torch.linspace(1.0, steepest, length)[:, None, None]
+        pool.write(sequence, kv)
     return pool
 
 
@@ -241,7 +244,7 @@ def test_rounding_to_bf16_costs_less_than_half_a_percent(isa: str, team: int, fo
 def test_a_row_s_bits_do_not_depend_on_its_chunk(isa: str, team: int, format: str, heads: Heads) -> None:
     """The same rows at once, one at a time, in chunks of any split: equal, bit for bit."""
     length = 300
-    pool, q = filled(heads, format, 16, [length]), queries(heads, length)
+    pool, q = filled(heads, format, 16, [length], steepest=8.0), queries(heads, length)
     whole = attention(isa, team, pool, [Part(0, 0, length)], q)
     assert np.isfinite(whole).all()
     random = np.random.default_rng(5)
@@ -263,11 +266,11 @@ def test_a_row_s_bits_do_not_depend_on_its_chunk(isa: str, team: int, format: st
 def test_a_row_s_bits_do_not_depend_on_the_batch_the_blocks_or_what_follows(isa: str, team: int, format: str) -> None:
     """Among other sequences, through another block table, with other tokens written after it."""
     lengths = [200, 33, 97, 128, 1]
-    pool = filled(SMOL, format, 16, lengths)
+    pool = filled(SMOL, format, 16, lengths, steepest=8.0)
     parts = [Part(2, 60, 37), Part(0, 199, 1), Part(1, 0, 33), Part(3, 120, 8), Part(4, 0, 1)]
     q = queries(SMOL, sum(part.num_rows for part in parts))
     together = attention(isa, team, pool, parts, q)
-    moved = filled(SMOL, format, 16, lengths, seed=9)
+    moved = filled(SMOL, format, 16, lengths, seed=9, steepest=8.0)
     assert moved.tables != pool.tables
     row = 0
     for part in parts:
