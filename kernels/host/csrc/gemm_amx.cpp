@@ -33,6 +33,12 @@ struct alignas(64) TileConfig {
   }
 };
 
+// The intrinsic says that it reads eight bytes; the compiler might leave out the others.
+inline void configure(const TileConfig& config) {
+  __asm__ volatile("" ::"m"(config));
+  _tile_loadconfig(&config);
+}
+
 // All rows, in tiles of equal height: the last one moves up and does some rows of the one before it again, since
 // another height would cost another configuration.
 struct RowTiles {
@@ -188,7 +194,7 @@ struct Product {
 
   void run(int begin, int end) const {
     const TileConfig config(rows.height, kLineBytes);
-    _tile_loadconfig(&config);
+    configure(config);
     if (rows.count == 1)
       few_rows(begin, end);
     else
@@ -261,7 +267,7 @@ struct Int4Product {
 
   void run(int begin, int end) const {
     const TileConfig config(kTileRows, kGroup);
-    _tile_loadconfig(&config);
+    configure(config);
     uint8_t* tiles = room.of(static_cast<size_t>(num_groups) * kInt4TileBytes);
     for (int panel = begin; panel < end; ++panel) {
       unpack(weights(panel), tiles);
