@@ -20,25 +20,24 @@ import json
 import os
 import platform
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from baton.bench.stack import serving
 from baton.core.config import Config, ModelConfig, child_env
 
 PROMPT_TOKENS = (512, 2048)
 BATCHES = (1, 8)
 DECODE_PROMPT_TOKENS, DECODE_TOKENS = 64, 128
 WORDS = ("river", "stone", "winter", "letter", "engine", "garden", "signal", "copper", "window", "harbour")
-START_TIMEOUT_S, REQUEST_TIMEOUT_S = 300.0, 600.0
+REQUEST_TIMEOUT_S = 600.0
+PAIR = ("--prefill", "1", "--decode", "1")
 
 Figures = dict[str, list[float]]
 """Name of a figure -> one value per repeat. `ttft_*` in seconds, `decode_*` in tokens per second."""
@@ -70,62 +69,6 @@ def workload(model_dir: Path, repeats: int) -> dict[str, list[list[list[int]]]]:
 
 
 # ---- Baton -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stack(config: Config, extra: list[str]) -> Iterator[str]:
-    """A `baton serve` of its own on free ports; yields its base URL. Stopped as a person would, with Ctrl-C."""
-    http_port, grpc_port = free_port(), free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "baton.cli.main",
-            "serve",
-            "--pool",
-            "local",
-            "--prefill",
-            "1",
-            "--decode",
-            "1",
-            "--set",
-            f"model.name={json.dumps(config.model.name)}",
-            "--set",
-            "engine.threads=1",
-            "--set",
-            f"router.http_port={http_port}",
-            "--set",
-            f"router.grpc_port={grpc_port}",
-            *extra,
-        ],
-        env=child_env(1),
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{http_port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("baton serve did not come up; its own message is above")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    return False
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 async def generate(
@@ -165,8 +108,11 @@ async def one_round(client: httpx.AsyncClient, model: str, name: str, batch: lis
     return decoded / (max(times[-1] for times, _ in runs) - min(times[0] for times, _ in runs))
 
 
-async def measure_baton(url: str, work: dict[str, list[list[list[int]]]]) -> Figures:
-    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+async def measure_baton(options: list[str], work: dict[str, list[list[list[int]]]]) -> Figures:
+    async with (
+        serving(options) as (url, _),
+        httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
+    ):
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         figures: Figures = {}
         for name, rounds in work.items():
@@ -307,9 +253,9 @@ def main() -> None:
     if arguments.peer_threads:
         print(json.dumps(measure_transformers(arguments.peer_source, arguments.peer_threads, work)))
         return
-    extra = [word for item in arguments.set for word in ("--set", item)]
-    with stack(config, extra) as url:
-        columns = {"baton": asyncio.run(measure_baton(url, work))}
+    settings = (f"model.name={json.dumps(config.model.name)}", "engine.threads=1", *arguments.set)
+    options = [*PAIR, *(word for item in settings for word in ("--set", item))]
+    columns = {"baton": asyncio.run(measure_baton(options, work))}
     for threads in (2, 1):
         columns[f"transformers, {threads} thr."] = transformers_figures(resolve(config.model), threads, arguments)
     print(

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import baton
-from baton.cli import chat, config, drain, model, serve, simulate, status
+from baton.cli import bench, chat, config, drain, model, serve, simulate, status
 from baton.core.errors import BatonError, SetupError
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command()(status.status)
 app.command()(status.trace)
 app.command()(drain.drain)
 app.command()(simulate.simulate)
+app.add_typer(bench.app, name="bench")
 app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
 

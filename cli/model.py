@@ -21,10 +21,15 @@ Name = Annotated[
 
 @app.command()
 def pull(name: Name = None, config: ConfigFile = None, override: Overrides = None) -> None:
-    """Fetch a model and convert it, unless that was done; prints the directory that workers read."""
-    from baton.models.catalog import open_model
+    """Fetch a model, convert it and prepare what computes it, unless that was done; prints the directory."""
+    from baton.engine.backend import prepare
+    from baton.models.catalog import ModelFiles, open_model
 
-    print(open_model(chosen(read_config(config, override), name), say).directory)
+    settings = read_config(config, override)
+    files = open_model(chosen(settings, name), say)
+    if isinstance(files, ModelFiles):
+        prepare(settings.engine, files, say)
+    print(files.directory)
 
 
 @app.command("list")
@@ -44,7 +49,7 @@ def show(name: Name = None, config: ConfigFile = None, override: Overrides = Non
 
     settings = read_config(config, override)
     files = open_model(chosen(settings, name), say)
-    layout = files.spec.layout(settings.engine.block_size, settings.engine.dtype)
+    layout = files.spec.layout(settings.engine.block_size, settings.engine.kv_element)
     print(f"directory: {files.directory}\nfingerprint: {files.fingerprint}")
     for field in dataclasses.fields(files.spec):
         print(f"{field.name}: {getattr(files.spec, field.name)}")

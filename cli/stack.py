@@ -52,9 +52,12 @@ class RouterChild:
 
 
 async def prepare_model(config: Config) -> Path:
-    """The converted model's directory. In a child, because fetching and converting can be stopped there, and their
-    memory goes with it. Raises typer.Exit if it cannot be had: the child has said why."""
-    model = [f"model.{name}={json.dumps(value)}" for name, value in config.model.model_dump(mode="json").items()]
+    """The converted model's directory. In a child, because fetching, converting and compiling can be stopped there, and
+    their memory goes with it. Raises typer.Exit if it cannot be had: the child has said why."""
+    model = [
+        f"{section}.{name}={json.dumps(value)}"
+        for section in ("model", "engine") for name, value in getattr(config, section).model_dump(mode="json").items()
+    ]
     with step(f"Model {config.model.name}"):
         child = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -58,7 +58,23 @@ class EngineConfig(_Tree):
     threads: Count = Field(
         1, description="Compute threads per worker. More threads than free cores is slower, not faster."
     )
-    dtype: Literal["fp32"] = Field("fp32", description="Weights and KV element type.")
+    backend: Literal["auto", "host", "torch"] = Field(
+        "auto", description="What computes: our C++ kernels (host), plain torch, or host with torch where it cannot be had."
+    )
+    quantization: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        "fp32", description="Format of the weight matrices. int8: a scale per output channel; int4: per group of 32."
+    )
+    kv_dtype: Literal["fp32", "bf16", "int8"] | None = Field(
+        None, description="Element type of KV; int8 has a scale per token and head. Default: fp32 with fp32 weights, else bf16."
+    )
+    isa: Literal["auto", "amx", "avx512", "avx2", "scalar"] = Field(
+        "auto", description="Instruction set of the host kernels; default: the CPU's best. Results differ in the last bits, so a fleet needs one."
+    )
+
+    @property
+    def kv_element(self) -> str:
+        """The element type of KV that these settings mean."""
+        return self.kv_dtype or ("fp32" if self.quantization == "fp32" else "bf16")
 
 
 class PoolConfig(_Tree):
@@ -234,6 +250,11 @@ def cache_dir(config: ModelConfig | None = None) -> Path:
     """Where models are kept: model.cache_dir, $BATON_CACHE, ~/.cache/baton."""
     chosen = (config and config.cache_dir) or os.environ.get("BATON_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "baton"
+
+
+def compiler() -> str | None:
+    """$CXX: the C++ compiler of the host library, instead of the first that is found."""
+    return os.environ.get("CXX") or None
 
 
 def child_env(threads: int) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """How KV blocks lie in memory, and what a worker says of itself so that only fitting pairs are made.
 
-A block is one contiguous piece of bytes, `[layer, kv_head, K|V, token, dim]`: one descriptor for a transfer, and
-a head slice is one run per layer.
+A block is one contiguous piece of bytes, `[layer, kv_head, K|V]` runs of `[token, dim]`: one descriptor for a transfer,
+and a head slice is one run per layer. An int8 run ends with `[token]` fp32 scales (value = element * scale): one per
+token and head, inside the block, so that a token's bytes do not depend on the chunk it came in.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
-DTYPE_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "u64": 8}
+DTYPE_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "u64": 8}
+SCALE_BYTES: Final = {"int8": 4}
+"""Of the scale that each token of a run has, for those types that have one."""
 PROTOCOL_VERSION: Final = 2
 HANDOFF_VERSION: Final = 2
 FEATURES: Final = ("cached_lend", "choices", "layers", "logprobs", "penalties", "take_over")
@@ -29,12 +32,13 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """[layer, kv_head, K|V, token, dim]."""
+        """[layer, kv_head, K|V, token, dim], without scales."""
         return (self.num_layers, self.num_kv_heads, 2, self.block_size, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
-        return self.num_layers * self.num_kv_heads * 2 * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        token_bytes = self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0)
+        return self.num_layers * self.num_kv_heads * 2 * self.block_size * token_bytes
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -39,7 +39,7 @@ class SequenceState:
     num_computed_tokens: int = 0
     """Tokens whose KV is in the blocks (committed steps only)."""
     num_tokens_in_flight: int = 0
-    """Tokens of this sequence inside a step that was scheduled but not committed."""
+    """Tokens of this sequence inside steps that were scheduled but not committed; one of them may be unknown still."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the prefix map or received: not computed here."""
     block_hashes: list[BlockHash] = field(default_factory=list)
@@ -67,7 +67,7 @@ class SequenceState:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """What a step could still take: tokens known, neither computed nor in flight."""
+        """What a step could still take: tokens known, neither computed nor in flight. -1 while it runs ahead."""
         return len(self.tokens) - self.num_computed_tokens - self.num_tokens_in_flight
 
 

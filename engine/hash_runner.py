@@ -53,22 +53,30 @@ class HashRunner:
         self._memory = memory
         self._shape = shape
         self._costs = costs
-        self._running = False
+        self._last: asyncio.Task[StepResult] | None = None
+        """Of the step that was taken last."""
 
-    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
-        assert not self._running, "two steps at once on one runner"
-        self._running = True
-        try:
-            for layer in range(NUM_LAYERS):
-                await asyncio.sleep(self._costs.of(step) * self.slowness / NUM_LAYERS)
-                for chunk in step.chunks:
-                    self._write_layer(chunk, layer)
-                if on_layers is not None:
-                    on_layers(layer + 1)
-            self.num_steps += 1
-            return StepResult(tuple(self._sample(chunk) for chunk in step.chunks))
-        finally:
-            self._running = False
+    def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> asyncio.Task[StepResult]:
+        self._last = asyncio.get_running_loop().create_task(self._in_turn(self._last, step, on_layers))
+        return self._last
+
+    async def _in_turn(
+        self, last: asyncio.Task[StepResult] | None, step: Step, on_layers: Callable[[int], None] | None
+    ) -> StepResult:
+        if last is not None and not last.done():
+            await asyncio.wait([last])  # whoever gives this step up does not give up that one
+        return await self._compute(step.filled(last.result() if last is not None else None), on_layers)
+
+    async def _compute(self, step: Step, on_layers: Callable[[int], None] | None) -> StepResult:
+        """One step; all its tokens are known, and it is the only one that is computed now."""
+        for layer in range(NUM_LAYERS):
+            await asyncio.sleep(self._costs.of(step) * self.slowness / NUM_LAYERS)
+            for chunk in step.chunks:
+                self._write_layer(chunk, layer)
+            if on_layers is not None:
+                on_layers(layer + 1)
+        self.num_steps += 1
+        return StepResult(tuple(self._sample(chunk) for chunk in step.chunks))
 
     async def close(self) -> None:
         """Let go of the memory, so that it can be unmapped."""

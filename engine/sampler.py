@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from baton.core.errors import BatonError, InternalError
@@ -52,12 +51,15 @@ class SampledRow:
         return cls(chunk.sampling, chunk.seed, chunk.end, chunk.choices, chunk.history, chunk.num_prompt_tokens)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[SampledToken, ...] | BatonError]:
+def sample(
+    logits: Logits, rows: Sequence[SampledRow], largest: Ids | None = None
+) -> list[tuple[SampledToken, ...] | BatonError]:
     """logits [num_rows, vocab_size] fp32 -> one token for each choice of each row, or why a row has none. Ties go to
-    the lower token id."""
+    the lower token id. `largest`: each row's argmax, where the runner knows it; NaN counts as larger than all."""
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
-    largest = torch.argmax(logits, dim=-1)  # NaN counts as larger than all
-    peaks = logits.gather(1, largest[:, None])[:, 0].tolist()
+    if largest is None:
+        largest = logits.argmax(axis=-1)
+    peaks = logits[np.arange(len(rows)), largest].tolist()
     outcomes: list[tuple[SampledToken, ...] | BatonError] = []
     for i, (row, token, peak) in enumerate(zip(rows, largest.tolist(), peaks, strict=True)):
         if not math.isfinite(peak):
@@ -65,7 +67,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[Sampl
         elif _is_plain(row.sampling):
             outcomes.append((SampledToken(token),) * len(row.choices))
         else:
-            outcomes.append(_sample_row(logits[i].numpy(), row))
+            outcomes.append(_sample_row(logits[i], row))
     return outcomes
 
 

@@ -10,6 +10,8 @@ Life of a sequence:
     4. `commit`: the chunk's KV is in the blocks, full blocks enter the prefix map; a chunk that ended at the last
        known token brought a new one. Back to 3, or finished: it keeps its blocks, and gets no more steps. One of
        several choices (a *leader*) ends there with a token for each: they go on as sequences that bring blocks.
+       While that token is still being sampled, the next step may already have a row for it: the sequence *runs
+       ahead*. If the token ends the sequence, the row is *void*: its KV and its token are nobody's.
     5. Preempted when an older sequence needs a block: all blocks released, computed tokens forgotten (what it
        published stays cached, and is found again), back to waiting at its place by age.
     6. Paused when its blocks are about to be lent: it keeps its place and its blocks, and takes no part in steps
@@ -21,7 +23,8 @@ on, unless all other blocks are pinned, promised, paused or in flight, and those
 to get a block keeps what he has, and nobody younger takes one in that step. Waiting sequences that hold blocks pass
 those that hold none, and can be preempted as if they ran. A sequence is admitted only when all its known tokens have
 room beside what the running ones still need for theirs: otherwise two prompts whose blocks are lent while they are
-computed could wait for each other.
+computed could wait for each other. Nobody is preempted to run ahead; and because a sequence in flight gives no block,
+nobody younger than one who lacks a block runs ahead: he can be preempted in the step after.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from baton.core.block_hash import BlockHash, HashScope, extend
 from baton.core.errors import BatonError, Overloaded
 from baton.core.request import FinishReason, SampledToken
 from baton.core.sequence import SequenceState
-from baton.core.step import Progress, ScheduledChunk, Step, StepResult
+from baton.core.step import UNKNOWN_TOKEN, Progress, ScheduledChunk, Step, StepResult
 from baton.engine.block_pool import BlockPool
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -61,6 +64,8 @@ class _Plan:
     """A step being put together."""
 
     budget_tokens: int
+    sampling: dict[int, int]
+    """Arrival of who may run ahead -> index of the chunk in flight that samples his token."""
     chunks: list[ScheduledChunk] = field(default_factory=list)
     sequences: list[SequenceState] = field(default_factory=list)
     blocked: int | None = None
@@ -230,12 +235,12 @@ class Scheduler:
         """The next step: decodes, then running prefills, then waiting sequences; None when nothing can run.
 
         May be called while one step is in flight: a sequence in the middle of its prompt gets its next chunk, one
-        whose next token is being sampled nothing. `now` is the caller's clock; nothing here depends on it yet.
+        whose next token is being sampled runs ahead. `now` is the caller's clock; nothing here depends on it yet.
         """
         assert len(self._flights) < MAX_STEPS_IN_FLIGHT, f"{len(self._flights)} steps are in flight"
-        plan = _Plan(self.limits.max_step_tokens)
+        plan = _Plan(self.limits.max_step_tokens, self._sampling())
         by_age = sorted((s for s in self._running.values() if s.request_id not in self._paused), key=_arrival)
-        decodes = [s for s in by_age if s.num_uncomputed_tokens == 1]
+        decodes = [s for s in by_age if s.num_uncomputed_tokens == 1 or s.arrival in plan.sampling]
         prefills = [s for s in by_age if s.num_uncomputed_tokens > 1]
         for seq in decodes + prefills:
             if seq.request_id in self._running:  # else preempted for one before it
@@ -253,8 +258,8 @@ class Scheduler:
         return step
 
     def commit(self, step: Step, result: StepResult, now: float) -> tuple[Progress, ...]:
-        """Enter what a step did, oldest step first. Says nothing of sequences that were removed meanwhile. A finished
-        sequence keeps its blocks until `remove`."""
+        """Enter what a step did, oldest step first. Says nothing of sequences that were removed meanwhile, nor of void
+        rows. A finished sequence keeps its blocks until `remove`."""
         oldest, sequences = self._flights.popleft()
         assert oldest is step, f"step {step.step_id} committed before step {oldest.step_id}"
         progress = []
@@ -264,13 +269,17 @@ class Scheduler:
             assert len(tokens) == expected, f"{seq.request_id}: {len(tokens)} tokens for {expected} choices"
             assert seq.num_computed_tokens == chunk.start, f"{seq.num_computed_tokens} computed, chunk at {chunk.start}"
             seq.num_tokens_in_flight -= len(chunk.token_ids)
-            seq.num_computed_tokens = chunk.end
-            if error is None:
-                self._publish(seq, chunk.start)
-            else:
-                self._unpublish(seq)
+            # It ran ahead, and ended with the step before, or was removed before that gave it the token.
+            is_void = seq.finish is not None or chunk.end > seq.num_tokens
+            if not is_void:
+                seq.num_computed_tokens = chunk.end
+                if error is None:
+                    self._publish(seq, chunk.start)
+                else:
+                    self._unpublish(seq)
             if seq.arrival not in self._leaving:
-                progress.append(self._take_tokens(seq, chunk, tokens, error))
+                if not is_void:
+                    progress.append(self._take_tokens(seq, chunk, tokens, error))
             elif not seq.num_tokens_in_flight:
                 del self._leaving[seq.arrival]
                 self._release(seq)
@@ -306,20 +315,38 @@ class Scheduler:
         for block in seq.block_table.blocks:
             self._pool.unpublish(block)
 
+    def _sampling(self) -> dict[int, int]:
+        """Arrival of each sequence that the step in flight brings a token, and that goes on with it for all we know ->
+        index of its chunk."""
+        if not self._flights:
+            return {}
+        step, sequences = self._flights[0]
+        return {
+            seq.arrival: index
+            for index, (chunk, seq) in enumerate(zip(step.chunks, sequences, strict=True))
+            if len(chunk.choices) == 1 and seq.num_output_tokens + 1 < seq.max_output_tokens
+        }
+
     def _plan_chunk(self, plan: _Plan, seq: SequenceState) -> None:
         """Put the next chunk of a running sequence into the plan, as long as budget and blocks allow."""
+        token_from = plan.sampling.get(seq.arrival)
+        runs_ahead = token_from is not None
+        if runs_ahead and plan.blocked is not None and plan.blocked < seq.arrival:
+            return
         start = seq.num_computed_tokens + seq.num_tokens_in_flight
-        num_tokens = min(seq.num_uncomputed_tokens, self.limits.max_chunk_tokens, plan.budget_tokens)
+        left = 1 if runs_ahead else seq.num_uncomputed_tokens
+        num_tokens = min(left, self.limits.max_chunk_tokens, plan.budget_tokens)
         if num_tokens > 0:
             self._make_room(plan, seq, start, start + num_tokens)
             num_tokens = min(num_tokens, seq.block_table.capacity_tokens - start)
         if num_tokens <= 0:
             return
         end = start + num_tokens
-        samples = end == seq.num_tokens
+        samples = runs_ahead or end == seq.num_tokens
         looks_back = samples and seq.request.sampling.needs_history
         plan.chunks.append(ScheduledChunk(
-            request_id=seq.request_id, token_ids=tuple(seq.tokens[start:end]), start=start,
+            request_id=seq.request_id, start=start, token_from=token_from,
+            token_ids=(UNKNOWN_TOKEN,) if runs_ahead else tuple(seq.tokens[start:end]),
             block_table=tuple(seq.block_table.blocks), choices=seq.choices if samples else (),
             sampling=seq.request.sampling, seed=seq.request.seed,
             history=tuple(seq.tokens) if looks_back else (),
@@ -332,14 +359,14 @@ class Scheduler:
 
     def _make_room(self, plan: _Plan, seq: SequenceState, start: int, end: int) -> None:
         """Grow the block table towards `end` tokens with what is available. Preempt only when not one token after
-        `start` has room: a shorter chunk is cheaper than a recomputed sequence."""
+        `start` has room: a shorter chunk is cheaper than a recomputed sequence. Not to run ahead: that can wait."""
         table = seq.block_table
         missing = self._blocks_for(end) - len(table.blocks)
         if missing <= 0 or (plan.blocked is not None and seq.arrival > plan.blocked):
             return
         if table.capacity_tokens <= start:
             while not self._pool.num_available:
-                victim = self._youngest_after(seq)
+                victim = None if seq.arrival in plan.sampling else self._youngest_after(seq)
                 if victim is None:
                     plan.blocked = seq.arrival
                     return

@@ -4,7 +4,8 @@ Owns the compute thread and the registers of the step in it. Does not know which
 owns a block, or why a chunk is in the step.
 
 Life of a step:
-1. `execute` hands it to the one compute thread, in which every torch call of the worker happens.
+1. `execute` queues it for the one compute thread, in which every torch call of the worker happens. Tokens that the
+   step before sampled are filled in there.
 2. The chunks become spans (kernels/reference.py); blocks that the step begins but does not fill are zeroed.
 3. The op list runs. After each layer's K and V are written, the event loop hears of it, if it asked to.
 4. Last rows of chunks that sample get logits, and a token for each choice.
@@ -77,8 +78,10 @@ class TorchRunner:
         self._pool = torch.frombuffer(memory, dtype=torch.float32, count=count).view(num_blocks, *layout.block_shape)
         # torch keeps the team's size per thread: it must be set in the thread that computes.
         self._thread = ThreadPoolExecutor(1, "baton-compute", torch.set_num_threads, (threads,))
+        self._before: StepResult | None = None
+        """The compute thread's: result of the last step, none if it broke."""
 
-    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
+    def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> asyncio.Future[StepResult]:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
         loop = asyncio.get_running_loop()
 
@@ -86,7 +89,7 @@ class TorchRunner:
             assert on_layers is not None, "told only if somebody listens"
             loop.call_soon_threadsafe(on_layers, num_layers)
 
-        return await loop.run_in_executor(self._thread, self._run, step, tell if on_layers else None)
+        return loop.run_in_executor(self._thread, self._run, step, tell if on_layers else None)
 
     async def close(self) -> None:
         """Wait for the step in execution, then let go of memory and weights."""
@@ -98,18 +101,21 @@ class TorchRunner:
         self._weights = {}
 
     def _run(self, step: Step, on_layers: Callable[[int], None] | None) -> StepResult:
+        before, self._before = self._before, None
+        step = step.filled(before)
         tokens: list[tuple[SampledToken, ...]] = [()] * len(step.chunks)
         failed: dict[int, BatonError] = {}
         sampling = [i for i, c in enumerate(step.chunks) if c.choices]
         with torch.inference_mode():
             logits = self.logits(step.chunks, on_layers)
             rows = [SampledRow.of(step.chunks[i]) for i in sampling]
-            for i, outcome in zip(sampling, [] if logits is None else sample(logits, rows), strict=True):
+            for i, outcome in zip(sampling, [] if logits is None else sample(logits.numpy(), rows), strict=True):
                 if isinstance(outcome, BatonError):
                     failed[i] = outcome
                 else:
                     tokens[i] = outcome
-        return StepResult(tuple(tokens), failed)
+        self._before = StepResult(tuple(tokens), failed)
+        return self._before
 
     def logits(
         self, chunks: tuple[ScheduledChunk, ...], on_layers: Callable[[int], None] | None = None

@@ -16,9 +16,10 @@ from pathlib import Path
 from baton.core import config
 from baton.core.config import ModelConfig
 from baton.core.errors import SetupError
+from baton.core.once import locked
 from baton.models import hash_files
 from baton.models.convert import ModelFiles as ModelFiles
-from baton.models.convert import Progress, convert, locked
+from baton.models.convert import Progress, convert
 from baton.models.hash_files import HashFiles
 
 DOWNLOAD_TIMEOUT_S = 600.0

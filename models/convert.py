@@ -7,37 +7,28 @@
 
 Life of a model directory:
 1. Its name is derived from the source's path, size and time of change, so that finding it again reads nothing.
-2. Under a file lock it is built in a temporary directory beside its place: whoever comes second waits, then finds it.
-3. One rename makes it visible. A crash leaves a temporary directory that the next holder of the lock removes.
-4. A directory whose config or weights are incomplete (a full disk, a power cut) counts as absent and is built again.
+2. One process makes it, the others wait (core/once.py).
+3. A directory whose config or weights are incomplete (a full disk, a power cut) counts as absent and is built again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from baton.core.errors import SetupError
+from baton.core.once import made_once
 from baton.models.checkpoint import Checkpoint
 from baton.models.spec import ModelSpec
 from baton.models.weights import weights_bytes, write_weights
 
 FORMAT = 1
 """Raise it when what is written changes: old directories are then ignored and fingerprints differ."""
-LOCK_TIMEOUT_S = 900.0
-_LOCK_POLL_S = 0.1
 
 Progress = Callable[[str], None]
-Files = TypeVar("Files")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,36 +54,6 @@ def convert(source: Path, cache_dir: Path, progress: Progress = lambda _: None) 
         _build(source, building)
 
     return made_once(directory, _opened, build, f"convert {source}")
-
-
-def made_once(
-    directory: Path, opened: Callable[[Path], Files | None], build: Callable[[Path], None], what: str
-) -> Files:
-    """What `opened` finds in `directory`; if nothing, `build` makes it first, in a directory that is then renamed.
-
-    Safe to call from many processes at once. Raises SetupError if it cannot be written."""
-    files = opened(directory)
-    if files is not None:
-        return files
-    # Not with_suffix: names such as `SmolLM2-135M.Q4_1-0a1b` have dots of their own.
-    lock, building = (directory.with_name(directory.name + suffix) for suffix in (".lock", ".building"))
-    with locked(lock, f"another process to {what}"):
-        files = opened(directory)
-        if files is not None:
-            return files
-        for stale in (building, directory):
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            building.mkdir()
-            build(building)
-            building.rename(directory)
-        except OSError as e:
-            raise SetupError(f"cannot write the converted model to {building}: {e}. Set model.cache_dir.") from e
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    files = opened(directory)
-    assert files is not None, directory
-    return files
 
 
 def model_name(source: Path) -> str:
@@ -167,26 +128,3 @@ def fingerprint(checkpoint: Checkpoint) -> str:
             while piece := file.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting_for: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Hold a lock file; it is released when its process dies. Raises SetupError when others hold it too long."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as e:
-        raise SetupError(f"cannot write to {path.parent}: {e}. Set model.cache_dir.") from e
-    never = threading.Event()  # flock has no deadline of its own: try, wait, try again
-    try:
-        for _ in range(max(1, int(timeout_s / _LOCK_POLL_S))):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                never.wait(_LOCK_POLL_S)
-        else:
-            raise SetupError(f"waited {timeout_s:.0f} s for {waiting_for} ({path} is locked). End it and try again.")
-        yield
-    finally:
-        os.close(descriptor)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGUFReader, dequantize
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from baton.core.errors import SetupError
-from baton.models.checkpoint import Checkpoint, their_name
+from baton.models.checkpoint import Checkpoint, Int4, their_name
+from baton.models.gguf_int4 import unpack
 from baton.models.spec import ModelSpec
 from baton.models.weights import Array
 
@@ -26,6 +28,7 @@ _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
 }
+Number = TypeVar("Number", np.uint8, np.float32)
 _CONTROL, _USER_DEFINED = 3, 4  # token types that stand for themselves, never for text
 
 
@@ -45,21 +48,35 @@ def read_gguf(path: Path) -> Checkpoint:
     except (TypeError, ValueError) as e:
         raise SetupError(f"{path} is damaged: {e}. Fetch the model again.") from e
 
-    def read(part: str) -> Array:
+    def find(part: str) -> Any:
         name = their_name(part, _OUTER, "blk", _INNER)
         if name not in tensors:
             raise SetupError(f"{path} is damaged: it has no tensor {name}. Fetch the model again.")
-        tensor = tensors[name]
+        return tensors[name]
+
+    def interleaved_heads(part: str) -> int:
+        return {"q": spec.num_heads, "k": spec.num_kv_heads}.get(part.rpartition(".")[2], 0)
+
+    def read(part: str) -> Array:
+        tensor = find(part)
         try:
             array: Array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise SetupError(f"{path} stores {name} as {tensor.tensor_type.name}, which the installed gguf package "
-                             "cannot expand. Use another quantisation, such as Q8_0.") from None
-        heads = {"q": spec.num_heads, "k": spec.num_kv_heads}.get(part.rpartition(".")[2])
+            raise SetupError(f"{path} stores {tensor.name} as {tensor.tensor_type.name}, which the installed gguf "
+                             "package cannot expand. Use another quantisation, such as Q8_0.") from None
+        heads = interleaved_heads(part)
         return _half_split(array, heads) if heads else array
 
+    def read_int4(part: str) -> Int4 | None:
+        tensor = find(part)
+        k, n = (int(size) for size in tensor.shape)
+        raw, heads = unpack(tensor.tensor_type.name, tensor.data, (n, k)), interleaved_heads(part)
+        if raw is None or not heads:
+            return raw
+        return Int4(_half_split(raw.nibbles, heads), _half_split(raw.scale, heads), _half_split(raw.minimum, heads))
+
     return Checkpoint(spec, read, (path,), lambda: _tokenizer(path, token_field), token_field("chat_template"),
-                      token_field("ggml.bos_token_id"))
+                      token_field("ggml.bos_token_id"), read_int4)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -108,7 +125,7 @@ def _spec(path: Path, fields: Mapping[str, Any], tied: bool, token_field: Any) -
     return spec
 
 
-def _half_split(weight: Array, heads: int) -> Array:
+def _half_split(weight: NDArray[Number], heads: int) -> NDArray[Number]:
     """Undo the row order in which llama-architecture GGUF files keep Q and K (pairs of neighbours, not of halves)."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
     return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from baton.core.errors import SetupError
 from baton.core.layout import KVLayout
+from baton.core.once import made_once
 from baton.models import hash_model
-from baton.models.convert import made_once
 from baton.models.hash_model import EOS, NUMERICS, VOCABULARY
 
 NAME = "hash"

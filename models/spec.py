@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from baton.core.errors import SetupError
 from baton.core.layout import KVLayout
@@ -14,9 +14,6 @@ from baton.core.layout import KVLayout
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder of the Llama family: RMSNorm, rotary embedding (half-split), grouped-query attention, SwiGLU."""
-
-    numerics: ClassVar[str] = "torch-fp32"
-    """How its KV is computed: workers that compute it otherwise are no peers."""
 
     architecture: str
     num_layers: int

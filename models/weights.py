@@ -102,3 +102,18 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
     with safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def map_arrays(path: Path) -> dict[str, Array]:
+    """The same file as numpy arrays, without torch."""
+    import numpy as np
+
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    size = int(mapped[:8].view("<u8")[0])
+    entries = json.loads(mapped[8 : 8 + size].tobytes())
+    start = 8 + size
+    return {
+        name: mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]].view("<f4").reshape(
+            entry["shape"])
+        for name, entry in entries.items()
+    }

@@ -192,6 +192,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._turns_at_this_instant = 0
         self._stalled: list[asyncio.Handle] = []
         self._graveyard: list[asyncio.Task[Any]] = []
+        self._killed = False
+        """A process died in this turn: what it still had to do in it is not done."""
         self.world = contextvars.Context()
         """Of callbacks that belong to no process."""
         super().__init__(_NoSockets())
@@ -276,8 +278,9 @@ class SimLoop(asyncio.SelectorEventLoop):
                 ready.append(timer)
         if len(ready) > 1:
             self.rng.shuffle(ready)
+        self._killed = False
         for handle in ready:
-            if not handle._cancelled:
+            if not handle._cancelled and not (self._killed and not self._may_run(handle)):
                 handle._run()
 
     def _jump(self) -> None:
@@ -310,6 +313,7 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def bury(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
         """Keep dead tasks until the loop is closed: collected earlier, their `finally` would run after all."""
+        self._killed = True
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         self._graveyard.extend(tasks)

@@ -18,7 +18,7 @@ from baton.core.block_hash import HashScope
 from baton.core.config import Config
 from baton.core.layout import Capability
 from baton.core.metrics import Metrics
-from baton.core.step import Runner, Step, StepResult
+from baton.core.step import Step, StepResult
 from baton.core.worker import Role, WorkerInfo
 from baton.decode_node.policy import decode_policy
 from baton.engine.block_pool import BlockPool
@@ -82,16 +82,17 @@ class Site:
     """Tokens that went through an engine, by sequence."""
 
 
-class _WatchedRunner:
-    """A runner that says in the trace what it executed, and to the oracle which blocks it read and wrote."""
+class _WatchedRunner(HashRunner):
+    """Says in the trace what it executed, and to the oracle which blocks it read and wrote."""
 
     def __init__(
-        self, inner: Runner, scheduler: Scheduler, block_size: int, provenance: Provenance, site: Site
+        self, memory: KVMemory, terms: Terms, scheduler: Scheduler, provenance: Provenance, site: Site
     ) -> None:
-        self._inner, self._scheduler, self._block_size = inner, scheduler, block_size
+        super().__init__(memory.buffer, layout(terms.block_size), terms.costs)
+        self._scheduler, self._block_size = scheduler, terms.block_size
         self._provenance, self._site = provenance, site
 
-    async def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> StepResult:
+    async def _compute(self, step: Step, on_layers: Callable[[int], None] | None) -> StepResult:
         site, size, marks, written = self._site, self._block_size, self._provenance, []
         if site.dies_of(marks.worker_id, step):
             await site.loop.create_future()
@@ -104,7 +105,7 @@ class _WatchedRunner:
                 marks.reads(block, tenant)
             blocks = chunk.block_table[first : -(-chunk.end // size)]
             written.append((tenant, [(b, marks.begins_writing(b)) for b in blocks]))
-        result = await self._inner.execute(step, on_layers)
+        result = await super()._compute(step, on_layers)
         for tenant, blocks_written in written:
             for block, generation in blocks_written:
                 marks.wrote(block, generation, tenant)
@@ -113,9 +114,6 @@ class _WatchedRunner:
         chunks = " ".join(f"{c.request_id}[{c.start}:{c.end}]" for c in step.chunks)
         site.trace.note(marks.worker_id, "step", step.step_id, chunks)
         return result
-
-    async def close(self) -> None:
-        await self._inner.close()
 
 
 class Machine:
@@ -221,11 +219,10 @@ class Machine:
             transports=((transport.name, transport.advert),),
         )
         policy = (prefill_policy if self.role is Role.PREFILL else decode_policy)(config, capability.eos_token_ids)
-        self.runner = HashRunner(memory.buffer, shape, terms.costs)
         scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
-        runner = _WatchedRunner(self.runner, scheduler, terms.block_size, provenance, site)
+        self.runner = _WatchedRunner(memory, terms, scheduler, provenance, site)
         dial = site.network.dial(self.worker_id)
-        parts = NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics)
+        parts = NodeParts(pool, scheduler, self.runner, memory, leases, puller, dial, metrics)
         info = WorkerInfo(self.worker_id, f"{self.worker_id}.{self.boots}", self.role, self.worker_id, capability)
         self.node = node = WorkerNode(info, parts, policy, config)
         site.fabric.attach(Lender(info, memory, leases.may_read, process, provenance))

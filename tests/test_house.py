@@ -61,7 +61,7 @@ CLOCKS = {"time.sleep", "datetime.now", "datetime.datetime.now", "datetime.utcno
     f"time.{name}{ns}" for name in ("time", "monotonic", "perf_counter", "process_time") for ns in ("", "_ns")
 }
 CLOCKS_ALLOWED = {
-    "models/convert.py": "waits for a file lock in a thread, where no loop runs",
+    "core/once.py": "waits for a file lock in a thread, where no loop runs",
     "router/server.py": "hands the wall clock to the HTTP front for OpenAI's `created`, which nothing reads again",
 }
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from baton.kernels.host import build
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted(p.name for p in (ROOT / "src/baton").iterdir() if p.is_symlink())
 TIMEOUT_S = 300
@@ -47,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             "cp",
             "-a",
-            *(str(ROOT / name) for name in ("pyproject.toml", "README.md", "LICENSE", "src", *ROOMS)),
+            *(str(ROOT / name) for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src", *ROOMS)),
             str(source),
         ],
         check=True,
@@ -63,14 +65,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_room_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {n for n in names if ".dist-info/" not in n}
-    assert shipped_files() | {"baton/__init__.py", "baton/py.typed"} == inside
+    library = {f"baton/kernels/host/{build.packaged_name()}"} if build.find_compiler(None) else set()
+    assert shipped_files() | {"baton/__init__.py", "baton/py.typed"} | library == inside
+    assert wheel.name.endswith("-any.whl") == (not library)
     assert {"baton/wire/worker_pb2.py", "baton/wire/inference_pb2_grpc.py", "baton/wire/admin_pb2.pyi"} <= inside
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not [n for n in names if "test" in n.lower() and n.startswith("baton/tests")]
     assert not [
         n
         for n in names
-        if "__pycache__" in n or n.endswith((".pyc", ".so", "__init__.py")) and n != "baton/__init__.py"
+        if "__pycache__" in n or n.endswith((".pyc", ".o", "__init__.py")) and n != "baton/__init__.py"
     ]
 
 

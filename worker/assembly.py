@@ -14,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from baton.cluster.store import Registry
 from baton.core.block_hash import HashScope
@@ -27,6 +29,7 @@ from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.step import Runner
 from baton.core.worker import WorkerInfo
+from baton.engine.backend import choose_backend
 from baton.engine.block_pool import BlockPool
 from baton.engine.hash_runner import HashRunner, StepCosts
 from baton.engine.scheduler import Scheduler
@@ -42,6 +45,8 @@ from baton.wire.server import start_worker_server
 from baton.worker.node import NodeParts, WorkerNode
 from baton.worker.policy import RolePolicy
 from baton.worker.registration import serve_registered
+
+log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
 MAX_UNASKED_BLOCKS = 1 << 17
@@ -69,10 +74,14 @@ async def open_node(
 ) -> WorkerNode:
     """A node with everything it needs, without an address yet; `stack` closes it. Raises SetupError when the pool
     could hold no request, or this machine not the pool."""
-    layout = files.spec.layout(config.engine.block_size, config.engine.dtype)
+    engine = _engine(files, config)
+    layout = engine.layout
     fitting = max(1, config.engine.kv_memory_bytes // layout.block_bytes)
     num_blocks = config.engine.num_blocks or min(fitting, MAX_UNASKED_BLOCKS)
     metrics, boot_id = Metrics(), uuid.uuid4().hex[:12]
+    if engine.fallback:
+        log.warning("plain torch computes, and slowly: %s", engine.fallback)
+        metrics.inc("baton_fallbacks_total", kind="torch_runner")
     memory = _memory(config, layout, num_blocks)
     stack.callback(memory.close)
     pool = BlockPool(num_blocks, layout.block_size)
@@ -81,22 +90,38 @@ async def open_node(
     transports = await open_transports(worker_id, boot_id, memory, leases, config.handoff)
     puller = Puller(memory, transports, pool, config.handoff, metrics)
     stack.push_async_callback(puller.close)
-    capability = _capability(config, files, layout, num_blocks, tuple((n, t.advert) for n, t in transports.items()))
-    runner = _runner(files, memory, layout, config.engine.threads)
+    adverts = tuple((n, t.advert) for n, t in transports.items())
+    capability = _capability(config, files, engine, num_blocks, adverts)
+    runner = engine.open(memory)
     stack.push_async_callback(runner.close)
     scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
     info = WorkerInfo(worker_id, boot_id, policy.role, "", capability)
     return WorkerNode(info, NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics), policy, config)
 
 
-def _runner(files: AnyFiles, memory: KVMemory, layout: KVLayout, threads: int) -> Runner:
-    if isinstance(files, HashFiles):
-        costs = StepCosts(files.spec.step_s, files.spec.token_s, 0.0)
-        return HashRunner(memory.buffer, layout, costs)
-    # Imported here: torch takes seconds and 200 MB, and the hash model does without it.
-    from baton.engine.torch_runner import TorchRunner
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What computes, and what follows from it."""
 
-    return TorchRunner(files.directory, memory.buffer, memory.num_blocks, layout, threads)
+    layout: KVLayout
+    numerics: str
+    open: Callable[[KVMemory], Runner]
+    fallback: str = ""
+    """Not empty: why it is not what would be preferred."""
+
+
+def _engine(files: AnyFiles, config: Config) -> _Engine:
+    block_size, threads = config.engine.block_size, config.engine.threads
+    if isinstance(files, HashFiles):
+        layout, costs = files.spec.layout(block_size), StepCosts(files.spec.step_s, files.spec.token_s, 0.0)
+        return _Engine(layout, files.spec.numerics, lambda memory: HashRunner(memory.buffer, layout, costs))
+    backend = choose_backend(config.engine, files.spec.head_dim)
+    layout = files.spec.layout(block_size, backend.kv_dtype)
+
+    def open_runner(memory: KVMemory) -> Runner:
+        return backend.open(files, memory.buffer, memory.num_blocks, layout, threads)
+
+    return _Engine(layout, backend.numerics, open_runner, backend.fallback)
 
 
 def _memory(config: Config, layout: KVLayout, num_blocks: int) -> KVMemory:
@@ -115,9 +140,9 @@ def _memory(config: Config, layout: KVLayout, num_blocks: int) -> KVMemory:
 
 
 def _capability(
-    config: Config, files: AnyFiles, layout: KVLayout, num_blocks: int, adverts: tuple[tuple[str, bytes], ...]
+    config: Config, files: AnyFiles, engine: _Engine, num_blocks: int, adverts: tuple[tuple[str, bytes], ...]
 ) -> Capability:
-    holds = num_blocks * layout.block_size
+    holds = num_blocks * engine.layout.block_size
     limit = min(config.engine.max_model_len or files.spec.max_model_len, files.spec.max_model_len, holds)
     if limit < 2:  # a prompt token and an output token
         raise SetupError(
@@ -127,10 +152,10 @@ def _capability(
     return Capability(
         model=config.model.served_name or files.name,
         model_fingerprint=files.fingerprint,
-        layout=layout,
+        layout=engine.layout,
         max_model_len=limit,
         num_blocks=num_blocks,
         eos_token_ids=files.spec.eos_token_ids,
-        numerics=files.spec.numerics,
+        numerics=engine.numerics,
         transports=adverts,
     )

@@ -5,18 +5,26 @@ sequence has a listener that hears its Progress on the event loop, after the com
 
 Life of a sequence here: add (waiting) -> scheduled, executed, committed, listener told, again and again -> remove.
 A finished sequence keeps its blocks until its listener removes it, so that they can be lent first.
+
+The runner always has the next step before it is done with this one, if there is one: what happens here, and the
+streaming that follows from it, happens while it computes.
+
+    runner       step 1        | step 2                    | step 3
+    event loop   schedule 2    | commit 1, tell, schedule 3 | commit 2, tell, schedule 4
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from baton.core.metrics import Metrics
 from baton.core.sequence import SequenceState
-from baton.core.step import Progress, Runner, ScheduledChunk, Step
-from baton.engine.scheduler import Scheduler
+from baton.core.step import Progress, Runner, ScheduledChunk, Step, StepResult
+from baton.engine.scheduler import MAX_STEPS_IN_FLIGHT, Scheduler
 
 Listener = Callable[[Progress, float], None]
 """(what the step did to the sequence, loop time when the step began)."""
@@ -28,6 +36,16 @@ IDLE_CHECK_S = 0.5
 _SMOOTHING = 0.2
 _PREFILL_SHARE = 0.5
 """Steps with at least this share of prompt tokens measure the prefill rate, steps without any the decode step."""
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A step that the runner has, and we have not committed."""
+
+    step: Step
+    given_s: float
+    result: asyncio.Future[StepResult]
+    num_layers_done: int = 0
 
 
 class StepLoop:
@@ -44,7 +62,8 @@ class StepLoop:
         self._layer_listeners: dict[str, LayerListener] = {}
         self._wake = asyncio.Event()
         self._boundary = asyncio.Event()
-        self._moved_on_s = asyncio.get_running_loop().time()
+        self._flights: deque[_Flight] = deque()
+        self._moved_on_s = self._landed_s = asyncio.get_running_loop().time()
         self._preemptions_seen = 0
 
     def add(self, seq: SequenceState, listener: Listener, on_layers: LayerListener | None = None) -> None:
@@ -92,39 +111,75 @@ class StepLoop:
         self._wake.set()
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            step = self.scheduler.schedule(loop.time())
-            if step is None:
+        try:
+            while True:
+                self._schedule()
+                if self._flights and self._flights[0].result.done():
+                    self._land()
+                    continue
                 self._wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(IDLE_CHECK_S):
-                        await self._wake.wait()
-                continue
-            started = loop.time()
-            result = await self._runner.execute(step, self._watch_layers(step))
-            now = self._moved_on_s = loop.time()
-            told = self.scheduler.commit(step, result, now)
-            self._measure(step, now - started)
-            for progress in told:
-                listener = self._listeners.get(progress.request_id)
-                if listener is not None:
-                    listener(progress, started)
-            self._on_step()
-            self._boundary.set()
-            self._boundary = asyncio.Event()
+                if self._flights:
+                    await self._wake.wait()
+                else:
+                    await self._idle()
+        finally:
+            left = [flight.result for flight in self._flights]
+            for result in left:
+                result.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def _idle(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_CHECK_S):
+                await self._wake.wait()
+
+    def _schedule(self) -> None:
+        """Give the runner all the steps that there are, as far as it takes them."""
+        now = asyncio.get_running_loop().time()
+        while len(self._flights) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule(now)) is not None:
+            result = asyncio.ensure_future(self._runner.execute(step, self._watch_layers(step)))
+            result.add_done_callback(lambda _: self._wake.set())
+            self._flights.append(_Flight(step, now, result))
+
+    def _land(self) -> None:
+        """Commit the oldest step, which is done, and tell everybody."""
+        flight = self._flights.popleft()
+        result, now = flight.result.result(), asyncio.get_running_loop().time()
+        began = max(flight.given_s, self._landed_s)
+        self._landed_s = self._moved_on_s = now
+        told = self.scheduler.commit(flight.step, result, now)
+        self._measure(flight.step, now - began)
+        for progress in told:
+            listener = self._listeners.get(progress.request_id)
+            if listener is not None:
+                listener(progress, began)
+        self._on_step()
+        self._boundary.set()
+        self._boundary = asyncio.Event()
+        if self._flights:
+            for num_layers in range(1, self._flights[0].num_layers_done + 1):
+                self._tell_layers(self._flights[0].step, num_layers)
 
     def _watch_layers(self, step: Step) -> Callable[[int], None] | None:
-        """Tell each listener of a chunk that will sample how far its layers are; None when nobody asked."""
-        watched = [c for c in step.chunks if c.choices and c.request_id in self._layer_listeners]
+        """What to call when a layer of the step is done; None when nobody asked. Listeners hear of it at once, unless
+        the step before is not committed: then they hear of that first."""
+        if not any(c.choices and c.request_id in self._layer_listeners for c in step.chunks):
+            return None
 
-        def tell(num_layers: int) -> None:
-            for chunk in watched:
-                listener = self._layer_listeners.get(chunk.request_id)
-                if listener is not None:
-                    listener(chunk, num_layers)
+        def note(num_layers: int) -> None:
+            flight = next(f for f in self._flights if f.step is step)
+            flight.num_layers_done = num_layers
+            if flight is self._flights[0]:
+                self._tell_layers(step, num_layers)
 
-        return tell if watched else None
+        return note
+
+    def _tell_layers(self, step: Step, num_layers: int) -> None:
+        """The listeners of chunks that will sample."""
+        for chunk in step.chunks:
+            listener = self._layer_listeners.get(chunk.request_id)
+            if chunk.choices and listener is not None:
+                listener(chunk, num_layers)
 
     def _measure(self, step: Step, duration_s: float) -> None:
         self.steps += 1

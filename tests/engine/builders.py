@@ -57,6 +57,8 @@ class SlotMemory:
     """The bytes of the pool's blocks: one token per slot."""
 
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
+    before: StepResult | None = None
+    """Of the step before."""
 
     def write(self, table: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         for position, token in enumerate(tokens, start):
@@ -67,6 +69,7 @@ class SlotMemory:
 
     def execute(self, step: Step) -> StepResult:
         sampled: list[tuple[SampledToken, ...]] = []
+        step = step.filled(self.before)
         for chunk in step.chunks:
             self.write(chunk.block_table, chunk.start, chunk.token_ids)
         for chunk in step.chunks:
@@ -78,7 +81,8 @@ class SlotMemory:
             else:
                 assert (chunk.history, chunk.num_prompt_tokens) == ((), 0), "nobody asked for these"
             sampled.append(tuple(SampledToken(next_token(read, chunk.seed, c, border)) for c in chunk.choices))
-        return StepResult(tuple(sampled))
+        self.before = StepResult(tuple(sampled))
+        return self.before
 
 
 @dataclass

@@ -54,7 +54,7 @@ class SampledMemory(SlotMemory):
             if not chunk.choices:
                 tokens.append(())
                 continue
-            (outcome,) = sample(_logits(self.read(chunk.block_table, chunk.end)), [SampledRow.of(chunk)])
+            (outcome,) = sample(_logits(self.read(chunk.block_table, chunk.end)).numpy(), [SampledRow.of(chunk)])
             assert isinstance(outcome, tuple)
             tokens.append(outcome)
         return StepResult(tuple(tokens))

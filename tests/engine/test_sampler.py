@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def sampled(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[tuple[SampledToken, ...]]:
     """None of the rows may fail."""
-    outcomes = sample(logits, rows)
+    outcomes = sample(logits.numpy(), rows)
     tokens = [outcome for outcome in outcomes if isinstance(outcome, tuple)]
     assert len(tokens) == len(outcomes), outcomes
     return tokens
@@ -303,7 +303,7 @@ def test_a_row_that_is_no_number_fails_alone(rubbish: float, sampling: SamplingP
     else:
         logits[1, 2] = rubbish
     rows = [SampledRow(sampling, seed, 7) for seed in range(3)]
-    first, bad, last = sample(logits, rows)
+    first, bad, last = sample(logits.numpy(), rows)
     assert isinstance(bad, InternalError)
     assert "position 7" in bad.message
     assert [first, last] == sampled(logits[[0, 2]], [rows[0], rows[2]])

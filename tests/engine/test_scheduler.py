@@ -68,18 +68,18 @@ def test_nothing_to_do_is_no_step() -> None:
 # ---- one step in flight ----
 
 
-def test_while_a_step_is_in_flight_a_prompt_goes_on_and_a_sampling_sequence_waits() -> None:
+def test_while_a_step_is_in_flight_a_prompt_goes_on_and_a_sampling_sequence_runs_ahead() -> None:
     bench = Bench.of(32, limits(max_chunk_tokens=2))
-    bench.add(sequence("long", [0] * 6, 2), sequence("short", [1, 0], 3))
+    bench.add(sequence("long", [0] * 6, 2), sequence("short", [1, 0], 4))
     first = bench.schedule()
     second = bench.schedule()
-    assert [(c.request_id, c.start) for c in second.chunks] == [("long", 2)]
+    assert [(c.request_id, c.start) for c in second.chunks] == [("short", 2), ("long", 2)]
     bench.commit(first)
     third = bench.schedule()
-    assert [(c.request_id, c.start) for c in third.chunks] == [("short", 2), ("long", 4)]
+    assert [(c.request_id, c.start) for c in third.chunks] == [("short", 3), ("long", 4)]
     bench.commit(second)
     bench.commit(third)
-    assert bench.run() == {"long": undisturbed([0] * 6, 2), "short": undisturbed([1, 0], 3)}
+    assert bench.run() == {"long": undisturbed([0] * 6, 2), "short": undisturbed([1, 0], 4)}
 
 
 def test_a_third_step_and_a_commit_out_of_order_are_bugs() -> None:
@@ -230,7 +230,10 @@ def test_a_small_prompt_does_not_pass_a_big_one_that_waits_for_blocks() -> None:
 def test_a_sequence_in_flight_is_not_preempted() -> None:
     bench = Bench.of(5, limits(max_chunk_tokens=2))
     bench.add(sequence("old", [0, 0], 3), sequence("new", [1] * 6))
-    first, second = bench.schedule(), bench.schedule()
+    first = bench.schedule()
+    bench.scheduler.pause("old")
+    second = bench.schedule()
+    bench.scheduler.resume("old")
     bench.pool.allocate(bench.pool.num_available)
     bench.commit(first)
     assert bench.scheduler.schedule(0.0) is None

@@ -18,6 +18,7 @@ from tests.models.reference import (
     TinyLlama,
     chunk,
     every_logit,
+    executed,
     generate,
     open_runner,
     shuffled_tables,
@@ -116,7 +117,7 @@ def test_tokens_come_only_for_chunks_that_sample_and_in_order(tiny_model_dir: Pa
     with open_runner(tiny_model_dir, 8) as runner:
         expected = [int(every_logit(runner, TOKENS[:n], t)[-1].argmax()) for n, t in cases]
         step = Step(1, tuple(chunk(TOKENS[:n], 0, t, samples=n != 11) for n, t in cases))
-        result = asyncio.run(runner.execute(step))
+        result = executed(runner, step)
     assert result.tokens == ((SampledToken(expected[0]),), (), (SampledToken(expected[2]),))
 
 
@@ -211,7 +212,7 @@ def test_close_waits_for_the_step_and_lets_go_of_the_memory(tiny_model_dir: Path
     del view
 
     async def run() -> None:
-        step = asyncio.create_task(runner.execute(Step(0, (chunk(TOKENS[:100], 0, tuple(range(7))),))))
+        step = runner.execute(Step(0, (chunk(TOKENS[:100], 0, tuple(range(7))),)))
         await asyncio.sleep(0)
         assert held() is not None
         await runner.close()

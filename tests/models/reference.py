@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from baton.core.request import SamplingParams
-from baton.core.step import ScheduledChunk, Step
+from baton.core.step import Runner, ScheduledChunk, Step, StepResult
 from baton.engine.torch_runner import TorchRunner
 from baton.models.convert import open_converted
 
@@ -35,6 +35,8 @@ class TinyLlama:
     head_dim: int | None = 8
     seed: int = 0
     shards: int = 1
+    hidden_size: int = 24
+    intermediate_size: int = 40
 
 
 def write_tiny_llama(directory: Path, tiny: TinyLlama) -> Any:
@@ -45,9 +47,10 @@ def write_tiny_llama(directory: Path, tiny: TinyLlama) -> Any:
 
         torch.manual_seed(tiny.seed)
         config = LlamaConfig(
-            vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=tiny.num_kv_heads, head_dim=tiny.head_dim, max_position_embeddings=256,
-            rope_theta=5000.0, rms_norm_eps=1e-5, tie_word_embeddings=tiny.tied, bos_token_id=1, eos_token_id=2,
+            vocab_size=64, hidden_size=tiny.hidden_size, intermediate_size=tiny.intermediate_size,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=tiny.num_kv_heads,
+            head_dim=tiny.head_dim, max_position_embeddings=256, rope_theta=5000.0, rms_norm_eps=1e-5,
+            tie_word_embeddings=tiny.tied, bos_token_id=1, eos_token_id=2,
             initializer_range=0.3)
         model = LlamaForCausalLM(config).eval()
         for name, weight in model.named_parameters():  # norm weights of 1 would hide that they are applied
@@ -94,6 +97,13 @@ def chunk(
     return ScheduledChunk(f"r{blocks}", tuple(tokens), start, blocks, (0,) if samples else (), sampling, seed)
 
 
+def executed(runner: Runner, step: Step) -> StepResult:
+    async def run() -> StepResult:
+        return await runner.execute(step)
+
+    return asyncio.run(run())
+
+
 def every_logit(runner: TorchRunner, tokens: Sequence[int], blocks: tuple[int, ...]) -> Tensor:
     """[num_tokens, vocab_size]: each token is a chunk of its own, all in one step, so that all rows are sampled."""
     logits = runner.logits(tuple(chunk([t], i, blocks) for i, t in enumerate(tokens)))
@@ -102,7 +112,7 @@ def every_logit(runner: TorchRunner, tokens: Sequence[int], blocks: tuple[int, .
 
 
 def generate(
-    runner: TorchRunner, prompts: Sequence[Sequence[int]], num_tokens: int, tables: Sequence[tuple[int, ...]],
+    runner: Runner, prompts: Sequence[Sequence[int]], num_tokens: int, tables: Sequence[tuple[int, ...]],
     chunk_tokens: int = 512,
 ) -> list[list[int]]:
     """Greedy tokens of each prompt: prefilled alone in chunks, then decoded together."""

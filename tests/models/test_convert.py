@@ -16,7 +16,8 @@ from gguf import quants
 from tokenizers import Tokenizer
 
 from baton.core.errors import SetupError
-from baton.models.convert import ModelFiles, convert, locked, open_converted
+from baton.core.once import locked
+from baton.models.convert import ModelFiles, convert, open_converted
 from baton.models.weights import load_weights
 from tests.models.gguf_writer import Quant, write_gguf
 from tests.models.reference import TinyLlama, every_logit, open_runner, transformers_logits, write_tiny_llama

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import warnings
 from pathlib import Path
@@ -18,7 +17,15 @@ from baton.core.step import Step
 from baton.models.catalog import resolve
 from baton.models.convert import ModelFiles
 from baton.models.spec import ModelSpec
-from tests.models.reference import chunk, every_logit, generate, open_runner, shuffled_tables, transformers_logits
+from tests.models.reference import (
+    chunk,
+    every_logit,
+    executed,
+    generate,
+    open_runner,
+    shuffled_tables,
+    transformers_logits,
+)
 
 pytestmark = pytest.mark.model
 
@@ -97,7 +104,7 @@ def test_logprobs_equal_transformers(model_dir: Path, hf_model: Any, prompts: li
         dataclasses.replace(chunk([t], i, table, sampling), history=tuple(tokens[: i + 1]), num_prompt_tokens=i + 1)
         for i, t in enumerate(tokens))
     with open_runner(model_dir, 16) as runner:
-        result = asyncio.run(runner.execute(Step(1, chunks)))
+        result = executed(runner, Step(1, chunks))
     for row, (token,) in zip(expected, result.tokens, strict=True):
         assert token.logprob is not None
         assert abs(token.logprob.logprob - float(row[token.token_id])) < MAX_LOGIT_ERROR

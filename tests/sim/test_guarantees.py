@@ -80,7 +80,7 @@ def test_a_router_that_dies_costs_its_own_clients_their_connection_and_workers_n
         doomed, other = s.routers.values()
         rng = random.Random(1)
         jobs = [
-            Job(s.loop.now, request(f"r{i}", [rng.randrange(60) for _ in range(20)], 20)) for i in range(8)
+            Job(s.loop.now, request(f"r{i}", [rng.randrange(60) for _ in range(20)], 40)) for i in range(8)
         ]
         clients = [asyncio.create_task(s.client(job, (doomed, other)[i % 2])) for i, job in enumerate(jobs)]
         while sum(m.num_requests for m in s.of(Role.DECODE)) < 3:

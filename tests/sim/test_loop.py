@@ -158,6 +158,22 @@ def test_a_killed_process_runs_no_finally_and_its_children_die_with_it() -> None
     assert alive == 1  # main itself
 
 
+def test_what_was_ready_when_its_process_died_does_not_run_any_more() -> None:
+    async def main(loop: SimLoop) -> list[int]:
+        process, ran = SimProcess(loop, "worker"), list[int]()
+
+        async def kill(n: int) -> None:
+            ran.append(n)
+            process.kill()
+
+        for n in range(3):
+            process.spawn(kill(n))
+        await asyncio.sleep(1.0)
+        return ran
+
+    assert {tuple(run(seed, main)) for seed in range(20)} == {(0,), (1,), (2,)}
+
+
 def test_threads_and_sockets_are_refused() -> None:
     async def main(loop: SimLoop) -> None:
         with pytest.raises(RuntimeError, match="no threads"):

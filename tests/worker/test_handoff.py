@@ -210,4 +210,4 @@ def test_a_client_that_leaves_in_the_middle_of_a_pull_disturbs_nobody_elses() ->
         assert s.counter(Role.DECODE, "baton_fences_total") == 0
         assert s.counter(Role.DECODE, "baton_fallbacks_total") == 0
 
-    play(1, plan(bytes_per_s=3e3, quarantine_cap=0.01), story)
+    play(1, plan(bytes_per_s=3e3, quarantine_cap=0.01, quarantine_poll_s=1.0), story)

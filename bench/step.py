@@ -1,0 +1,191 @@
+"""What a decode step costs in Python, and how much of that the engine waits for.
+
+A whole worker (node, scheduler, step loop, streams, message encoding) runs in this process on the engine that the
+configuration gives, and requests decode together on it. Measured per step:
+
+    kernels    inside the engine's one call
+    gap        from the end of that call to the beginning of the next: what is not hidden, and on a busy machine what
+               others did meanwhile
+    glue       CPU time that the compute thread spent in the gap: sampling, filling in tokens, the queue
+    loop       CPU time of the event loop's thread: schedule, commit, listeners, messages. Hidden, while gaps stay small
+    hidden     loop / (loop + gap)
+    share      gap / (gap + kernels): of a step, what Python costs its requests
+
+    baton bench step --batch 1,8,32 --set engine.quantization=bf16 --set engine.threads=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
+
+from baton.core.config import Config, load
+from baton.core.errors import SetupError
+from baton.core.messages import Hello, StepMessage, Submit, UpMessage
+from baton.core.request import Request, SamplingParams
+from baton.core.step import Runner
+from baton.core.worker import Route
+from baton.decode_node.policy import decode_policy
+from baton.engine.hash_runner import HashRunner
+from baton.engine.host_runner import HostRunner
+from baton.models.catalog import open_model
+from baton.wire import codec
+from baton.wire.client import GrpcDial
+from baton.worker.assembly import open_node
+from baton.worker.node import WorkerNode
+
+PROMPT_TOKENS, WARM_UP_STEPS = 32, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instant:
+    """In the compute thread."""
+
+    at_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> Instant:
+        return cls(time.perf_counter(), time.thread_time())
+
+
+Spans = list[tuple[Instant, Instant]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds per step, medians."""
+
+    kernels_s: float
+    gap_s: float
+    worst_gap_s: float
+    """One gap in ten is as long."""
+    glue_s: float
+    loop_s: float
+    """The mean: not every step has all of it."""
+
+    @property
+    def row(self) -> str:
+        hidden, share = self.loop_s / (self.loop_s + self.gap_s), self.gap_s / (self.gap_s + self.kernels_s)
+        return (f"{self.kernels_s * 1e3:10.2f} {self.gap_s * 1e6:8.0f} {self.worst_gap_s * 1e6:8.0f} "
+                f"{self.glue_s * 1e6:8.0f} {self.loop_s * 1e6:8.0f} {hidden:8.0%} {share:8.1%}")
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Raises SetupError if there is nothing that could be measured."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", default="1,8,32", help="requests that decode together")
+    parser.add_argument("--steps", type=int, default=100, help="measured steps of each batch")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", dest="overrides")
+    asked = parser.parse_args(arguments)
+    most = WARM_UP_STEPS + 2 * asked.steps
+    sampling = SamplingParams(max_tokens=most, temperature=asked.temperature, ignore_eos=True)
+    config = load({}, asked.overrides)
+    print(f"{'batch':>5} {'kernels ms':>10} {'gap us':>8} {'p90 us':>8} {'glue us':>8} {'loop us':>8} "
+          f"{'hidden':>8} {'share':>8}")
+    for batch in (int(n) for n in asked.batch.split(",")):
+        print(f"{batch:5} {asyncio.run(measured(config, batch, asked.steps, sampling)).row}")
+
+
+async def measured(config: Config, batch: int, num_steps: int, sampling: SamplingParams) -> Cost:
+    files = open_model(config.model)
+    async with contextlib.AsyncExitStack() as stack:
+        dial = GrpcDial()
+        stack.push_async_callback(dial.close)
+        policy = decode_policy(config, files.spec.eos_token_ids)
+        node = await open_node(files, config, "bench", policy, dial, stack)
+        spans = watch_kernels(node.parts.runner)
+        turning = asyncio.create_task(node.run())
+        try:
+            return await _decode(node, spans, batch, num_steps, sampling)
+        finally:
+            turning.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await turning  # what broke the worker says more than its broken stream
+
+
+def watch_kernels(runner: Runner) -> Spans:
+    """When the engine's one call of each step began and ended, from now on. Raises SetupError for the hash model."""
+    if isinstance(runner, HashRunner):
+        raise SetupError("the hash model has no kernels to wait for. Set model.name to a real one.")
+    spans: Spans = []
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = Instant.now()
+            answer = call(*arguments)
+            spans.append((began, Instant.now()))
+            return answer
+
+        return timed
+
+    if isinstance(runner, HostRunner):
+        vars(runner)["_library"] = _Library(runner._library, watched(runner._library.baton_step))
+    else:
+        vars(runner)["logits"] = watched(vars(type(runner))["logits"].__get__(runner))
+    return spans
+
+
+@dataclasses.dataclass(frozen=True)
+class _Library:
+    """The host library with another `baton_step`."""
+
+    inner: Any
+    baton_step: Callable[..., Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+async def _decode(node: WorkerNode, spans: Spans, batch: int, num_steps: int, sampling: SamplingParams) -> Cost:
+    up: asyncio.Queue[UpMessage] = asyncio.Queue()
+    up.put_nowait(Hello("bench"))
+    for i in range(batch):
+        prompt = tuple((7 * i + j) % 50 + 5 for j in range(PROMPT_TOKENS))
+        up.put_nowait(Submit(Request(f"r{i}", prompt, sampling), Route("bench", None), 0))
+    told = [0] * batch
+    async with contextlib.aclosing(_stream(node, up)) as messages:
+        await _read(messages, told, WARM_UP_STEPS)
+        first, cpu_s = len(spans), time.thread_time()
+        await _read(messages, told, WARM_UP_STEPS + num_steps)
+        seen, cpu_s = spans[first:], time.thread_time() - cpu_s
+    pairs = [(before, after) for (_, before), (after, _) in zip(seen, seen[1:], strict=False)]
+    gaps = [after.at_s - before.at_s for before, after in pairs]
+    return Cost(
+        statistics.median(end.at_s - begin.at_s for begin, end in seen),
+        statistics.median(gaps),
+        statistics.quantiles(gaps, n=10)[-1],
+        statistics.median(after.cpu_s - before.cpu_s for before, after in pairs),
+        cpu_s / len(seen),
+    )
+
+
+async def _stream(node: WorkerNode, up: asyncio.Queue[UpMessage]) -> AsyncGenerator[StepMessage, None]:
+    """Messages, each encoded as the worker's server does."""
+
+    async def asked() -> AsyncIterator[UpMessage]:
+        while True:
+            yield await up.get()
+
+    async for message in node.stream(asked()):
+        codec.STEP.encode(message).SerializeToString()
+        yield message
+
+
+async def _read(messages: AsyncIterator[StepMessage], told: list[int], num_tokens: int) -> None:
+    """Until every request has so many tokens."""
+    while min(told) < num_tokens:
+        for chunk in (await anext(messages)).chunks:
+            assert not chunk.error_code, chunk.error_message
+            told[int(chunk.request_id[1:])] += len(chunk.token_ids)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""`baton bench`: measurements that users run. Each has its own options, which are read where they are used; here they
+only pass through."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure an endpoint under load.")
+
+_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Open-loop load on an OpenAI-compatible endpoint: TTFT, ITL, TPOT and goodput at each rate."""
+    from baton.bench.load import command
+
+    command.serve(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def interference(context: typer.Context) -> None:
+    """ITL of a steady decode load while long prompts arrive: Baton apart, Baton in one, and other endpoints."""
+    from baton.bench.load import command
+
+    command.interference(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def step(context: typer.Context) -> None:
+    """What a decode step costs in Python on this machine's engine, and how much of that is hidden."""
+    from baton.bench import step
+
+    step.main(context.args, context.command_path)

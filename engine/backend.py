@@ -1,0 +1,100 @@
+"""Chooses what computes: the host kernels with an instruction set and formats, or plain torch. One choice per worker,
+made before its memory is laid out, because the element type of KV and the capability document follow from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from baton.core.config import EngineConfig
+from baton.core.errors import ConfigError, SetupError
+from baton.core.layout import KVLayout
+
+if TYPE_CHECKING:
+    from baton.core.step import Runner
+    from baton.models.convert import ModelFiles
+
+HEAD_DIM_MULTIPLE, HEAD_DIM_MOST = 16, 256
+"""What the host kernels' attention takes (kernels/host/csrc/program.cpp)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    name: Literal["host", "torch"]
+    quantization: str
+    kv_dtype: str
+    isa: str = ""
+    """Of the host kernels."""
+    fallback: str = ""
+    """Not empty: why torch computes although the host kernels would be preferred."""
+
+    @property
+    def numerics(self) -> str:
+        """How KV is computed: workers that compute it otherwise, by a bit, are no peers."""
+        return f"host-{self.quantization}-{self.isa}" if self.name == "host" else "torch-fp32"
+
+    def open(self, files: ModelFiles, memory: memoryview, num_blocks: int, layout: KVLayout, threads: int) -> Runner:
+        """A runner over `memory`, which must outlive it. Imported here: torch takes seconds and 200 MB, and the host
+        kernels do without it."""
+        if self.name == "host":
+            from baton.engine.host_runner import HostRunner
+
+            return HostRunner(files, memory, layout, threads, self)
+        from baton.engine.torch_runner import TorchRunner
+
+        return TorchRunner(files.directory, memory, num_blocks, layout, threads)
+
+
+TORCH = Backend("torch", "fp32", "fp32")
+
+
+def choose_backend(engine: EngineConfig, head_dim: int) -> Backend:
+    """What the configuration asks for, if this machine and model have it.
+
+    Raises SetupError where they do not: `auto` falls back to torch only if torch computes the same formats."""
+    kv_dtype = engine.kv_element
+    torch_computes_it = engine.quantization == kv_dtype == "fp32"
+    if engine.backend == "torch":
+        if not torch_computes_it:
+            raise ConfigError(f"engine.backend=torch computes in fp32 alone, not with {engine.quantization} weights "
+                              f"and {kv_dtype} KV. Set engine.backend=host.", "engine.backend")
+        return TORCH
+    try:
+        return Backend("host", engine.quantization, kv_dtype, _isa(engine.isa, head_dim))
+    except SetupError as e:
+        if engine.backend == "host" or not torch_computes_it:
+            raise
+        return Backend("torch", "fp32", "fp32", fallback=str(e))
+
+
+def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], None]) -> None:
+    """Make what a worker would make at its start, and others wait for: the library, packed weights. Raises SetupError
+    where it would."""
+    if engine.backend != "torch":
+        with contextlib.suppress(SetupError, ImportError):  # what follows from it is said below
+            from baton.kernels.host import library
+
+            library.find_or_build(progress)
+    if choose_backend(engine, files.spec.head_dim).name == "host":
+        from baton.models.packed import packed_file
+
+        packed_file(files, engine.quantization, progress)
+
+
+def _isa(wanted: str, head_dim: int) -> str:
+    if head_dim % HEAD_DIM_MULTIPLE or head_dim > HEAD_DIM_MOST:
+        raise SetupError(f"the host kernels take head sizes that are multiples of {HEAD_DIM_MULTIPLE} up to "
+                         f"{HEAD_DIM_MOST}, and this model has {head_dim}. Set engine.backend=torch.")
+    try:
+        from baton.kernels.host import library
+    except ImportError as e:
+        raise SetupError(f"the host kernels need {e.name}. Install it: pip install 'baton-serve[engine]'.") from e
+    there = library.isas()
+    if wanted == "auto":
+        return there[0]
+    if wanted not in there:
+        raise SetupError(f"engine.isa is {wanted}, and this machine has {', '.join(there)}. Set one of them, or auto.")
+    return wanted

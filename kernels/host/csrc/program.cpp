@@ -1,0 +1,152 @@
+// Checks an op list and lays out the buffers of a program.
+#include "program.h"
+
+#include <algorithm>
+
+namespace baton {
+
+int activation_format(int weight_format) { return weight_format == BATON_INT4 ? BATON_INT8 : weight_format; }
+
+int element_bytes(int format) { return format == BATON_FP32 ? 4 : format == BATON_BF16 ? 2 : 1; }
+
+size_t run_bytes(const BatonShape& shape) {
+  const size_t scale_bytes = shape.kv_format == BATON_INT8 ? sizeof(float) : 0;
+  return shape.block_size * (size_t(shape.head_dim) * element_bytes(shape.kv_format) + scale_bytes);
+}
+
+size_t block_bytes(const BatonShape& shape) { return size_t(shape.num_layers) * shape.num_kv_heads * 2 * run_bytes(shape); }
+
+ActivationBuffer::ActivationBuffer(size_t rows, size_t elements)
+    : data(make_buffer<uint8_t>(elements * 4)),
+      scales(make_buffer<float>(rows)),
+      sums(make_buffer<int32_t>(elements / kGroup + rows)),
+      totals(make_buffer<int32_t>(rows)) {}
+
+Activations ActivationBuffer::view(int k, int weight_format) const {
+  const int format = activation_format(weight_format);
+  const bool quantised = format == BATON_INT8;
+  if (!quantised) return {data.get(), nullptr, nullptr, nullptr, k, padded(k), format};
+  return {data.get(), scales.get(), sums.get(), totals.get(), k, padded(k), format};
+}
+
+namespace {
+
+const char* check_shape(const BatonShape& s) {
+  const bool sizes = s.hidden_size > 0 && s.intermediate_size > 0 && s.num_kv_heads > 0 && s.head_dim > 0 &&
+                     s.vocab_size > 0 && s.num_layers > 0;
+  if (!sizes || s.num_heads <= 0 || s.num_heads % s.num_kv_heads) return "the sizes do not fit together";
+  if (s.head_dim % 16 || s.head_dim > 256) return "the head size must be a multiple of 16, at most 256";
+  if (s.block_size <= 0 || s.block_size % 16) return "the block size must be a multiple of 16";
+  if (s.kv_format != BATON_FP32 && s.kv_format != BATON_BF16 && s.kv_format != BATON_INT8) return "unknown KV format";
+  return nullptr;
+}
+
+// What stands in the registers while an op list is checked.
+struct Registers {
+  Source x = Source::kNone;
+  int x_size = 0, wide_size = 0;
+  const BatonOp* norm = nullptr;
+};
+
+const char* check_matrix(const BatonMatrix& m) {
+  if (m.n <= 0 || m.k <= 0 || !m.panels) return "a matrix is empty";
+  if (m.format < BATON_FP32 || m.format > BATON_INT4) return "unknown weight format";
+  if (m.format == BATON_INT4 && m.k % kGroup) return "an int4 matrix needs rows of a multiple of 32";
+  return nullptr;
+}
+
+// A matrix product: takes x, and says where it goes.
+const char* take_product(const BatonShape& s, const BatonMatrix* m, Registers& r, CompiledOp& op) {
+  if (!m) return "a product without a matrix";
+  if (r.x == Source::kNone || r.x_size != m->k) return "a matrix does not fit what it is applied to";
+  const bool residual = op.kind == BATON_OP_LINEAR_RESIDUAL;
+  if (residual && m->n != s.hidden_size) return "a residual has another size than the hidden state";
+  if (op.kind == BATON_OP_LM_HEAD && m->n != s.vocab_size) return "the LM head has another size than the vocabulary";
+  op.source = r.x;
+  if (r.x == Source::kNorm) {
+    op.eps = r.norm->eps;
+    op.vector = r.norm->vector;
+  }
+  r.x = Source::kNone;
+  r.wide_size = op.kind == BATON_OP_LINEAR ? m->n : 0;
+  return nullptr;
+}
+
+// Advances the registers over `op`, which gets the source of its x. Null, or what is wrong.
+const char* take(const BatonShape& s, const BatonOp& given, const BatonMatrix* m, Registers& r, CompiledOp& op) {
+  const int qkv = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim;
+  switch (op.kind) {
+    case BATON_OP_EMBED: return given.vector ? nullptr : "the embedding has no rows";
+    case BATON_OP_RMS_NORM:
+      if (!given.vector) return "a norm has no weight";
+      r.x = Source::kNorm, r.x_size = s.hidden_size, r.norm = &given;
+      return nullptr;
+    case BATON_OP_SWIGLU:
+      if (r.wide_size != 2 * s.intermediate_size) return "SwiGLU has no gate and up";
+      r.x = Source::kSwiglu, r.x_size = s.intermediate_size;
+      return nullptr;
+    case BATON_OP_ROPE_WRITE_KV:
+      if (r.wide_size != qkv || op.layer < 0 || op.layer >= s.num_layers) return "there is no q, k and v to rotate";
+      return nullptr;
+    case BATON_OP_ATTENTION:
+      if (r.wide_size != qkv || op.layer < 0 || op.layer >= s.num_layers) return "attention has no q";
+      r.x = Source::kAttention, r.x_size = s.num_heads * s.head_dim;
+      return nullptr;
+    case BATON_OP_LINEAR:
+    case BATON_OP_LINEAR_RESIDUAL:
+    case BATON_OP_LM_HEAD: return take_product(s, m, r, op);
+    case BATON_OP_KEEP_SAMPLED_ROWS:
+      if (r.x == Source::kSwiglu || r.x == Source::kWide)
+        return "rows are dropped between gate|up and the product that reads them";
+      r.wide_size = 0;
+      return nullptr;
+    case BATON_OP_COLLECTIVE:
+    case BATON_OP_CAPTURE: return nullptr;
+  }
+  return "unknown operation";
+}
+
+}  // namespace
+}  // namespace baton
+
+const char* BatonProgram::compile(const BatonOp* list, int num_ops, const BatonMatrix* given, int num_matrices) {
+  using namespace baton;
+  if (const char* wrong = check_shape(shape)) return wrong;
+  frequencies.assign(shape.rope_frequencies, shape.rope_frequencies + shape.head_dim / 2);
+  shape.rope_frequencies = frequencies.data();
+  matrices.assign(given, given + num_matrices);
+  for (const BatonMatrix& m : matrices)
+    if (const char* wrong = check_matrix(m)) return wrong;
+  Registers registers;
+  for (int i = 0; i < num_ops; i++) {
+    if (list[i].matrix >= num_matrices) return "there is no such matrix";
+    const BatonMatrix* matrix = list[i].matrix < 0 ? nullptr : &matrices[list[i].matrix];
+    CompiledOp op{BatonOpKind(list[i].kind), list[i].layer, matrix, Source::kNone, list[i].eps, list[i].vector};
+    if (const char* wrong = take(shape, list[i], matrix, registers, op)) return wrong;
+    if (op.kind == BATON_OP_SWIGLU && ops.back().kind == BATON_OP_LINEAR) {
+      ops.back().gated = ops.back().matrix->n % (2 * kPanel) == 0;
+      if (ops.back().gated) registers.x = Source::kWide;
+    }
+    if (matrix) longest_k = std::max(longest_k, int(matrix->k));
+    ops.push_back(op);
+  }
+  for (const CompiledOp& op : ops)
+    if (op.kind == BATON_OP_LINEAR) widest = std::max(widest, op.gated ? op.matrix->n / 2 : op.matrix->n);
+  return nullptr;
+}
+
+void BatonProgram::reserve(int num_rows, int num_threads) {
+  using namespace baton;
+  if (num_rows > reserved_rows) {
+    const size_t rows = reserved_rows = std::max(num_rows, 2 * reserved_rows);
+    hidden = make_buffer<float>(rows * shape.hidden_size);
+    wide = make_buffer<float>(rows * widest);
+    mixed = make_buffer<float>(rows * shape.num_heads * shape.head_dim);
+    rotation = make_buffer<float>(rows * shape.head_dim);
+    activations = ActivationBuffer(rows, rows * padded(longest_k));
+  }
+  while (int(threads.size()) < num_threads)
+    threads.push_back({ActivationBuffer(kOwnRows, kOwnElements), make_buffer<float>(padded(longest_k)),
+                       make_buffer<float>(kChunkRows * 2 * kGatedPanels * kPanel),
+                       make_buffer<uint8_t>(isa.attention_scratch_bytes(shape)), 0, 0});
+}

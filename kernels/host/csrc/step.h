@@ -1,0 +1,73 @@
+// One step in execution: a program, a team and a batch.
+#pragma once
+#include <vector>
+
+#include "program.h"
+#include "team.h"
+
+namespace baton {
+
+class Step {
+ public:
+  Step(BatonProgram& program, BatonTeam& team, const BatonBatch& batch);
+  ~Step();
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+  // Runs from op `first` on; returns where it stopped.
+  int run(int first);
+
+ private:
+  // Where a product goes.
+  struct Target {
+    float* y;
+    int stride;
+    bool accumulate;
+  };
+  // Rows [begin, end) of a span.
+  struct Item {
+    const BatonSpan* span;
+    int begin, end;
+  };
+
+  template <typename Body>
+  void parallel(int num_tasks, Body&& body) {
+    if (num_tasks > 1 && num_threads_ > 1) return team_.run(num_tasks, body);
+    for (int task = 0; task < num_tasks; task++) body(task, 0);
+  }
+  ThreadSpace& space_of(int thread);
+  void begin();
+  void embed(const float* table);
+  void prepare(const CompiledOp& op, int row, const Activations& out, ThreadSpace& space);
+  // Activations for `op` in place, however its rows are chunked; body(x, row, num_rows, panel, end, space) for each
+  // chunk of rows and each run of up to `most` of the first `panels` panels.
+  template <typename Body>
+  void each_part(const CompiledOp& op, int panels, int most, Body&& body);
+  void product(const CompiledOp& op, const Target& to);
+  void gated_product(const CompiledOp& op);
+  uint8_t* run_of(int block, int layer, int kv_head, int k_or_v) const;
+  void rotate_and_store_head(const BatonSpan& span, int i, int layer, int kv_head);
+  bool stores_in_attention() const;
+  void rotate_and_store(int layer);
+  void layer_is_stored(int layer);
+  void list_attention_tasks();
+  void attention(int layer);
+  void keep_sampled_rows();
+  void argmax();
+
+  BatonProgram& p_;
+  BatonTeam& team_;
+  const BatonBatch& batch_;
+  const int num_threads_;
+  std::vector<Item> items_;   // of attention, for each KV head
+  std::vector<Item> stores_;  // of rotating and storing
+};
+
+// A few tasks for each thread, so that one that is held up does not hold up the rest; in pairs of panels, because AMX
+// takes two at once.
+int panels_per_task(int panels, int num_threads);
+// As torch.argmax has it: NaN is greater than all.
+bool is_greater(float a, float b);
+// Index of the first greatest of n >= 1 values.
+int greatest(const float* values, int n);
+
+}  // namespace baton
