@@ -4,8 +4,6 @@ story ends with nothing held anywhere (tests/worker/by_hand.py)."""
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,12 +14,7 @@ from baton.core.request import Choice, Request
 from baton.models.hash_model import expected
 from tests.worker.by_hand import FANCY, HAND, MAX_MODEL_LEN, PROMPT, Bench, Heard, Stream, check, play, request
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def moved(b: Bench, r: Request, at_token: int) -> tuple[Heard, Heard, Stream]:
