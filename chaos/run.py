@@ -71,7 +71,7 @@ async def run_chaos(plan: Plan, say: Say) -> Findings:
 
 def _kept(logs: Path, plan: Plan) -> Path:
     """Under a name that the next stack's start does not sweep away."""
-    target = tempfile.mkdtemp(prefix=f"chaos-seed{plan.seed}-")
+    target = tempfile.mkdtemp(prefix=f"chaos-seed{plan.seed}-", dir=logs.parent)
     return logs.replace(target)  # an empty directory is replaced
 
 

@@ -107,13 +107,13 @@ async def start_workers(
         for i in range(replicas)
     ]
     with step(f"Workers: {', '.join(spec.worker_id for spec in specs)}"):
-        failure: BaseException | None = None
+        failure: BatonError | None = None
         try:
             async with asyncio.TaskGroup() as starts:
                 for spec in specs:
                     starts.create_task(pool.start(spec))
         except* BatonError as group:
-            failure = next(iter(leaves(group)))
+            failure = next(leaves(group))
         if failure is not None:  # raised up there, it would be in a group again
             raise failure
     return pool

@@ -26,6 +26,14 @@ def _what_is_logged_stays_as_it_was() -> Iterator[None]:
     assert (logging.root.manager.disable, ours.level, ours.propagate) == (0, logging.NOTSET, True)
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """For tests in which what workers warn about is the point; pytest would keep every line."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.fixture(scope="session")
 def model_files() -> ModelFiles:
     """SmolLM2-135M in the usual cache ($BATON_CACHE); fetched if it is not there. Mark its tests `model`."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from baton.core.errors import BatonError
 from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
 from baton.core.messages import TakeFrom
+from baton.core.request import Request
 from baton.core.sequence import SequenceState, new_sequence
 from baton.worker.answer import Answer
 from baton.worker.arrival import Arrival
@@ -49,8 +50,7 @@ async def take_over(intake: Intake, parts: WorkerParts, source: TakeFrom) -> Non
 
     try:
         for answer in intake.answers.values():  # the first brings the prompt, which the others share
-            request = dataclasses.replace(intake.request, choices=(answer.choice,))
-            await fetch_prefix(parts, request, intake.submit.epoch, source.worker)
+            await fetch_prefix(parts, _only(intake, answer), intake.submit.epoch, source.worker)
         # All at once: each is paused from its take-over to its release.
         await _all(take(answer) for answer in intake.answers.values())
         await _all(one.handoff.release() for one in taken)
@@ -73,8 +73,7 @@ async def _all(them: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: TakeFrom) -> Taken:
-    request = dataclasses.replace(intake.request, choices=(answer.choice,))
-    epoch, ttl_s = intake.submit.epoch, parts.handoff.lease_ttl_s
+    request, epoch, ttl_s = _only(intake, answer), intake.submit.epoch, parts.handoff.lease_ttl_s
     arrival = intake.arrive(_sequence(intake, parts, answer), may_grow=True)
     running = RunningAttempt(intake.outbox.router_id, source.epoch, answer.choice.index)
     call = PrefillCall(
@@ -82,6 +81,11 @@ async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: Take
     )
     handoff = Handoff(parts, source.worker, call, arrival, Silent())
     return Taken(answer, arrival, handoff, await handoff.run())
+
+
+def _only(intake: Intake, answer: Answer) -> Request:
+    """The request, with this one of its choices."""
+    return dataclasses.replace(intake.request, choices=(answer.choice,))
 
 
 def _sequence(intake: Intake, parts: WorkerParts, answer: Answer) -> SequenceState:

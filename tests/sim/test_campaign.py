@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 
 from baton.engine.block_pool import BlockPool
@@ -12,12 +9,7 @@ from baton.sim.campaign import Summary, run_many, shrink
 from baton.sim.more_faults import draw_faults
 from baton.sim.simulate import simulate
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def test_worlds_in_two_processes_are_the_same_worlds() -> None:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import logging
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -37,12 +35,7 @@ from baton.sim.world import World
 from tests.sim.scene import Scene, play, request, right
 from tests.sim.scene import plan as quiet
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # ---- the dead hold nothing -------------------------------------------------------------------------------------------

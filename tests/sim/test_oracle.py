@@ -6,7 +6,6 @@ The parts are broken by subclass, as a bad change would break them; everything e
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
@@ -49,13 +48,7 @@ def caught(builders: Builders, fault: Callable[[], Fault]) -> Iterator[str]:
     reports = (simulate(seed, plan=dense(seed, fault(), builders)) for seed in SEEDS)
     return (r.failure for r in reports if not r.ok)
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """What workers warn about is the point of these runs; pytest would keep every line."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.slow

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,12 +20,7 @@ from baton.sim.transport import PullFault
 from tests.sim.scene import Scene, gone, play, request, right
 from tests.sim.scene import plan as quiet
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def remote(plan: Plan, **handoff: object) -> Plan:

@@ -4,11 +4,9 @@ that replays it."""
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,13 +18,7 @@ NUM_SEEDS = 1000
 PROCESSES = 2
 SOME = range(5)
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """What workers warn about is the point of these runs; pytest would keep every line."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def check(report: Report) -> None:

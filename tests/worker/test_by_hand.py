@@ -4,8 +4,6 @@ Every story ends with nothing held anywhere (tests/worker/by_hand.py)."""
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,12 +12,7 @@ from baton.core.request import Choice, FinishReason, Request
 from baton.models.hash_model import expected
 from tests.worker.by_hand import ALIGNED, BLOCK, FANCY, MAX_MODEL_LEN, PLAIN, PROMPT, Bench, check, play, request, terms
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # ---- parallel answers ------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -17,12 +16,7 @@ from tests.sim.scene import BLOCK, Answer, Proxy, Scene, gone, plan, play, reque
 
 PROMPT = tuple(range(1, 31))
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # ---- a lender that stands still --------------------------------------------------------------------------------------

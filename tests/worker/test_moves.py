@@ -4,8 +4,6 @@ story ends with nothing held anywhere (tests/worker/by_hand.py)."""
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,12 +14,7 @@ from baton.core.request import Choice, Request
 from baton.models.hash_model import expected
 from tests.worker.by_hand import FANCY, HAND, MAX_MODEL_LEN, PROMPT, Bench, Heard, Stream, check, play, request
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def moved(b: Bench, r: Request, at_token: int) -> tuple[Heard, Heard, Stream]:
@@ -83,6 +76,16 @@ def test_a_running_request_moves_with_its_kv_at_every_token(kind: str) -> None:
     assert num_moved >= (20 if kind != "stop" else 5), num_moved
 
 
+async def moving(b: Bench, r: Request) -> tuple[Stream, Stream, Heard]:
+    """It runs on the source, with five tokens told, and the target was asked to take it over."""
+    source, target = b.stream(b.decode[0]), b.stream(b.decode[1])
+    before = source.submit(r, 1)
+    await before.until(lambda h: len(h.tokens[0]) >= 5)
+    known = Request("r", PROMPT, r.sampling, (Choice(0, tuple(before.tokens[0])),), "", 60.0)
+    target.submit(known, 2, take_from=TakeFrom(source.info, 1))
+    return source, target, before
+
+
 def test_a_move_whose_target_dies_leaves_the_request_where_it_was() -> None:
     """Whenever it dies: until it has acknowledged, the source only pauses. After that it is lost like any other
     worker, and the router replays."""
@@ -90,11 +93,7 @@ def test_a_move_whose_target_dies_leaves_the_request_where_it_was() -> None:
 
     async def story(b: Bench, delay_s: float) -> None:
         r = request("r", PROMPT, max_tokens=60)
-        source, target = b.stream(b.decode[0]), b.stream(b.decode[1])
-        before = source.submit(r, 1)
-        await before.until(lambda h: len(h.tokens[0]) >= 5)
-        known = Request("r", PROMPT, r.sampling, (Choice(0, tuple(before.tokens[0])),), "", 60.0)
-        target.submit(known, 2, take_from=TakeFrom(source.info, 1))
+        source, _, before = await moving(b, r)
         await asyncio.sleep(delay_s)
         b.decode[1].kill(silent=False)
         await asyncio.sleep(10.0)
@@ -196,11 +195,7 @@ def test_a_request_that_ends_before_it_is_paused_is_not_moved(end: str) -> None:
 def test_a_cancel_in_the_middle_of_a_move_ends_both_sides() -> None:
     async def story(b: Bench, delay_s: float) -> None:
         r = request("r", PROMPT, max_tokens=60)
-        source, target = b.stream(b.decode[0]), b.stream(b.decode[1])
-        before = source.submit(r, 1)
-        await before.until(lambda h: len(h.tokens[0]) >= 5)
-        known = Request("r", PROMPT, r.sampling, (Choice(0, tuple(before.tokens[0])),), "", 60.0)
-        target.submit(known, 2, take_from=TakeFrom(source.info, 1))
+        source, target, before = await moving(b, r)
         await asyncio.sleep(delay_s)
         source.cancel(r, 1)
         target.cancel(r, 2)
