@@ -91,6 +91,18 @@ class _WatchedRunner(HashRunner):
         super().__init__(memory.buffer, layout(terms.block_size), terms.costs)
         self._scheduler, self._block_size = scheduler, terms.block_size
         self._provenance, self._site = provenance, site
+        self._taken: dict[asyncio.Task[StepResult], float] = {}
+
+    def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> asyncio.Task[StepResult]:
+        task = super().execute(step, on_layers)
+        self._taken[task] = self._site.loop.now
+        task.add_done_callback(self._taken.__delitem__)
+        return task
+
+    @property
+    def began_s(self) -> float:
+        """World time since when the runner has had the oldest step that is not done; now, if it has none."""
+        return min(self._taken.values(), default=self._site.loop.now)
 
     async def _compute(self, step: Step, on_layers: Callable[[int], None] | None) -> StepResult:
         site, size, marks, written = self._site, self._block_size, self._provenance, []
@@ -123,7 +135,7 @@ class Machine:
         self.boots = 0
         self.process: SimProcess | None = None
         self.node: WorkerNode | None = None
-        self.runner: HashRunner | None = None
+        self.runner: _WatchedRunner | None = None
         self.metrics: list[Metrics] = []
         """One per boot."""
         self.thawed_s = 0.0

@@ -225,14 +225,17 @@ class Oracle:
         require(load.num_running <= limits.max_sequences, f"{name} runs {load.num_running} of {limits.max_sequences}")
 
     def _nothing_runs_for_the_dead(self, machine: Machine, node: WorkerNode, now: float) -> None:
-        """No sequence of a request that is past its deadline, or long over for its client."""
+        """No sequence of a request that is past its deadline, or long over for its client. A step that the runner took
+        in time may take as long as it does."""
+        assert machine.runner is not None
+        given_s = machine.runner.began_s
         for seq in node.parts.scheduler.sequences():
             record = self.records.get(asked_as(seq.request_id))
             if record is None:
                 continue
             deadline = record.started_s + record.job.request.deadline_s + record.trouble_s(record.started_s, now)
             runs = f"{machine.worker_id} runs {seq.request_id}"
-            late_s = now - max(deadline, machine.thawed_s)
+            late_s = given_s - max(deadline, machine.thawed_s)
             require(late_s <= self.grace_s, f"{runs} {late_s:.2f} s after its deadline")
             if record.ended_s is not None:
                 over_s = now - max(record.ended_s, machine.thawed_s)

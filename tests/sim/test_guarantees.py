@@ -164,7 +164,9 @@ def test_whatever_the_wire_does_to_blocks_clients_get_right_tokens_and_alarms_ar
     report = simulate(12, plan=plan)
     assert report.ok, report
     assert dict(report.counters)['baton_integrity_failures_total{reason="digest"}'] > 0
-    clean = simulate(12, plan=dataclasses.replace(plan, faults=(BadPulls(PullFault.SLOW, 1),)))
+    # Without losses: what is lost in a row holds a renewal up for longer than the lease lives, and then it has ended.
+    lossless = dataclasses.replace(plan.terms, conditions=dataclasses.replace(plan.terms.conditions, loss=0.0))
+    clean = simulate(12, plan=dataclasses.replace(plan, terms=lossless, faults=(BadPulls(PullFault.SLOW, 1),)))
     assert clean.ok, clean
     assert not any("integrity" in name for name, _ in clean.counters)
 
