@@ -88,6 +88,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_swiglu": (None, (c_char_p, c_void_p, c_int32, c_void_p)),
     "baton_rope": (None, (c_char_p, c_void_p, c_void_p, c_int32)),
     "baton_store_kv": (None, (c_char_p, c_void_p, c_int32, c_int32, c_int32, c_int32, POINTER(c_uint8))),
+    "baton_convert_kv": (None, (c_char_p, POINTER(Shape), c_void_p, c_int32, c_int32, c_void_p)),
 }
 
 

@@ -126,6 +126,10 @@ void baton_swiglu(const char* isa, const float* gate_up, int32_t n, float* out);
 void baton_rope(const char* isa, float* head, const float* cos_sin, int32_t head_dim);
 void baton_store_kv(const char* isa, const float* values, int32_t format, int32_t head_dim, int32_t block_size,
                     int32_t slot, uint8_t* run);
+/* K and V runs, one after the other, from shape->kv_format to another of the three; of the shape, head_dim and
+   block_size count too. Slots are converted whether they are filled or not: zeros stay zeros. */
+void baton_convert_kv(const char* isa, const BatonShape* shape, const uint8_t* from, int32_t num_runs,
+                      int32_t to_format, uint8_t* to);
 
 #ifdef __cplusplus
 }
