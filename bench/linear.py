@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 MIN_CALLS, MAX_CALLS = 10, 20_000
 READ_BYTES = 4 << 20
-"""Of memory, per timed piece."""
+"""Of memory, per thread and timed piece."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes.split(","))]
     rows = [int(m) for m in args.rows.split(",")]
-    read = read_bandwidth(args.weights_mb << 20, args.seconds)
+    read = read_bandwidth(args.weights_mb << 20, args.seconds, args.threads)
     print(f"{args.threads} threads; memory is read at {read:.1f} GB/s")
     print(f"{'format':6} {'isa':6} {'n':>6} {'k':>5} {'rows':>5} {'us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'of read':>7} "
           f"{'torch us':>9} {'ratio':>6}")
@@ -128,10 +128,17 @@ def torch_us(format: str, x: torch.Tensor, n: int, total_bytes: int, seconds: fl
         return quick_s(lambda w: torch.nn.functional.linear(x, w), copies, seconds) * 1e6
 
 
-def read_bandwidth(num_bytes: int, seconds: float) -> float:
-    """GB/s, by a sum over it."""
-    pieces = torch.frombuffer(huge_memory(num_bytes), dtype=torch.float32).fill_(1).view(-1, READ_BYTES // 4).unbind()
-    return READ_BYTES / quick_s(torch.sum, pieces, seconds) * 1e-9
+def read_bandwidth(num_bytes: int, seconds: float, threads: int = 1) -> float:
+    """GB/s, of all threads together: a long stream for each, fetched ahead, out of huge pages."""
+    host, memory = library.load(), huge_memory(num_bytes)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ctypes.memset(start, 1, num_bytes)
+    team, piece = host.baton_team_new(threads, 20), threads * READ_BYTES
+    pieces = range(start, start + num_bytes - piece + 1, piece)
+    try:
+        return piece / quick_s(lambda at: host.baton_read(team, at, piece), pieces, seconds) * 1e-9
+    finally:
+        host.baton_team_free(team)
 
 
 def quick_s(work: Callable[[T], object], copies: Sequence[T], seconds: float) -> float:

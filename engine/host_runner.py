@@ -177,6 +177,11 @@ class HostRunner:
         step is in execution."""
         return self._compute(_Batch.of(chunks), np.zeros(1, np.int32))[0].copy()
 
+    def time_ops(self, seconds: NDArray[np.float64] | None) -> None:
+        """Add the seconds of each op to its place in `seconds`, which must live on; None: no more of that. Not while a
+        step is in execution."""
+        self._library.baton_program_time(self._program, None if seconds is None else seconds.ctypes.data)
+
     def _compute(self, batch: _Batch, layers: Ints) -> tuple[Logits, Ids]:
         """Logits, good until the next step, and where each row's greatest is."""
         num_sampled = len(batch.sampled)

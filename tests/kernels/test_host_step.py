@@ -89,6 +89,9 @@ class Run:
         pointer: Any = self._lib.baton_program_hidden(self._program)
         return np.ctypeslib.as_array(pointer, (self.num_rows, HIDDEN))
 
+    def time_ops(self, seconds: NDArray[np.float64] | None) -> None:
+        self._lib.baton_program_time(self._program, None if seconds is None else seconds.ctypes.data)
+
     def close(self) -> None:
         self._lib.baton_program_free(self._program)
         self._lib.baton_team_free(self._team)
@@ -143,6 +146,22 @@ def test_a_step_that_samples_nothing_ends_when_the_last_layer_is_stored(model: M
     run = Run(model, model.ops(), sampled=())
     assert run.go() == len(model.ops())
     assert int(run.layers_done[0]) == LAYERS
+    run.close()
+
+
+def test_ops_add_up_their_seconds_only_while_somebody_asks(model: Model) -> None:
+    ops = model.ops()
+    run, seconds = Run(model, ops), np.zeros(len(ops))
+    run.time_ops(seconds)
+    run.go()
+    once = seconds.copy()
+    assert (once > 0).all()
+    run.go()
+    assert (seconds > once).all()
+    twice = seconds.copy()
+    run.time_ops(None)
+    run.go()
+    np.testing.assert_array_equal(seconds, twice)
     run.close()
 
 

@@ -93,6 +93,9 @@ int32_t baton_has_isa(const char* isa);
 /* num_threads >= 1, the caller's own included. Threads spin for spin_us between phases, then sleep on a futex. */
 BatonTeam* baton_team_new(int32_t num_threads, int32_t spin_us);
 void baton_team_free(BatonTeam* team);
+/* Reads all of it, in one stream per thread, as fast as this machine gives it: what products of one row are held
+   against. Returns something made of it. */
+int64_t baton_read(BatonTeam* team, const void* memory, int64_t num_bytes);
 
 /* Bytes of a packed [n, k] matrix; multiple of 64. */
 int64_t baton_packed_bytes(int32_t format, int32_t n, int32_t k);
@@ -110,6 +113,9 @@ BatonProgram* baton_program_new(const char* isa, const BatonShape* shape, const 
 void baton_program_free(BatonProgram* program);
 /* The residual stream [num_rows, hidden_size] fp32 of the step that stopped; the caller may write it. */
 float* baton_program_hidden(BatonProgram* program);
+/* From now on every op adds the seconds it takes to seconds[its index], num_ops long; null: no more. What an op that
+   only changes where x comes from (RMS_NORM, SWIGLU) would take is in the product that reads x. */
+void baton_program_time(BatonProgram* program, double* seconds);
 int32_t baton_step(BatonProgram* program, BatonTeam* team, const BatonBatch* batch, int32_t first_op);
 
 /* Single operations, for tests and benches, by the same code that a step runs. All on the calling thread or team. */

@@ -34,6 +34,7 @@ class Step {
     if (num_tasks > 1 && num_threads_ > 1) return team_.run(num_tasks, body);
     for (int task = 0; task < num_tasks; task++) body(task, 0);
   }
+  void execute(const CompiledOp& op);
   ThreadSpace& space_of(int thread);
   void begin();
   void embed(const float* table);
