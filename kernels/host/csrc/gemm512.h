@@ -66,10 +66,10 @@ struct Int4Scales {
     scales = _mm512_cvtph_ps(_mm256_load_si256(last));
     minimums = _mm512_cvtph_ps(_mm256_load_si256(last + 1));
   }
-  // The total of a row, and the group's dot product with it; `sum` is that of the row's activations in the group.
-  __m512 add(__m512 total, __m512i dot, int32_t sum) const {
-    total = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(dot), total);
-    return _mm512_fnmadd_ps(minimums, _mm512_cvtepi32_ps(_mm512_set1_epi32(sum)), total);
+  // The total of a row, and the group's dot product with it; `scale` and `sum` are the row's in this group.
+  __m512 add(__m512 total, __m512i dot, float scale, float sum) const {
+    total = _mm512_fmadd_ps(scales, _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale)), total);
+    return _mm512_fnmadd_ps(minimums, _mm512_set1_ps(sum), total);
   }
 };
 

@@ -244,7 +244,7 @@ struct Int4Product {
 
   void multiply_tile(const uint8_t* tiles, int panel, int row, int done) const {
     const int8_t* x = static_cast<const int8_t*>(task.x.data) + row * stride;
-    const int32_t* group_sums = task.x.sums + row * groups_per_row;
+    const float *scales = task.x.scales + row * groups_per_row, *sums = task.x.sums + row * groups_per_row;
     const uint8_t* w = weights(panel);
     alignas(64) __m512i dots[kTileRows];
     __m512 totals[kTileRows] = {};
@@ -257,12 +257,12 @@ struct Int4Product {
       const Int4Scales factors(w);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r)
-        totals[r] = factors.add(totals[r], dots[r], group_sums[r * groups_per_row + g]);
+        totals[r] = factors.add(totals[r], dots[r], scales[r * groups_per_row + g], sums[r * groups_per_row + g]);
     }
     const Columns columns(task, panel);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
-      if (r >= done) columns.put(row + r, _mm512_mul_ps(totals[r], _mm512_set1_ps(task.x.scales[row + r])));
+      if (r >= done) columns.put(row + r, totals[r]);
   }
 
   void run(int begin, int end) const {

@@ -18,9 +18,10 @@ struct Block {
   const Element* activations() const {
     return static_cast<const Element*>(task.x.data) + static_cast<int64_t>(row) * task.x.stride;
   }
-  const int32_t* group_sums(int r) const {
-    return task.x.sums + static_cast<int64_t>(row + r) * (task.x.stride / kGroup);
-  }
+  // int4: scale and sum of a row's group.
+  float scale(int r, int group) const { return task.x.scales[first_group(r) + group]; }
+  float sum(int r, int group) const { return task.x.sums[first_group(r) + group]; }
+  int64_t first_group(int r) const { return static_cast<int64_t>(row + r) * (task.x.stride / kGroup); }
 };
 
 // Arrays of this type stay in registers; GCC 12 also writes arrays of __m256i to memory whenever an element changes.
@@ -159,16 +160,13 @@ struct Int4 {
         const __m256 minimums = _mm256_cvtph_ps(_mm_load_si128(last + 2 + h));
         for (int r = 0; r < kRows; ++r) {
           const __m256 dots = dot(group + 32 * h, x + r * stride + g * kGroup);
-          const __m256 sum = _mm256_cvtepi32_ps(_mm256_set1_epi32(block.group_sums(r)[g]));
-          totals[r][h] = _mm256_fmadd_ps(scales, dots, totals[r][h]);
-          totals[r][h] = _mm256_fnmadd_ps(minimums, sum, totals[r][h]);
+          const __m256 values = _mm256_mul_ps(dots, _mm256_set1_ps(block.scale(r, g)));
+          totals[r][h] = _mm256_fmadd_ps(scales, values, totals[r][h]);
+          totals[r][h] = _mm256_fnmadd_ps(minimums, _mm256_set1_ps(block.sum(r, g)), totals[r][h]);
         }
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      const __m256 scale = _mm256_set1_ps(block.task.x.scales[block.row + r]);
-      put(block, r, _mm256_mul_ps(totals[r][0], scale), _mm256_mul_ps(totals[r][1], scale));
-    }
+    for (int r = 0; r < kRows; ++r) put(block, r, totals[r][0], totals[r][1]);
   }
 
   // Of 8 columns. 16 products of at most 15 * 128 fit 16 bits, so a group needs no widening on the way.
@@ -218,41 +216,71 @@ inline int32_t sum_of(__m256i values) {
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0b10110001)));
 }
 
-float greatest_magnitude(const float* x, int k) {
-  // As integers, magnitudes keep their order and a NaN is the greatest: it reaches the scale, and so the product.
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  __m256i most = _mm256_setzero_si256();
-  for (int i = 0; i < k; i += 8) {
-    const __m256i bits = _mm256_castps_si256(load_some(x + i, k - i));
-    most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, bits));
-  }
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+inline float greatest(__m256i bits) {
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0b01001110));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0b10110001));
   return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 
-void quantise(const float* x, const Activations& out, int row) {
-  const float most = greatest_magnitude(x, out.k);
+// Values in [x, x + count) that share a scale become bytes; count is a multiple of kGroup. Sets the scale, returns the
+// sum of the bytes.
+int32_t quantise(const float* x, int count, int8_t* to, float& scale) {
+  // As integers, magnitudes keep their order and a NaN is the greatest: it reaches the scale, and so the product.
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i most_bits = _mm256_setzero_si256(), sum = _mm256_setzero_si256();
+  for (int i = 0; i < count; i += 8)
+    most_bits = _mm256_max_epi32(most_bits, _mm256_and_si256(magnitude, _mm256_castps_si256(_mm256_loadu_ps(x + i))));
+  const float most = greatest(most_bits);
   const __m256 inverse = _mm256_set1_ps(most > kLeastMagnitude ? kInt8Most / most : 0);
-  int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
-  int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
-  out.totals[row] = 0;
-  for (int i = 0; i < out.stride; i += kGroup) {
-    __m256i q[4], sum = _mm256_setzero_si256();
+  for (int i = 0; i < count; i += kGroup) {
+    __m256i q[4];
     for (int part = 0; part < 4; ++part) {
-      const int at = i + 8 * part;
-      q[part] = _mm256_cvtps_epi32(_mm256_mul_ps(load_some(x + at, out.k - at), inverse));
+      q[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * part), inverse));
       sum = _mm256_add_epi32(sum, q[part]);
     }
     // The packs work in halves of a register: doublewords come out as 0, 2, 4, 6 | 1, 3, 5, 7.
     const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
     const __m256i bytes = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), bytes);
-    sums[i / kGroup] = sum_of(sum);
-    out.totals[row] += sums[i / kGroup];
   }
-  out.scales[row] = most / kInt8Most;
+  scale = most / kInt8Most;
+  return sum_of(sum);
+}
+
+// Sums and differences of values 1, 2 and 4 lanes apart. Multiplying by 1 or -1 is exact: this rounds as additions do.
+inline __m256 rotate_lanes(__m256 x) {
+  x = _mm256_fmadd_ps(x, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(x, 0b10110001));
+  x = _mm256_fmadd_ps(x, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(x, 0b01001110));
+  return _mm256_fmadd_ps(x, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(x, x, 1));
+}
+
+// As `rotate` of pack.h.
+void rotate(const float* x, int k, float* out) {
+  constexpr int kRegisters = kRotated / 8;
+  for (int i = 0; i < padded(k); i += kRotated) {
+    __m256 block[kRegisters];
+    for (int j = 0; j < kRegisters; ++j) block[j] = rotate_lanes(load_some(x + i + 8 * j, k - i - 8 * j));
+    for (int apart = 1; apart < kRegisters; apart *= 2)
+      for (int j = 0; j < kRegisters; ++j) {
+        if (j & apart) continue;
+        const __m256 sum = _mm256_add_ps(block[j], block[j + apart]);
+        block[j + apart] = _mm256_sub_ps(block[j], block[j + apart]);
+        block[j] = sum;
+      }
+    for (int j = 0; j < kRegisters; ++j) _mm256_storeu_ps(out + i + 8 * j, block[j]);
+  }
+}
+
+void quantise_groups(const float* x, const Activations& out, int row) {
+  const int64_t groups = out.stride / kGroup;
+  int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
+  float *scales = out.scales + row * groups, *sums = out.sums + row * groups;
+  for (int g = 0; g < groups; ++g, x += kGroup, to += kGroup) {
+    const float padding[kGroup] = {};
+    const int32_t sum = quantise(g < out.k / kGroup ? x : padding, kGroup, to, scales[g]);
+    sums[g] = static_cast<float>(sum) * scales[g];
+  }
 }
 
 // To nearest, ties to even, in the low half of each lane; a NaN stays one.
@@ -267,9 +295,14 @@ inline __m256i round_to_bf16(__m256 values) {
 
 }  // namespace
 
-void to_activation(const float* x, const Activations& out, int row) {
-  if (out.format == BATON_INT8) return quantise(x, out, row);
+void to_activation(const float* x, const Activations& out, int row, float* room) {
   const int64_t offset = static_cast<int64_t>(row) * out.stride;
+  if (out.format == BATON_INT4) return quantise_groups(x, out, row);
+  if (out.format == BATON_INT8) {
+    rotate(x, out.k, room);
+    out.totals[row] = quantise(room, out.stride, static_cast<int8_t*>(out.data) + offset, out.scales[row]);
+    return;
+  }
   for (int i = 0; i < out.stride; i += 16) {
     const __m256 low = load_some(x + i, out.k - i), high = load_some(x + i + 8, out.k - i - 8);
     if (out.format == BATON_FP32) {

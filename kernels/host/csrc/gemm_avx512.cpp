@@ -113,7 +113,8 @@ struct Multiply<Int4, kRows, 1> {
     const uint8_t* x = block.activations(1);
     const int64_t stride = block.task.x.stride;
     const int groups = padded(block.task.w->k) / kGroup;
-    const int32_t* sums = block.task.x.sums + block.row * (stride / kGroup);
+    const float *scales = block.task.x.scales + block.row * (stride / kGroup);
+    const float *sums = block.task.x.sums + block.row * (stride / kGroup);
     __m512 totals[kRows] = {};
     for (int g = 0; g < groups; ++g, w += kInt4GroupBytes, x += kGroup) {
       if (block.row == 0)  // panels follow each other, and so do their groups
@@ -126,14 +127,11 @@ struct Multiply<Int4, kRows, 1> {
 #pragma GCC unroll 8
         for (int q = 0; q < 8; ++q)
           dot = _mm512_dpbusd_epi32(dot, (__m512i)group.quads[q], broadcast4(x + r * stride + 4 * q));
-        totals[r] = factors.add(totals[r], dot, sums[r * (stride / kGroup) + g]);
+        totals[r] = factors.add(totals[r], dot, scales[r * (stride / kGroup) + g], sums[r * (stride / kGroup) + g]);
       }
     }
     const Columns columns(block.task, block.panel);
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 scale = _mm512_set1_ps(block.task.x.scales[block.row + r]);
-      columns.put(block.row + r, _mm512_mul_ps(totals[r], scale));
-    }
+    for (int r = 0; r < kRows; ++r) columns.put(block.row + r, totals[r]);
   }
 };
 
@@ -164,36 +162,100 @@ inline __m512 load_some(const float* x, int count) {
   return _mm512_maskz_loadu_ps(mask, x);
 }
 
-void quantise(const float* x, const Activations& out, int row) {
-  // As integers, magnitudes keep their order and a NaN is the greatest: it reaches the scale, and so the product.
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i most_bits = _mm512_setzero_si512();
-  for (int i = 0; i < out.k; i += 16) {
-    const __m512i bits = _mm512_castps_si512(load_some(x + i, out.k - i));
-    most_bits = _mm512_max_epi32(most_bits, _mm512_and_si512(magnitude, bits));
+// Sums and differences of values kApart lanes apart. Multiplying by 1 or -1 is exact: this rounds as an addition does.
+template <int kApart>
+inline __m512 rotate_lanes(__m512 x) {
+  static_assert(kApart == 1 || kApart == 2 || kApart == 4 || kApart == 8, "lanes");
+  __m512 other;
+  if constexpr (kApart == 1) other = _mm512_permute_ps(x, 0b10110001);
+  if constexpr (kApart == 2) other = _mm512_permute_ps(x, 0b01001110);
+  if constexpr (kApart == 4) other = _mm512_shuffle_f32x4(x, x, 0b10110001);
+  if constexpr (kApart == 8) other = _mm512_shuffle_f32x4(x, x, 0b01001110);
+  constexpr __mmask16 kMinus[] = {0, 0xaaaa, 0xcccc, 0, 0xf0f0, 0, 0, 0, 0xff00};
+  const __m512 one = _mm512_set1_ps(1), signs = _mm512_mask_mov_ps(one, kMinus[kApart], _mm512_set1_ps(-1));
+  return _mm512_fmadd_ps(x, signs, other);
+}
+
+// Sums and differences of registers kApart apart.
+template <int kApart>
+inline void rotate_registers(__m512 (&x)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    if (i & kApart) continue;
+    const __m512 sum = _mm512_add_ps(x[i], x[i + kApart]);
+    x[i + kApart] = _mm512_sub_ps(x[i], x[i + kApart]);
+    x[i] = sum;
   }
-  const float most = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most_bits))));
-  const __m512 inverse = _mm512_set1_ps(most > kLeastMagnitude ? kInt8Most / most : 0);
-  int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
-  int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
-  int32_t total = 0;
-  for (int i = 0; i < out.stride; i += kGroup) {
-    __m512i halves[2];
-    for (int h = 0; h < 2; ++h) {
-      const int at = i + 16 * h;
-      halves[h] = _mm512_cvtps_epi32(_mm512_mul_ps(load_some(x + at, out.k - at), inverse));
-      _mm_store_si128(reinterpret_cast<__m128i*>(to + at), _mm512_cvtsepi32_epi8(halves[h]));
+}
+
+// As integers, magnitudes keep their order and a NaN is the greatest: it reaches the scale, and so the product.
+inline __m512i greater(__m512i most_bits, __m512 x) {
+  return _mm512_max_epi32(most_bits, _mm512_and_si512(_mm512_set1_epi32(0x7fffffff), _mm512_castps_si512(x)));
+}
+
+// What values are multiplied with to become bytes, and bytes to become values.
+struct Scale {
+  __m512 inverse;
+  float scale;
+
+  explicit Scale(__m512i most_bits) {
+    const float most = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(most_bits))));
+    inverse = _mm512_set1_ps(most > kLeastMagnitude ? kInt8Most / most : 0);
+    scale = most / kInt8Most;
+  }
+  // Stores 16 bytes; returns them as integers.
+  __m512i quantise(__m512 x, int8_t* to) const {
+    const __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(values));
+    return values;
+  }
+};
+
+void quantise_rotated(const float* x, const Activations& out, int row, float* room) {
+  static_assert(kRotated == 64, "four registers");
+  __m512i most_bits = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
+  for (int i = 0; i < out.stride; i += kRotated) {
+    __m512 block[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int at = i + 16 * j;
+      const __m512 pairs = rotate_lanes<2>(rotate_lanes<1>(load_some(x + at, out.k - at)));
+      block[j] = rotate_lanes<8>(rotate_lanes<4>(pairs));
     }
-    total += sums[i / kGroup] = _mm512_reduce_add_epi32(_mm512_add_epi32(halves[0], halves[1]));
+    rotate_registers<1>(block);
+    rotate_registers<2>(block);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      _mm512_store_ps(room + i + 16 * j, block[j]);
+      most_bits = greater(most_bits, block[j]);
+    }
   }
-  out.totals[row] = total;
-  out.scales[row] = most / kInt8Most;
+  const Scale scale(most_bits);
+  int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
+  for (int i = 0; i < out.stride; i += 16)
+    sums = _mm512_add_epi32(sums, scale.quantise(_mm512_load_ps(room + i), to + i));
+  out.totals[row] = _mm512_reduce_add_epi32(sums);
+  out.scales[row] = scale.scale;
+}
+
+void quantise_groups(const float* x, const Activations& out, int row) {
+  const int64_t groups = out.stride / kGroup;
+  int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
+  float *scales = out.scales + row * groups, *sums = out.sums + row * groups;
+  for (int g = 0; g < groups; ++g, x += kGroup, to += kGroup) {
+    const int left = out.k - g * kGroup;
+    const __m512 low = load_some(x, left), high = load_some(x + 16, left - 16);
+    const Scale scale(greater(greater(_mm512_setzero_si512(), low), high));
+    const __m512i sum = _mm512_add_epi32(scale.quantise(low, to), scale.quantise(high, to + 16));
+    scales[g] = scale.scale;
+    sums[g] = static_cast<float>(_mm512_reduce_add_epi32(sum)) * scale.scale;
+  }
 }
 
 }  // namespace
 
-void to_activation(const float* x, const Activations& out, int row) {
-  if (out.format == BATON_INT8) return quantise(x, out, row);
+void to_activation(const float* x, const Activations& out, int row, float* room) {
+  if (out.format == BATON_INT8) return quantise_rotated(x, out, row, room);
+  if (out.format == BATON_INT4) return quantise_groups(x, out, row);
   const int64_t offset = static_cast<int64_t>(row) * out.stride;
   for (int i = 0; i < out.stride; i += 16) {
     const __m512 values = load_some(x + i, out.k - i);

@@ -38,23 +38,29 @@ float from_fp16(uint16_t value) {
   return from_bits(sign | bits_of(scaled));
 }
 
-void quantise(const float* x, const Activations& out, int row) {
+// Values that share a scale, as bytes. Sets their scale; returns the sum of the bytes.
+int32_t quantise(const float* x, int count, int8_t* out, float& scale) {
   // As integers, magnitudes keep their order and a NaN is the greatest: it reaches the scale, and so the product.
   uint32_t most_bits = 0;
-  for (int i = 0; i < out.k; ++i) most_bits = std::max(most_bits, bits_of(x[i]) & 0x7fffffff);
+  for (int i = 0; i < count; ++i) most_bits = std::max(most_bits, bits_of(x[i]) & 0x7fffffff);
   const float most = from_bits(most_bits), inverse = most > kLeastMagnitude ? kInt8Most / most : 0;
+  int32_t sum = 0;
+  for (int i = 0; i < count; ++i) sum += out[i] = static_cast<int8_t>(std::lrint(x[i] * inverse));
+  scale = most / kInt8Most;
+  return sum;
+}
+
+// A group that is padding is zeros.
+void quantise_groups(const float* x, const Activations& out, int row) {
+  const int64_t groups = out.stride / kGroup;
   int8_t* to = static_cast<int8_t*>(out.data) + static_cast<int64_t>(row) * out.stride;
-  int32_t* sums = out.sums + static_cast<int64_t>(row) * (out.stride / kGroup);
-  out.totals[row] = 0;
-  for (int group = 0; group < out.stride / kGroup; ++group) {
-    sums[group] = 0;
-    for (int i = group * kGroup; i < (group + 1) * kGroup; ++i) {
-      to[i] = i < out.k ? static_cast<int8_t>(std::lrint(x[i] * inverse)) : 0;
-      sums[group] += to[i];
-    }
-    out.totals[row] += sums[group];
+  float *scales = out.scales + row * groups, *sums = out.sums + row * groups;
+  for (int group = 0; group < groups; ++group, x += kGroup, to += kGroup) {
+    float padding[kGroup] = {};
+    const float* values = group < out.k / kGroup ? x : padding;
+    const int32_t sum = quantise(values, kGroup, to, scales[group]);
+    sums[group] = static_cast<float>(sum) * scales[group];
   }
-  out.scales[row] = most / kInt8Most;
 }
 
 // One row against one panel: out[c] is the product with column c.
@@ -82,18 +88,18 @@ void multiply_int8(const uint8_t* panel, const Activations& x, int row, int k, f
 
 void multiply_int4(const uint8_t* panel, const Activations& x, int row, int k, float* out) {
   const int8_t* values = static_cast<const int8_t*>(x.data) + static_cast<int64_t>(row) * x.stride;
-  const int32_t* sums = x.sums + static_cast<int64_t>(row) * (x.stride / kGroup);
+  const int64_t first = static_cast<int64_t>(row) * (x.stride / kGroup);
+  const float *scales = x.scales + first, *sums = x.sums + first;
   for (int group = 0; group < k / kGroup; ++group, panel += kInt4GroupBytes, values += kGroup) {
     const uint16_t* last = reinterpret_cast<const uint16_t*>(panel + 4 * kLineBytes);
     for (int c = 0; c < kPanel; ++c) {
       int32_t dot = 0;
       for (int i = 0; i < kGroup; ++i)
         dot += (panel[i / 8 * kLineBytes + c * 4 + i % 4] >> (i % 8 < 4 ? 0 : 4) & 15) * values[i];
-      out[c] = std::fma(from_fp16(last[c]), static_cast<float>(dot), out[c]);
-      out[c] = std::fma(-from_fp16(last[kPanel + c]), static_cast<float>(sums[group]), out[c]);
+      out[c] = std::fma(from_fp16(last[c]), static_cast<float>(dot) * scales[group], out[c]);
+      out[c] = std::fma(-from_fp16(last[kPanel + c]), sums[group], out[c]);
     }
   }
-  for (int c = 0; c < kPanel; ++c) out[c] *= x.scales[row];
 }
 
 void multiply(const LinearTask& task, const uint8_t* panel, int row, float* out) {
@@ -109,10 +115,13 @@ void multiply(const LinearTask& task, const uint8_t* panel, int row, float* out)
 
 }  // namespace
 
-void to_activation(const float* x, const Activations& out, int row) {
-  if (out.format == BATON_INT8) return quantise(x, out, row);
+void to_activation(const float* x, const Activations& out, int row, float* room) {
   const int64_t offset = static_cast<int64_t>(row) * out.stride;
-  if (out.format == BATON_FP32) {
+  if (out.format == BATON_INT4) return quantise_groups(x, out, row);
+  if (out.format == BATON_INT8) {
+    rotate(x, out.k, room);
+    out.totals[row] = quantise(room, out.stride, static_cast<int8_t*>(out.data) + offset, out.scales[row]);
+  } else if (out.format == BATON_FP32) {
     float* to = static_cast<float*>(out.data) + offset;
     std::copy(x, x + out.k, to);
     std::fill(to + out.k, to + out.stride, 0.0f);

@@ -19,14 +19,16 @@ constexpr int kGroup = 32;     // int4: values that share a scale
 constexpr int kKeyTile = 32;   // keys per attention tile, from position 0 on (AMX has its own)
 constexpr int kPadK = 64;      // activations are zero-padded to a multiple of this
 
-// Activations [rows, stride] in the format that linears read; every row 64-byte aligned, zero beyond k.
+// Activations [rows, stride] as products with weights of `format` read them; every row 64-byte aligned, zero beyond k
+// (int8: k rounded up to kRotated). Elements are fp32, bf16, or for int8 and int4 bytes with value = element * scale:
+// int8 has one scale for a row, whose values are rotated as pack.h says; int4 has one for each group of kGroup.
 struct Activations {
-  void* data;         // fp32, bf16 or int8 elements
-  float* scales;      // int8: [rows], value = element * scale; else null
-  int32_t* sums;      // int8: [rows, stride / kGroup] sums of each group's elements; else null
-  int32_t* totals;    // int8: [rows] sums of all; else null
+  void* data;
+  float* scales;      // int8: [rows]; int4: [rows, stride / kGroup]; else null
+  int32_t* totals;    // int8: [rows] sums of the elements; else null
+  float* sums;        // int4: [rows, stride / kGroup] sums of each group's values; else null
   int32_t k, stride;  // elements
-  int32_t format;
+  int32_t format;     // BatonFormat of the weights
 };
 
 // `static`: the linker would merge inline functions of files that were compiled for different instruction sets.
@@ -58,7 +60,8 @@ struct Isa {
   const char* name;
   // Row operations; each handles one row.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
-  void (*to_activation)(const float* x, const Activations& out, int row);  // rounds or quantises, pads, sums
+  // Rounds or quantises, pads, sums. room: [stride] floats, 64-byte aligned; may be x.
+  void (*to_activation)(const float* x, const Activations& out, int row, float* room);
   void (*swiglu)(const float* gate_up, int n, float* out);                 // n: of the output
   void (*rope)(float* head, const float* cos_sin, int head_dim);           // [cos half | sin half], half-split form
   // k and v of one token and kv head (rotated, fp32) into run pointers' token slot, in shape.kv_format.

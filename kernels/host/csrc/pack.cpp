@@ -1,8 +1,10 @@
 // Weight matrices into panels, as pack.h says. Once per model: plain code.
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace baton {
 namespace {
@@ -42,16 +44,17 @@ void pack(int format, int n, int k, void* panels, Put put) {
   for (int row = 0; row < n; ++row) put(static_cast<uint8_t*>(panels) + row / kPanel * bytes, row % kPanel, row);
 }
 
-void pack_int8_row(const float* w, int k, uint8_t* panel, int column) {
+void pack_int8_row(const float* w, int k, uint8_t* panel, int column, std::vector<float>& rotated) {
+  rotate(w, k, rotated.data());
   float most = 0;
-  for (int i = 0; i < k; ++i) most = std::fmax(most, std::fabs(w[i]));
+  for (float value : rotated) most = std::fmax(most, std::fabs(value));
   const float inverse = most > kLeastMagnitude ? kInt8Most / most : 0;
   uint8_t* out = panel + column * 4;
   for (int i = 0; i < padded(k); ++i) {
-    const float q = i < k ? std::nearbyint(w[i] * inverse) : 0;
-    out[i / 4 * kLineBytes + i % 4] = static_cast<uint8_t>(kInt8Zero + static_cast<int>(q));
+    const int q = static_cast<int>(std::nearbyint(rotated[i] * inverse));
+    out[i / 4 * kLineBytes + i % 4] = static_cast<uint8_t>(kInt8Zero + q);
   }
-  reinterpret_cast<float*>(panel + padded(k) * kPanel)[column] = most / kInt8Most;
+  reinterpret_cast<float*>(panel + padded(k) * kPanel)[column] = most / kInt8Most / kRotated;
 }
 
 void pack_int4_row(const uint8_t* q, const float* scale, const float* minimum, int k, uint8_t* panel, int column) {
@@ -78,6 +81,18 @@ int64_t panel_bytes(int format, int k) {
   }
 }
 
+void rotate(const float* x, int k, float* out) {
+  if (out != x) std::memcpy(out, x, k * sizeof(float));
+  std::fill(out + k, out + padded(k), 0.0f);
+  for (int apart = 1; apart < kRotated; apart *= 2)
+    for (int i = 0; i < padded(k); ++i) {
+      if (i & apart) continue;
+      const float sum = out[i] + out[i + apart], difference = out[i] - out[i + apart];
+      out[i] = sum;
+      out[i + apart] = difference;
+    }
+}
+
 }  // namespace baton
 
 using namespace baton;
@@ -99,8 +114,9 @@ void baton_pack_bf16(const float* w, int32_t n, int32_t k, void* panels) {
 }
 
 void baton_pack_int8(const float* w, int32_t n, int32_t k, void* panels) {
+  std::vector<float> rotated(padded(k));
   pack(BATON_INT8, n, k, panels, [&](uint8_t* panel, int column, int row) {
-    pack_int8_row(w + static_cast<int64_t>(row) * k, k, panel, column);
+    pack_int8_row(w + static_cast<int64_t>(row) * k, k, panel, column, rotated);
   });
 }
 

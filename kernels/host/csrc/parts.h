@@ -10,7 +10,7 @@
   namespace baton {                                                                                           \
   namespace isa {                                                                                             \
   BATON_PART void rms_norm(const float* x, const float* weight, float eps, int n, float* out);                \
-  BATON_PART void to_activation(const float* x, const Activations& out, int row);                             \
+  BATON_PART void to_activation(const float* x, const Activations& out, int row, float* room);                \
   BATON_PART void swiglu(const float* gate_up, int n, float* out);                                            \
   BATON_PART void rope(float* head, const float* cos_sin, int head_dim);                                      \
   BATON_PART void store_kv(const float* values, int format, int head_dim, int block_size, int slot, uint8_t* run); \

@@ -5,8 +5,6 @@
 
 namespace baton {
 
-int activation_format(int weight_format) { return weight_format == BATON_INT4 ? BATON_INT8 : weight_format; }
-
 int element_bytes(int format) { return format == BATON_FP32 ? 4 : format == BATON_BF16 ? 2 : 1; }
 
 size_t run_bytes(const BatonShape& shape) {
@@ -18,15 +16,14 @@ size_t block_bytes(const BatonShape& shape) { return size_t(shape.num_layers) * 
 
 ActivationBuffer::ActivationBuffer(size_t rows, size_t elements)
     : data(make_buffer<uint8_t>(elements * 4)),
-      scales(make_buffer<float>(rows)),
-      sums(make_buffer<int32_t>(elements / kGroup + rows)),
+      scales(make_buffer<float>(elements / kGroup + rows)),
+      sums(make_buffer<float>(elements / kGroup + rows)),
       totals(make_buffer<int32_t>(rows)) {}
 
-Activations ActivationBuffer::view(int k, int weight_format) const {
-  const int format = activation_format(weight_format);
-  const bool quantised = format == BATON_INT8;
-  if (!quantised) return {data.get(), nullptr, nullptr, nullptr, k, padded(k), format};
-  return {data.get(), scales.get(), sums.get(), totals.get(), k, padded(k), format};
+Activations ActivationBuffer::view(int k, int format) const {
+  const bool eight = format == BATON_INT8, four = format == BATON_INT4;
+  return {data.get(), eight || four ? scales.get() : nullptr, eight ? totals.get() : nullptr,
+          four ? sums.get() : nullptr, k, padded(k), format};
 }
 
 namespace {

@@ -47,19 +47,18 @@ struct CompiledOp {
   bool gated = false;   // LINEAR: leaves silu(gate) * up in `wide`, not gate|up
 };
 
-int activation_format(int weight_format);
-int element_bytes(int format);  // of fp32, bf16, int8
+int element_bytes(int format);  // of fp32, bf16, int8, and what int4 weights are multiplied with
 size_t run_bytes(const BatonShape& shape);
 size_t block_bytes(const BatonShape& shape);
 
 // Room for activations of any format: `rows` rows of `stride` elements.
 struct ActivationBuffer {
   Buffer<uint8_t> data;
-  Buffer<float> scales;
-  Buffer<int32_t> sums, totals;
+  Buffer<float> scales, sums;
+  Buffer<int32_t> totals;
 
   ActivationBuffer(size_t rows, size_t elements);
-  Activations view(int k, int weight_format) const;
+  Activations view(int k, int format) const;  // of the weights
 };
 
 // What one thread needs for itself.
@@ -98,7 +97,6 @@ struct BatonProgram {
   baton::ActivationBuffer activations{0, 0};
   std::vector<baton::ThreadSpace> threads;
   int rows = 0;           // of the step in execution: fewer once only sampled rows are kept
-  double* seconds = nullptr;  // of each op, the caller's; null: not timed
   uint64_t steps = 0;
   uint64_t products = 0;  // counts matrix products, to know for which of them a thread is prepared
 

@@ -5,7 +5,6 @@
 #include "step.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -22,6 +21,8 @@ Activations from_row(Activations x, int row) {
   if (x.format == BATON_INT8) {
     x.scales += row;
     x.totals += row;
+  } else if (x.format == BATON_INT4) {
+    x.scales += size_t(row) * (x.stride / kGroup);
     x.sums += size_t(row) * (x.stride / kGroup);
   }
   return x;
@@ -43,40 +44,36 @@ Step::~Step() {
 }
 
 int Step::run(int op) {
-  using Clock = std::chrono::steady_clock;
-  const int num_ops = int(p_.ops.size());
   if (op == 0) begin();
   list_attention_tasks();
-  for (; op < num_ops; op++) {
+  for (; op < int(p_.ops.size()); op++) {
     const CompiledOp& now = p_.ops[op];
-    if (now.kind == BATON_OP_COLLECTIVE || now.kind == BATON_OP_CAPTURE) return op;
-    if (now.kind == BATON_OP_KEEP_SAMPLED_ROWS && batch_.num_sampled == 0) return num_ops;
-    const Clock::time_point began = p_.seconds ? Clock::now() : Clock::time_point();
-    execute(now);
-    if (p_.seconds) p_.seconds[op] += std::chrono::duration<double>(Clock::now() - began).count();
+    switch (now.kind) {
+      case BATON_OP_LINEAR:
+        if (now.gated)
+          gated_product(now);
+        else
+          product(now, {p_.wide.get(), now.matrix->n, false});
+        break;
+      case BATON_OP_LINEAR_RESIDUAL: product(now, {p_.hidden.get(), p_.shape.hidden_size, true}); break;
+      case BATON_OP_LM_HEAD:
+        product(now, {batch_.logits, now.matrix->n, false});
+        if (batch_.argmax) argmax();
+        break;
+      case BATON_OP_ROPE_WRITE_KV: rotate_and_store(now.layer); break;
+      case BATON_OP_ATTENTION: attention(now.layer); break;
+      case BATON_OP_KEEP_SAMPLED_ROWS:
+        if (batch_.num_sampled == 0) return int(p_.ops.size());
+        keep_sampled_rows();
+        break;
+      case BATON_OP_COLLECTIVE:
+      case BATON_OP_CAPTURE: return op;
+      case BATON_OP_EMBED: embed(now.vector); break;
+      case BATON_OP_RMS_NORM:
+      case BATON_OP_SWIGLU: break;  // by the product that reads x
+    }
   }
   return op;
-}
-
-void Step::execute(const CompiledOp& op) {
-  switch (op.kind) {
-    case BATON_OP_LINEAR:
-      if (op.gated) return gated_product(op);
-      return product(op, {p_.wide.get(), op.matrix->n, false});
-    case BATON_OP_LINEAR_RESIDUAL: return product(op, {p_.hidden.get(), p_.shape.hidden_size, true});
-    case BATON_OP_LM_HEAD:
-      product(op, {batch_.logits, op.matrix->n, false});
-      if (batch_.argmax) argmax();
-      return;
-    case BATON_OP_ROPE_WRITE_KV: return rotate_and_store(op.layer);
-    case BATON_OP_ATTENTION: return attention(op.layer);
-    case BATON_OP_KEEP_SAMPLED_ROWS: return keep_sampled_rows();
-    case BATON_OP_EMBED: return embed(op.vector);
-    case BATON_OP_RMS_NORM:
-    case BATON_OP_SWIGLU:  // by the product that reads x
-    case BATON_OP_COLLECTIVE:
-    case BATON_OP_CAPTURE: return;
-  }
 }
 
 // Angles of every row, and zeros in each block that this step begins but does not fill: what a block's bytes are must
@@ -125,7 +122,7 @@ void Step::prepare(const CompiledOp& op, int row, const Activations& out, Thread
     p_.isa.swiglu(&p_.wide[size_t(row) * 2 * out.k], out.k, space.row.get());
   else
     x = &(op.source == Source::kWide ? p_.wide : p_.mixed)[size_t(row) * out.k];
-  p_.isa.to_activation(x, out, row);
+  p_.isa.to_activation(x, out, row, space.row.get());
 }
 
 template <typename Body>
@@ -138,7 +135,7 @@ void Step::each_part(const CompiledOp& op, int panels, int most, Body&& body) {
   }
   p_.products++;
   const int each = std::min(panels_per_task(panels, num_threads_), most), runs = (panels + each - 1) / each;
-  const size_t row_bytes = size_t(padded(w.k)) * element_bytes(activation_format(w.format));
+  const size_t row_bytes = size_t(padded(w.k)) * element_bytes(w.format);
   const int chunk = std::min(kChunkRows, std::max(kChunkRows / 8, int(kChunkBytes / row_bytes) / 32 * 32));
   const int chunks = (p_.rows + chunk - 1) / chunk;
   // Chunks one after the other, so that all threads work on the same one: it stays in L2 for all its panels.
