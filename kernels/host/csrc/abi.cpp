@@ -1,12 +1,30 @@
 // The C entry points: what Python sees of the library.
 #include "abi.h"
 
+#include <atomic>
+
 #include "pack.h"
 #include "step.h"
 
 using namespace baton;
 
 int32_t baton_abi_version(void) { return BATON_ABI_VERSION; }
+
+int64_t baton_read(BatonTeam* team, const void* memory, int64_t num_bytes) {
+  constexpr int64_t kAhead = 32 * kLineBytes, kWords = kLineBytes / sizeof(int64_t);
+  const int64_t each = num_bytes / team->num_threads() / kLineBytes * kLineBytes;
+  std::atomic<int64_t> total{0};
+  team->run(team->num_threads(), [&](int task, int) {
+    const char* begin = static_cast<const char*>(memory) + task * each;
+    int64_t sums[kWords] = {};
+    for (const char* line = begin; line < begin + each; line += kLineBytes) {
+      __builtin_prefetch(line + kAhead);
+      for (int i = 0; i < kWords; i++) sums[i] += reinterpret_cast<const int64_t*>(line)[i];
+    }
+    for (int64_t sum : sums) total += sum;
+  });
+  return total;
+}
 
 BatonProgram* baton_program_new(const char* isa, const BatonShape* shape, const BatonOp* ops, int32_t num_ops,
                                 const BatonMatrix* matrices, int32_t num_matrices, const char** error) {
@@ -21,6 +39,8 @@ BatonProgram* baton_program_new(const char* isa, const BatonShape* shape, const 
 void baton_program_free(BatonProgram* program) { delete program; }
 
 float* baton_program_hidden(BatonProgram* program) { return program->hidden.get(); }
+
+void baton_program_time(BatonProgram* program, double* seconds) { program->seconds = seconds; }
 
 int32_t baton_step(BatonProgram* program, BatonTeam* team, const BatonBatch* batch, int32_t first_op) {
   return Step(*program, *team, *batch).run(first_op);

@@ -97,6 +97,7 @@ struct BatonProgram {
   baton::ActivationBuffer activations{0, 0};
   std::vector<baton::ThreadSpace> threads;
   int rows = 0;           // of the step in execution: fewer once only sampled rows are kept
+  double* seconds = nullptr;  // of each op, the caller's; null: not timed
   uint64_t steps = 0;
   uint64_t products = 0;  // counts matrix products, to know for which of them a thread is prepared
 

@@ -5,6 +5,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -44,36 +45,40 @@ Step::~Step() {
 }
 
 int Step::run(int op) {
+  using Clock = std::chrono::steady_clock;
+  const int num_ops = int(p_.ops.size());
   if (op == 0) begin();
   list_attention_tasks();
-  for (; op < int(p_.ops.size()); op++) {
+  for (; op < num_ops; op++) {
     const CompiledOp& now = p_.ops[op];
-    switch (now.kind) {
-      case BATON_OP_LINEAR:
-        if (now.gated)
-          gated_product(now);
-        else
-          product(now, {p_.wide.get(), now.matrix->n, false});
-        break;
-      case BATON_OP_LINEAR_RESIDUAL: product(now, {p_.hidden.get(), p_.shape.hidden_size, true}); break;
-      case BATON_OP_LM_HEAD:
-        product(now, {batch_.logits, now.matrix->n, false});
-        if (batch_.argmax) argmax();
-        break;
-      case BATON_OP_ROPE_WRITE_KV: rotate_and_store(now.layer); break;
-      case BATON_OP_ATTENTION: attention(now.layer); break;
-      case BATON_OP_KEEP_SAMPLED_ROWS:
-        if (batch_.num_sampled == 0) return int(p_.ops.size());
-        keep_sampled_rows();
-        break;
-      case BATON_OP_COLLECTIVE:
-      case BATON_OP_CAPTURE: return op;
-      case BATON_OP_EMBED: embed(now.vector); break;
-      case BATON_OP_RMS_NORM:
-      case BATON_OP_SWIGLU: break;  // by the product that reads x
-    }
+    if (now.kind == BATON_OP_COLLECTIVE || now.kind == BATON_OP_CAPTURE) return op;
+    if (now.kind == BATON_OP_KEEP_SAMPLED_ROWS && batch_.num_sampled == 0) return num_ops;
+    const Clock::time_point began = p_.seconds ? Clock::now() : Clock::time_point();
+    execute(now);
+    if (p_.seconds) p_.seconds[op] += std::chrono::duration<double>(Clock::now() - began).count();
   }
   return op;
+}
+
+void Step::execute(const CompiledOp& op) {
+  switch (op.kind) {
+    case BATON_OP_LINEAR:
+      if (op.gated) return gated_product(op);
+      return product(op, {p_.wide.get(), op.matrix->n, false});
+    case BATON_OP_LINEAR_RESIDUAL: return product(op, {p_.hidden.get(), p_.shape.hidden_size, true});
+    case BATON_OP_LM_HEAD:
+      product(op, {batch_.logits, op.matrix->n, false});
+      if (batch_.argmax) argmax();
+      return;
+    case BATON_OP_ROPE_WRITE_KV: return rotate_and_store(op.layer);
+    case BATON_OP_ATTENTION: return attention(op.layer);
+    case BATON_OP_KEEP_SAMPLED_ROWS: return keep_sampled_rows();
+    case BATON_OP_EMBED: return embed(op.vector);
+    case BATON_OP_RMS_NORM:
+    case BATON_OP_SWIGLU:  // by the product that reads x
+    case BATON_OP_COLLECTIVE:
+    case BATON_OP_CAPTURE: return;
+  }
 }
 
 // Angles of every row, and zeros in each block that this step begins but does not fill: what a block's bytes are must
