@@ -40,3 +40,11 @@ def step(context: typer.Context) -> None:
     from baton.bench import step
 
     step.main(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def peers(context: typer.Context) -> None:
+    """Baton beside llama.cpp and vLLM on the same weights and cores; sets them up the first time."""
+    from baton.bench.peers import command
+
+    command.main(context.args, context.command_path)

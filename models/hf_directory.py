@@ -32,7 +32,7 @@ def read_hf(directory: Path) -> Checkpoint:
     mapped = {file: _open(file) for file in files}
 
     def read(part: str) -> Array:
-        name = their_name(part, _OUTER, "model.layers", _INNER)
+        name = tensor_name(part)
         if name not in where:
             raise SetupError(f"{directory} is incomplete: no safetensors file holds {name}. Fetch the model again.")
         array: Array = mapped[where[name]].get_tensor(name).to(torch.float32).numpy()
@@ -42,6 +42,11 @@ def read_hf(directory: Path) -> Checkpoint:
         return _text(directory / "tokenizer.json")
 
     return Checkpoint(spec, read, files, tokenizer_json, _chat_template(directory), config.get("bos_token_id"))
+
+
+def tensor_name(part: str) -> str:
+    """What a Llama's part is called in such a directory."""
+    return their_name(part, _OUTER, "model.layers", _INNER)
 
 
 def _spec(directory: Path, config: Mapping[str, Any]) -> ModelSpec:

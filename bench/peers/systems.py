@@ -1,0 +1,179 @@
+"""What is measured: Baton, llama.cpp's server and vLLM, each as it is started, and the way up and down again.
+
+1. a `System` says how it is started, and with what
+2. `up` starts it on a free port and asks for one token: the time from the start to that token is its start-up
+3. rows.py asks it over HTTP
+4. it and its children end with `up`
+
+All hold as much KV in all (KV_BYTES), and as many sequences may run as any row sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from baton.bench.load.client import Client, Failed
+from baton.bench.load.openai import Dialect, first_model, probe
+from baton.bench.load.run import Met, Target, meet
+from baton.bench.peers.limits import kv_bytes_per_token
+from baton.bench.stack import free_port, serving
+from baton.cli.stack import end_group
+from baton.core.config import child_env
+from baton.core.errors import SetupError
+from baton.models.spec import ModelSpec
+
+KV_BYTES = 2 << 30
+NUM_SEQUENCES = 32
+APART_ROWS = frozenset({"prefill_2048", "out_8", "memory"})
+"""Of a disaggregated Baton: its memory, after some work."""
+LLAMA_CONTEXT_STEP = 256
+START_TIMEOUT_S, STOP_TIMEOUT_S, POLL_S = 600.0, 30.0, 0.05
+LAST_LINES = 12
+VLLM_PRELOADED = ("libtcmalloc_minimal.so*", "libiomp5.so")
+"""vLLM warns that it is slow without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    name: str
+    peer: str
+    """Whose it is: baton, llama.cpp or vllm."""
+    form: str
+    """Of the weights, in Baton's words."""
+    start: Callable[[], contextlib.AbstractAsyncContextManager[tuple[str, int]]]
+    """Up when entered, at (base URL, process id); gone afterwards."""
+    alone: tuple[str, ...] | None = None
+    """A command that starts the engine without a server, and ends when it has a first token."""
+    only_rows: frozenset[str] | None = None
+    """None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A system that answers."""
+
+    met: Met
+    pids: frozenset[int]
+    first_token_s: float
+
+
+@contextlib.asynccontextmanager
+async def up(system: System, tokenizer: Path, seed: str) -> AsyncIterator[Up]:
+    """Raises SetupError if it does not come up."""
+    now = asyncio.get_running_loop().time
+    began_s = now()
+    async with system.start() as (url, pid):
+        async with Client(url) as client:
+            dialect = Dialect("completions", await first_model(client))
+            _, first = await probe(client, dialect, " river")
+        target = Target(url, model=dialect.model, tokenizer=tokenizer, server_pids=frozenset({pid}))
+        async with meet(target, seed) as met:
+            yield Up(met, target.server_pids, first.event_s[0] - began_s)
+
+
+# ---- Baton -----------------------------------------------------------------------------------------------------------
+
+
+def baton(form: str, threads: int, settings: Sequence[str], python: str) -> System:
+    """One worker that does both, with every thread. It gets a prefill worker's budgets: nobody prefills for it."""
+    chosen = (*settings, f"engine.quantization={form}", f"engine.threads={threads}",
+              f"engine.kv_memory_bytes={KV_BYTES}", "decode.max_step_tokens=512", "decode.max_chunk_tokens=512")
+    words = _set(chosen)
+    alone = (python, "-m", "baton.bench.peers.first_token", *words)
+    return System(f"baton {form}", "baton", form, lambda: serving(("--prefill", "0", "--decode", "1", *words)), alone)
+
+
+def baton_apart(form: str, threads: int, settings: Sequence[str]) -> System:
+    """One prefill and one decode worker, the threads and the KV memory halved between them."""
+    chosen = (*settings, f"engine.quantization={form}", f"engine.threads={max(threads // 2, 1)}",
+              f"engine.kv_memory_bytes={KV_BYTES // 2}")
+    words = ("--prefill", "1", "--decode", "1", *_set(chosen))
+    return System(f"baton {form} 1P+1D", "baton", form, lambda: serving(words), only_rows=APART_ROWS)
+
+
+def _set(settings: Sequence[str]) -> tuple[str, ...]:
+    return tuple(word for setting in settings for word in ("--set", setting))
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def llama_cpp(form: str, gguf: Path, programs: Path, threads: int, spec: ModelSpec) -> System:
+    """A slot per sequence, which shares the KV memory evenly. Slots keep their prefix; the second copy that the server
+    would keep in RAM is off, for it costs time and memory here and finds nothing that a slot does not hold."""
+    per_slot = KV_BYTES // kv_bytes_per_token(spec) // NUM_SEQUENCES // LLAMA_CONTEXT_STEP * LLAMA_CONTEXT_STEP
+    options = ("--threads", str(threads), "--threads-batch", str(threads), "--parallel", str(NUM_SEQUENCES),
+               "--ctx-size", str(per_slot * NUM_SEQUENCES), "--cache-ram", "0", "--no-webui")
+    command = (str(programs / "llama-server"), "--model", str(gguf), *options)
+
+    def start() -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
+        return child(lambda port: (*command, "--port", str(port)), "/health", _environment(threads))
+
+    return System(f"llama.cpp {gguf.stem}", "llama.cpp", form, start)
+
+
+def vllm(directory: Path, python: Path, threads: int, cores: Sequence[int], spec: ModelSpec) -> System:
+    command = (str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--dtype", "bfloat16",
+               "--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(NUM_SEQUENCES),
+               "--served-model-name", "model", "--host", "127.0.0.1")
+    environment = _environment(threads) | {
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_BYTES >> 30),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[:threads])),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LD_PRELOAD": ":".join(_preloaded(python.parents[1])),
+    }
+
+    def start() -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
+        return child(lambda port: (*command, "--port", str(port)), "/health", environment)
+
+    return System("vllm bf16", "vllm", "bf16", start)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The caller's own number of OpenMP threads is for other programs."""
+    return {**child_env(threads), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
+def _preloaded(environment: Path) -> list[str]:
+    found = [sorted(environment.glob(f"lib/**/{pattern}")) for pattern in VLLM_PRELOADED]
+    return [str(files[0]) for files in found if files]
+
+
+@contextlib.asynccontextmanager
+async def child(
+    command: Callable[[int], Sequence[str]], ready_path: str, environment: Mapping[str, str]
+) -> AsyncIterator[tuple[str, int]]:
+    """A server in a session of its own, from when it says that it is ready until the end of it and its children.
+    Raises SetupError, with what it said last, if that does not come."""
+    port = free_port()
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            *command(port), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            await _until_ready(process, f"http://127.0.0.1:{port}", ready_path, log)
+            yield f"http://127.0.0.1:{port}", process.pid
+        finally:
+            await end_group(process, signal.SIGINT, STOP_TIMEOUT_S)
+
+
+async def _until_ready(process: asyncio.subprocess.Process, url: str, path: str, log: IO[bytes]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(START_TIMEOUT_S), Client(url) as client:
+            while process.returncode is None:
+                with contextlib.suppress(Failed):
+                    await client.get(path)
+                    return
+                await asyncio.sleep(POLL_S)
+    log.seek(0)
+    said = log.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
+    raise SetupError("it did not come up; it said last:\n  " + "\n  ".join(said))
