@@ -3,10 +3,11 @@
 A whole worker (node, scheduler, step loop, streams, message encoding) runs in this process on the engine that the
 configuration gives, and requests decode together on it. Measured per step:
 
-    kernels    inside the engine's one call
-    gap        from the end of that call to the beginning of the next: what is not hidden, and on a busy machine what
-               others did meanwhile
-    glue       CPU time that the compute thread spent in the gap: sampling, filling in tokens, the queue
+    kernels    from the beginning of the engine's step to its end
+    gap        from there to the beginning of the next: what is not hidden, and on a busy machine what others did
+               meanwhile
+    glue       CPU time that the thread which waits for steps spent between two: results, or of torch all that the gap
+               is made of
     loop       CPU time of the event loop's thread: schedule, commit, listeners, messages. Hidden, while gaps stay small
     hidden     loop / (loop + gap)
     share      gap / (gap + kernels): of a step, what Python costs its requests
@@ -34,6 +35,7 @@ from baton.core.worker import Route
 from baton.decode_node.policy import decode_policy
 from baton.engine.hash_runner import HashRunner
 from baton.engine.host_runner import HostRunner
+from baton.kernels.host import library
 from baton.models.catalog import open_model
 from baton.wire import codec
 from baton.wire.client import GrpcDial
@@ -44,18 +46,13 @@ PROMPT_TOKENS, WARM_UP_STEPS = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Instant:
-    """In the compute thread."""
+class Spell:
+    """One step in the engine, and the CPU time of the thread that waited for it, then and afterwards."""
 
-    at_s: float
-    cpu_s: float
-
-    @classmethod
-    def now(cls) -> Instant:
-        return cls(time.perf_counter(), time.thread_time())
-
-
-Spans = list[tuple[Instant, Instant]]
+    began_s: float
+    ended_s: float
+    cpu_before_s: float
+    cpu_after_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,50 +98,54 @@ async def measured(config: Config, batch: int, num_steps: int, sampling: Samplin
         stack.push_async_callback(dial.close)
         policy = decode_policy(config, files.spec.eos_token_ids)
         node = await open_node(files, config, "bench", policy, dial, stack)
-        spans = watch_kernels(node.parts.runner)
+        spells = watch_kernels(node.parts.runner)
         turning = asyncio.create_task(node.run())
         try:
-            return await _decode(node, spans, batch, num_steps, sampling)
+            return await _decode(node, spells, batch, num_steps, sampling)
         finally:
             turning.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await turning  # what broke the worker says more than its broken stream
 
 
-def watch_kernels(runner: Runner) -> Spans:
-    """When the engine's one call of each step began and ended, from now on. Raises SetupError for the hash model."""
+def watch_kernels(runner: Runner) -> list[Spell]:
+    """When the engine's part of each step began and ended, from now on. Raises SetupError for the hash model."""
     if isinstance(runner, HashRunner):
         raise SetupError("the hash model has no kernels to wait for. Set model.name to a real one.")
-    spans: Spans = []
+    spells: list[Spell] = []
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            began = Instant.now()
-            answer = call(*arguments)
-            spans.append((began, Instant.now()))
-            return answer
+    def wait(line: int, job: library.Job) -> None:
+        cpu_s = time.thread_time()
+        inner.baton_line_wait(line, job)
+        spells.append(Spell(job.began_s, job.ended_s, cpu_s, time.thread_time()))
 
-        return timed
+    def logits(*arguments: Any) -> Any:
+        began_s, cpu_s = time.perf_counter(), time.thread_time()
+        answer = computed(*arguments)
+        spells.append(Spell(began_s, time.perf_counter(), cpu_s, time.thread_time()))
+        return answer
 
     if isinstance(runner, HostRunner):
-        vars(runner)["_library"] = _Library(runner._library, watched(runner._library.baton_step))
+        inner = runner._library
+        vars(runner)["_library"] = _Library(inner, wait)
     else:
-        vars(runner)["logits"] = watched(vars(type(runner))["logits"].__get__(runner))
-    return spans
+        computed = vars(type(runner))["logits"].__get__(runner)
+        vars(runner)["logits"] = logits
+    return spells
 
 
 @dataclasses.dataclass(frozen=True)
 class _Library:
-    """The host library with another `baton_step`."""
+    """The host library with another `baton_line_wait`."""
 
     inner: Any
-    baton_step: Callable[..., Any]
+    baton_line_wait: Callable[[int, library.Job], None]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
 
-async def _decode(node: WorkerNode, spans: Spans, batch: int, num_steps: int, sampling: SamplingParams) -> Cost:
+async def _decode(node: WorkerNode, spells: list[Spell], batch: int, num_steps: int, sampling: SamplingParams) -> Cost:
     up: asyncio.Queue[UpMessage] = asyncio.Queue()
     up.put_nowait(Hello("bench"))
     for i in range(batch):
@@ -153,16 +154,16 @@ async def _decode(node: WorkerNode, spans: Spans, batch: int, num_steps: int, sa
     told = [0] * batch
     async with contextlib.aclosing(_stream(node, up)) as messages:
         await _read(messages, told, WARM_UP_STEPS)
-        first, cpu_s = len(spans), time.thread_time()
+        first, cpu_s = len(spells), time.thread_time()
         await _read(messages, told, WARM_UP_STEPS + num_steps)
-        seen, cpu_s = spans[first:], time.thread_time() - cpu_s
-    pairs = [(before, after) for (_, before), (after, _) in zip(seen, seen[1:], strict=False)]
-    gaps = [after.at_s - before.at_s for before, after in pairs]
+        seen, cpu_s = spells[first:], time.thread_time() - cpu_s
+    pairs = list(zip(seen, seen[1:], strict=False))
+    gaps = [after.began_s - before.ended_s for before, after in pairs]
     return Cost(
-        statistics.median(end.at_s - begin.at_s for begin, end in seen),
+        statistics.median(spell.ended_s - spell.began_s for spell in seen),
         statistics.median(gaps),
         statistics.quantiles(gaps, n=10)[-1],
-        statistics.median(after.cpu_s - before.cpu_s for before, after in pairs),
+        statistics.median(after.cpu_before_s - before.cpu_after_s for before, after in pairs),
         cpu_s / len(seen),
     )
 

@@ -4,21 +4,23 @@ Owns the compute thread, the team of threads that helps it, the packed weights a
 which model it runs (the op list says), who owns a block, or why a chunk is in the step. Needs no torch.
 
 Life of a step:
-1. `execute` makes flat arrays (`_Batch`) of its chunks, mostly while the step before computes, and queues it for the
-   one compute thread.
-2. There, tokens that the step before sampled are filled in, and C runs the whole op list, without the interpreter's
-   lock.
-3. Meanwhile, if somebody wants to hear of layers, the event loop looks at the word in which C counts them.
-4. Last rows of chunks that sample have logits and their greatest; the sampler makes a token of each choice.
+1. `execute` makes flat arrays (`_Work`) of its chunks, mostly while the step before computes, and puts them on C's
+   line: its thread begins them the moment the step before is done, with the tokens which that has chosen. No Python
+   runs between two steps.
+2. Meanwhile, if somebody wants to hear of layers, the event loop looks at the word in which C counts them.
+3. C chooses the tokens of *plain* rows (greedy or with a temperature and filters). Our thread, which waits for the
+   step, makes the result: tokens of the other rows, with penalties or several choices, and log-probs.
+
+A step that needs a token which C did not choose is put later, by our thread, when it has made it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ from baton.core.layout import KVLayout
 from baton.core.request import SampledToken
 from baton.core.step import ScheduledChunk, Step, StepResult
 from baton.engine.backend import Backend
-from baton.engine.sampler import Ids, Logits, SampledRow, sample
+from baton.engine.sampler import Logits, SampledRow, outcome
 from baton.kernels.host import library
 from baton.models.compile import (
     Embed,
@@ -54,54 +56,106 @@ LAYERS_POLL_S = 0.001
 """How often the loop looks how many layers are done: a few times per published part of a prompt."""
 
 Ints = NDArray[np.int32]
+Bytes = NDArray[np.uint8]
 _KINDS: dict[type[Op], str] = {
     Embed: "embed", RMSNorm: "rms_norm", Linear: "linear", LinearResidual: "linear_residual",
     RopeAndWriteKV: "rope_write_kv", PagedAttention: "attention", KeepSampledRows: "keep_sampled_rows",
     SwiGLU: "swiglu", LMHead: "lm_head",
 }
 
+_CHOICE = np.dtype(library.Choice)
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A step's chunks as the arrays that C reads."""
 
-    tokens: Ints
-    spans: Ints
-    """[num_chunks, 4]: library.Span."""
-    blocks: Ints
-    sampled: Ints
-    sampling: list[int]
-    """Indices of the chunks that sample, and below how."""
-    rows: list[SampledRow]
-    unknown: list[tuple[int, int]]
-    """(row, index of its chunk) of each token that the step before samples."""
+class _Work:
+    """A step's chunks as what C reads and writes. It must live until the step is done."""
 
-    @classmethod
-    def of(cls, chunks: Sequence[ScheduledChunk]) -> _Batch:
-        spans, sampled, sampling, rows, unknown, row, first_block = [], [], [], [], [], 0, 0
+    def __init__(self, chunks: Sequence[ScheduledChunk], before: _Work | None) -> None:
+        """`before`: the work of the step before, if a token comes from it."""
+        self.chunks = chunks
+        self.sampling: list[int] = []
+        """Indices of the chunks that sample, and below how."""
+        self.rows: list[SampledRow] = []
+        self.unknown: list[tuple[int, int]] = []
+        """(row, index of its chunk) of each token that the step before brings and C does not fill in."""
+        self.layers = np.zeros(1, np.int32)
+        self.logits: Logits = np.empty((0, 0), np.float32)
+        spans, sampled, sources, row, first_block = [], [], [], 0, 0
         for index, chunk in enumerate(chunks):
             if chunk.token_from is not None:
-                unknown.append((row, index))
+                source = before.place(chunk.token_from) if before is not None else None
+                if source is None:
+                    self.unknown.append((row, index))
+                else:
+                    sources.append((row, source))
             num_rows = len(chunk.token_ids)
             spans.append((row, num_rows, chunk.start, first_block))
             row += num_rows
             first_block += len(chunk.block_table)
             if chunk.choices:
                 sampled.append(row - 1)
-                sampling.append(index)
-                rows.append(SampledRow.of(chunk))
-        tokens = np.fromiter(itertools.chain.from_iterable(c.token_ids for c in chunks), np.int32, row)
-        blocks = np.fromiter(itertools.chain.from_iterable(c.block_table for c in chunks), np.int32, first_block)
-        return cls(
-            tokens, np.array(spans, np.int32), blocks, np.array(sampled, np.int32), sampling, rows, unknown)
+                self.sampling.append(index)
+                self.rows.append(SampledRow.of(chunk))
+        self.tokens = np.fromiter(itertools.chain.from_iterable(c.token_ids for c in chunks), np.int32, row)
+        self.blocks = np.fromiter(itertools.chain.from_iterable(c.block_table for c in chunks), np.int32, first_block)
+        self.spans, self.sampled = np.array(spans, np.int32), np.array(sampled, np.int32)
+        self.sources, self.choices = np.array(sources, np.int32), _choices(self.rows)
+        self.largest, self.chosen = np.empty(len(sampled), np.int32), np.empty(len(sampled), np.int32)
+        self.peaks = np.empty(len(sampled), np.float32)
+        self.job = library.Job()
 
-    def fill(self, chunks: Sequence[ScheduledChunk], before: StepResult | None) -> None:
-        """The tokens that the step before sampled."""
+    @property
+    def reads_logits(self) -> bool:
+        """Once C is done with them."""
+        return any(not row.is_plain or row.sampling.logprobs is not None for row in self.rows)
+
+    def place(self, index: int) -> int | None:
+        """Of chunk `index` among the sampled rows, if C chooses its token."""
+        if index not in self.sampling:
+            return None
+        place = self.sampling.index(index)
+        return place if self.rows[place].is_plain else None
+
+    def fill(self, before: StepResult | None) -> None:
+        """The tokens that C does not fill in."""
         for row, index in self.unknown:
-            chunk = chunks[index].filled(before)
+            chunk = self.chunks[index].filled(before)
             self.tokens[row] = chunk.token_ids[0]
             if chunk.history:
                 self.rows[self.sampling.index(index)] = SampledRow.of(chunk)
+
+    def given(self, pool: Bytes, logits: Logits) -> library.Job:
+        """What C gets."""
+        self.logits, job = logits[: len(self.sampled)], self.job
+        job.batch = library.Batch(
+            self.tokens.ctypes.data, self.spans.ctypes.data, self.blocks.ctypes.data, self.sampled.ctypes.data,
+            pool.ctypes.data, logits.ctypes.data, self.largest.ctypes.data, self.layers.ctypes.data,
+            len(self.tokens), len(self.spans), len(self.sampled), 0)
+        job.tokens, job.sources, job.choices = job.batch.tokens, self.sources.ctypes.data, self.choices.ctypes.data
+        job.chosen, job.greatest, job.num_sources = self.chosen.ctypes.data, self.peaks.ctypes.data, len(self.sources)
+        return job
+
+    def result(self) -> StepResult:
+        """Once C is done."""
+        tokens: list[tuple[SampledToken, ...]] = [()] * len(self.chunks)
+        failed: dict[int, BatonError] = {}
+        rows = zip(self.sampling, self.rows, self.chosen.tolist(), self.peaks.tolist(), self.logits, strict=True)
+        for index, row, token, peak, logits in rows:
+            came = outcome(row, token if row.is_plain else None, peak, logits)
+            if isinstance(came, BatonError):
+                failed[index] = came
+            else:
+                tokens[index] = came
+        return StepResult(tuple(tokens), failed)
+
+
+def _choices(rows: Sequence[SampledRow]) -> NDArray[np.void]:
+    """library.Choice of each. Rows that are not plain are greedy here: nobody looks at their token."""
+    choices = np.zeros(len(rows), _CHOICE)
+    for i, row in enumerate(rows):
+        how = row.sampling
+        if row.is_plain and how.temperature:
+            choices[i] = (row.seed, row.position, how.temperature, how.top_p, how.min_p, how.top_k, row.choices[0])
+    return choices
 
 
 class HostRunner:
@@ -120,18 +174,31 @@ class HostRunner:
         self._program = _program(spec, layout, backend.isa, self._packed, self._arrays)
         self._num_layers, self._vocab_size = layout.num_layers, spec.vocab_size
         self._pool = np.frombuffer(memory, np.uint8)
-        self._logits: Logits = np.empty((0, spec.vocab_size), np.float32)
-        self._thread = ThreadPoolExecutor(1, "baton-compute")
+        self._logits = [np.empty((0, spec.vocab_size), np.float32)] * 3
+        """Of steps whose logits we read, in turn: one is read while the next is written; and of all others."""
+        self._thread = ThreadPoolExecutor(1, "baton-steps")
         self._team = self._library.baton_team_new(threads, SPIN_US)
+        self._line = self._library.baton_line_new(self._program, self._team)
+        self._works: deque[tuple[_Work, bool]] = deque()
+        """Not done, and whether the line has them. The event loop's."""
+        self._num_works = 0
         self._before: StepResult | None = None
-        """The compute thread's: result of the last step, none if it broke."""
+        """Our thread's: result of the last step, none if it broke."""
 
     def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> Awaitable[StepResult]:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
-        layers = np.zeros(1, np.int32)
-        batch = _Batch.of(step.chunks)
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, step, batch, layers)
-        return running if on_layers is None else self._watch(running, layers, on_layers)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[StepResult] = loop.create_future()
+        work = _Work(step.chunks, self._works[-1][0] if self._works else None)
+        self._num_works += 1
+        # The logits of two steps can be kept; and a step that waits for our thread keeps those behind it waiting.
+        is_put = not work.unknown and len(self._works) < 2 and all(put for _, put in self._works)
+        self._works.append((work, is_put))
+        place = self._num_works % 2
+        if is_put:
+            self._put(work, place)
+        self._thread.submit(self._finish, work, None if is_put else place, loop, done)
+        return done if on_layers is None else self._watch(done, work.layers, on_layers)
 
     async def _watch(
         self, running: asyncio.Future[StepResult], layers: Ints, on_layers: Callable[[int], None]
@@ -152,48 +219,59 @@ class HostRunner:
         self._thread.shutdown(wait=False)
 
     def _let_go(self) -> None:
+        self._library.baton_line_free(self._line)
         self._library.baton_program_free(self._program)
         self._library.baton_team_free(self._team)
         self._packed.close()
         self._arrays = {}
         self._pool = np.empty(0, np.uint8)
 
-    def _run(self, step: Step, batch: _Batch, layers: Ints) -> StepResult:
+    def _put(self, work: _Work, place: int) -> None:
+        self._library.baton_line_put(self._line, work.given(self._pool, self._room(work, place)))
+
+    def _room(self, work: _Work, place: int) -> Logits:
+        """For the logits of a step."""
+        place = place if work.reads_logits else 2
+        if len(self._logits[place]) < len(work.sampled):
+            self._logits[place] = np.empty((len(work.sampled), self._vocab_size), np.float32)
+        return self._logits[place]
+
+    def _finish(
+        self, work: _Work, place: int | None, loop: asyncio.AbstractEventLoop, done: asyncio.Future[StepResult]
+    ) -> None:
+        """In our thread: see the step to its end, and tell the event loop. `place`: it is not put yet."""
         before, self._before = self._before, None
-        batch.fill(step.chunks, before)
-        tokens: list[tuple[SampledToken, ...]] = [()] * len(step.chunks)
-        failed: dict[int, BatonError] = {}
-        logits, largest = self._compute(batch, layers)
-        for i, outcome in zip(batch.sampling, sample(logits, batch.rows, largest), strict=True):
-            if isinstance(outcome, BatonError):
-                failed[i] = outcome
-            else:
-                tokens[i] = outcome
-        self._before = StepResult(tuple(tokens), failed)
-        return self._before
+        try:
+            if place is not None:
+                work.fill(before)
+                self._put(work, place)
+            self._library.baton_line_wait(self._line, work.job)
+            self._before = work.result()
+            loop.call_soon_threadsafe(self._done, done, self._before, None)
+        except BaseException as e:
+            loop.call_soon_threadsafe(self._done, done, None, e)
+
+    def _done(self, done: asyncio.Future[StepResult], result: StepResult | None, error: BaseException | None) -> None:
+        self._works.popleft()
+        if done.cancelled():
+            return
+        if result is not None:
+            done.set_result(result)
+        elif error is not None:
+            done.set_exception(error)
 
     def logits(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         """Run the op list: [number of chunks that sample, vocab_size], in their order. A test may call it while no
         step is in execution."""
-        return self._compute(_Batch.of(chunks), np.zeros(1, np.int32))[0].copy()
+        work = _Work(chunks, None)
+        logits = np.empty((len(work.sampled), self._vocab_size), np.float32)
+        self._library.baton_step(self._program, self._team, work.given(self._pool, logits).batch, 0)
+        return logits
 
     def time_ops(self, seconds: NDArray[np.float64] | None) -> None:
         """Add the seconds of each op to its place in `seconds`, which must live on; None: no more of that. Not while a
         step is in execution."""
         self._library.baton_program_time(self._program, None if seconds is None else seconds.ctypes.data)
-
-    def _compute(self, batch: _Batch, layers: Ints) -> tuple[Logits, Ids]:
-        """Logits, good until the next step, and where each row's greatest is."""
-        num_sampled = len(batch.sampled)
-        if num_sampled > len(self._logits):
-            self._logits = np.empty((num_sampled, self._vocab_size), np.float32)
-        largest = np.empty(num_sampled, np.int32)
-        given = library.Batch(
-            batch.tokens.ctypes.data, batch.spans.ctypes.data, batch.blocks.ctypes.data, batch.sampled.ctypes.data,
-            self._pool.ctypes.data, self._logits.ctypes.data, largest.ctypes.data, layers.ctypes.data,
-            len(batch.tokens), len(batch.spans), num_sampled, 0)
-        self._library.baton_step(self._program, self._team, given, 0)
-        return self._logits[:num_sampled], largest.astype(np.int64)
 
 
 def _program(

@@ -46,29 +46,45 @@ class SampledRow:
     num_prompt_tokens: int = 0
     """How many of them are the prompt."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Its token follows from the logits and one draw: nothing is added to them before."""
+        return not _adjusts(self.sampling) and (self.sampling.temperature == 0.0 or len(self.choices) == 1)
+
+    @property
+    def is_greedy(self) -> bool:
+        """The largest logit's token is the one."""
+        return self.sampling.temperature == 0.0 and not _adjusts(self.sampling)
+
     @classmethod
     def of(cls, chunk: ScheduledChunk) -> SampledRow:
         return cls(chunk.sampling, chunk.seed, chunk.end, chunk.choices, chunk.history, chunk.num_prompt_tokens)
 
 
-def sample(
-    logits: Logits, rows: Sequence[SampledRow], largest: Ids | None = None
-) -> list[tuple[SampledToken, ...] | BatonError]:
+def sample(logits: Logits, rows: Sequence[SampledRow]) -> list[tuple[SampledToken, ...] | BatonError]:
     """logits [num_rows, vocab_size] fp32 -> one token for each choice of each row, or why a row has none. Ties go to
-    the lower token id. `largest`: each row's argmax, where the runner knows it; NaN counts as larger than all."""
+    the lower token id."""
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
-    if largest is None:
-        largest = logits.argmax(axis=-1)
+    largest = logits.argmax(axis=-1)  # NaN counts as larger than all
     peaks = logits[np.arange(len(rows)), largest].tolist()
-    outcomes: list[tuple[SampledToken, ...] | BatonError] = []
-    for i, (row, token, peak) in enumerate(zip(rows, largest.tolist(), peaks, strict=True)):
-        if not math.isfinite(peak):
-            outcomes.append(_not_finite(row, peak))
-        elif _is_plain(row.sampling):
-            outcomes.append((SampledToken(token),) * len(row.choices))
-        else:
-            outcomes.append(_sample_row(logits[i], row))
-    return outcomes
+    return [
+        outcome(row, token if row.is_greedy else None, peak, raw)
+        for row, token, peak, raw in zip(rows, largest.tolist(), peaks, logits, strict=True)
+    ]
+
+
+def outcome(
+    row: SampledRow, token: int | None, peak: float, raw: Logits
+) -> tuple[SampledToken, ...] | BatonError:
+    """What becomes of a row, whose greatest logit is `peak`. `token` is every choice's, if somebody has chosen it
+    already; then `raw` matters only for log-probs."""
+    if not math.isfinite(peak):
+        return _not_finite(row, peak)
+    if token is None:
+        return _sample_row(raw, row)
+    if row.sampling.logprobs is None:
+        return (SampledToken(token),) * len(row.choices)
+    return (SampledToken(token, logprobs(raw, (token,), row.sampling.logprobs)[0]),) * len(row.choices)
 
 
 def _not_finite(row: SampledRow, peak: float) -> BatonError:
@@ -76,11 +92,6 @@ def _not_finite(row: SampledRow, peak: float) -> BatonError:
         f"the logits of the token at position {row.position} are not finite (largest: {peak}). "
         "The KV they were computed from is not used again."
     )
-
-
-def _is_plain(sampling: SamplingParams) -> bool:
-    """Greedy, and nothing else asked for: the largest logit is all there is to know."""
-    return sampling.temperature == 0.0 and sampling.logprobs is None and not _adjusts(sampling)
 
 
 def _sample_row(raw: Logits, row: SampledRow) -> tuple[SampledToken, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -66,6 +66,22 @@ class Batch(ctypes.Structure):
         *((name, c_int32) for name in ("num_rows", "num_spans", "num_sampled", "reserved"))]
 
 
+class Choice(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("seed", c_uint64), ("position", c_uint64), *((name, c_double) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", c_int32), ("choice", c_int32)]
+
+
+class Source(ctypes.Structure):
+    _fields_: ClassVar = [("row", c_int32), ("sampled", c_int32)]
+
+
+class Job(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("batch", Batch), *((name, c_void_p) for name in ("tokens", "sources", "choices", "chosen", "greatest")),
+        ("began_s", c_double), ("ended_s", c_double), ("num_sources", c_int32), ("done", c_int32)]
+
+
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_abi_version": (c_int32, ()),
     "baton_best_isa": (c_char_p, ()),
@@ -84,8 +100,13 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_program_hidden": (POINTER(c_float), (c_void_p,)),
     "baton_program_time": (None, (c_void_p, c_void_p)),
     "baton_step": (c_int32, (c_void_p, c_void_p, POINTER(Batch), c_int32)),
+    "baton_line_new": (c_void_p, (c_void_p, c_void_p)),
+    "baton_line_put": (None, (c_void_p, POINTER(Job))),
+    "baton_line_wait": (None, (c_void_p, POINTER(Job))),
+    "baton_line_free": (None, (c_void_p,)),
     "baton_linear": (None, (c_char_p, c_void_p, c_void_p, c_int32, POINTER(Matrix), c_void_p, c_int32)),
     "baton_attention": (None, (c_char_p, c_void_p, POINTER(Shape), POINTER(Batch), c_int32, c_void_p, c_void_p)),
+    "baton_choose": (c_int32, (c_char_p, c_void_p, c_int32, c_int32, POINTER(Choice))),
     "baton_rms_norm": (None, (c_char_p, c_void_p, c_void_p, c_float, c_int32, c_void_p)),
     "baton_swiglu": (None, (c_char_p, c_void_p, c_int32, c_void_p)),
     "baton_rope": (None, (c_char_p, c_void_p, c_void_p, c_int32)),

@@ -314,6 +314,18 @@ def test_a_sequence_whose_kv_is_no_number_fails_alone(files: ModelFiles) -> None
     assert spoiled.tokens == (sound.tokens[0], (), sound.tokens[2])
 
 
+def test_a_caller_who_leaves_does_not_stop_the_step_that_the_next_one_stands_on(files: ModelFiles) -> None:
+    async def left(runner: HostRunner) -> StepResult:
+        gone = asyncio.ensure_future(runner.execute(Step(0, (chunk(TOKENS[:30], 0, (0, 1), samples=False),))))
+        gone.cancel()
+        return await runner.execute(Step(1, (chunk(TOKENS[30:32], 30, (0, 1)),)))
+
+    with opened(files, 2) as (runner, _):
+        wanted = executed(runner, Step(0, (chunk(TOKENS[:32], 0, (0, 1)),)))
+    with opened(files, 2) as (runner, _):
+        assert asyncio.run(left(runner)) == wanted
+
+
 def test_one_row_gives_every_choice_its_own_token(files: ModelFiles) -> None:
     sampling = SamplingParams(temperature=5.0)
     leader = dataclasses.replace(chunk(TOKENS[:20], 0, (0, 1), sampling, seed=4), choices=(0, 1, 2, 3))

@@ -224,5 +224,6 @@ def test_an_instruction_set_that_nobody_has_is_refused(model: Model) -> None:
 
 def test_the_mirrors_of_c_structures_have_their_sizes() -> None:
     """Of abi.h on every 64-bit machine: a field added on one side alone shifts all that follow."""
-    sizes = {library.Matrix: 24, library.Op: 24, library.Shape: 48, library.Span: 16, library.Batch: 80}
+    sizes = {library.Matrix: 24, library.Op: 24, library.Shape: 48, library.Span: 16, library.Batch: 80,
+             library.Choice: 48, library.Source: 8, library.Job: 144}
     assert {kind: ctypes.sizeof(kind) for kind in sizes} == sizes

@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "choose.h"
 #include "pack.h"
 #include "step.h"
 
@@ -77,6 +78,10 @@ void baton_attention(const char* isa, BatonTeam* team, const BatonShape* shape, 
     }
     if (table.thread_end) table.thread_end();
   });
+}
+
+int32_t baton_choose(const char* isa, const float* logits, int32_t n, int32_t greatest, const BatonChoice* choice) {
+  return Chooser(*find_isa(isa), n).choose(logits, greatest, *choice);
 }
 
 void baton_rms_norm(const char* isa, const float* x, const float* weight, float eps, int32_t n, float* out) {

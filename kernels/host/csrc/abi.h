@@ -81,8 +81,36 @@ typedef struct {
   int32_t num_rows, num_spans, num_sampled, reserved;
 } BatonBatch;
 
+/* How a sampled row becomes a token; engine/sampler.py says what the filters and the counter mean. */
+typedef struct {
+  uint64_t seed, position;  /* key and part of the counter of its draw */
+  double temperature;       /* 0: the greatest logit, whatever the rest says */
+  double top_p, min_p;      /* 1 and 0: off */
+  int32_t top_k;            /* 0: off */
+  int32_t choice;           /* part of the counter */
+} BatonChoice;
+
+/* tokens[row] is what sampled row `sampled` of the job before became. */
+typedef struct {
+  int32_t row, sampled;
+} BatonSource;
+
+/* A step for a line. All of it is the caller's, and left alone from baton_line_put until baton_line_wait. */
+typedef struct {
+  BatonBatch batch;            /* with argmax, and without first_op: a whole step */
+  int32_t* tokens;             /* batch.tokens, which `sources` complete */
+  const BatonSource* sources;  /* [num_sources] */
+  const BatonChoice* choices;  /* [num_sampled] */
+  int32_t* chosen;             /* [num_sampled], out */
+  float* greatest;             /* [num_sampled], out: the greatest logit. Not finite: `chosen` means nothing */
+  double began_s, ended_s;     /* out, on CLOCK_MONOTONIC */
+  int32_t num_sources;
+  int32_t done;                /* the line's own */
+} BatonJob;
+
 typedef struct BatonProgram BatonProgram;
 typedef struct BatonTeam BatonTeam;
+typedef struct BatonLine BatonLine;
 
 int32_t baton_abi_version(void);
 /* The best instruction set of this CPU among "amx", "avx512" (with bf16 and vnni), "avx2", "scalar". */
@@ -118,6 +146,15 @@ float* baton_program_hidden(BatonProgram* program);
 void baton_program_time(BatonProgram* program, double* seconds);
 int32_t baton_step(BatonProgram* program, BatonTeam* team, const BatonBatch* batch, int32_t first_op);
 
+/* A thread that runs jobs in the order in which they are put, each the moment the one before it is done: the caller
+   prepares the next one meanwhile. Program and team are the line's until it is freed, but for a time without jobs. */
+BatonLine* baton_line_new(BatonProgram* program, BatonTeam* team);
+void baton_line_put(BatonLine* line, BatonJob* job);
+/* Until the job, which was put, is done. */
+void baton_line_wait(BatonLine* line, BatonJob* job);
+/* All jobs must be done. */
+void baton_line_free(BatonLine* line);
+
 /* Single operations, for tests and benches, by the same code that a step runs. All on the calling thread or team. */
 /* y [m, n] = (accumulate ? y : 0) + x W^T; x fp32 [m, k] is converted to the matrix' activation format first. */
 void baton_linear(const char* isa, BatonTeam* team, const float* x, int32_t m, const BatonMatrix* w, float* y,
@@ -125,6 +162,9 @@ void baton_linear(const char* isa, BatonTeam* team, const float* x, int32_t m, c
 /* out [num_rows, num_heads, head_dim] from rotated q of the same shape, over `layer` of the batch's pool. */
 void baton_attention(const char* isa, BatonTeam* team, const BatonShape* shape, const BatonBatch* batch, int32_t layer,
                      const float* q, float* out);
+
+/* The token that a row of n logits becomes; `greatest` is where the greatest lies. */
+int32_t baton_choose(const char* isa, const float* logits, int32_t n, int32_t greatest, const BatonChoice* choice);
 
 /* The row operations of isa.h, one row each. `run` is a K or V run of a block; `slot` a token's place in it. */
 void baton_rms_norm(const char* isa, const float* x, const float* weight, float eps, int32_t n, float* out);

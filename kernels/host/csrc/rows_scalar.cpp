@@ -13,6 +13,10 @@ void swiglu(const float* gate_up, int n, float* out) { swiglu_row(gate_up, n, ou
 
 void rope(float* head, const float* cos_sin, int head_dim) { rope_row(head, cos_sin, head_dim); }
 
+void weigh(const float* logits, int n, float most, float temperature, float* out) {
+  weigh_row(logits, n, most, temperature, out);
+}
+
 void store_kv(const float* values, int format, int head_dim, int block_size, int slot, uint8_t* run) {
   store_kv_row(values, format, head_dim, block_size, slot, run);
 }

@@ -80,6 +80,14 @@ void rope_row(float* head, const float* cos_sin, int head_dim) {
   });
 }
 
+// What sampling draws by: e^((x - most) / temperature), `most` being the greatest of all; nothing is below e^-87.
+void weigh_row(const float* logits, int n, float most, float temperature, float* out) {
+  each_register(n, [&](int i, int count) {
+    const Reg below = Vec::sub(load_some(logits + i, count), Vec::set(most));
+    store_some(out + i, exp_of(Vec::div(below, Vec::set(temperature))), count);
+  });
+}
+
 // Values as T by `store` of a whole register, into as much of `out` as there is.
 template <typename T, typename F>
 void convert_row(const float* values, int n, T* out, F&& store) {
