@@ -19,6 +19,7 @@ from baton.core.errors import ConfigError
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+KVDtype = Literal["fp32", "bf16", "int8"]
 TransportName = Literal["shm", "nixl", "tcp", "ucx", "nccl"]
 
 
@@ -64,7 +65,7 @@ class EngineConfig(_Tree):
     quantization: Literal["fp32", "bf16", "int8", "int4"] = Field(
         "fp32", description="Format of the weight matrices. int8: a scale per output channel; int4: per group of 32."
     )
-    kv_dtype: Literal["fp32", "bf16", "int8"] | None = Field(
+    kv_dtype: KVDtype | None = Field(
         None, description="Element type of KV; int8 has a scale per token and head. Default: fp32 with fp32 weights, else bf16."
     )
     isa: Literal["auto", "amx", "avx512", "avx2", "scalar"] = Field(
@@ -83,6 +84,9 @@ class PoolConfig(_Tree):
     max_chunk_tokens: Count = Field(512, description="Most prompt tokens of one sequence in one step.")
     max_sequences: Count = Field(64, description="Sequences running at once.")
     max_waiting: Count = Field(256, description="Requests queued before the worker refuses (RESOURCE_EXHAUSTED).")
+    kv_dtype: KVDtype | None = Field(
+        None, description="Element type of KV on these workers; default: engine.kv_dtype. Pools that differ need handoff.convert_kv."
+    )
 
 
 class HandoffConfig(_Tree):
@@ -107,6 +111,10 @@ class HandoffConfig(_Tree):
     )
     probe_bytes: Count = Field(4 << 20, description="Bytes moved per transport in the measured handshake.")
     data_bind: str = Field("127.0.0.1", description="Address the tcp transport listens on.")
+    convert_kv: bool = Field(
+        False, description="Pair workers that store KV in different formats (fp32, bf16, int8): the reader converts, and "
+        "the answer is near that of one worker alone, not equal to it."
+    )
     strict: bool = Field(False, description="Make every fallback an error instead of a counter and a log line.")
 
 
@@ -161,6 +169,10 @@ class Config(_Tree):
     handoff: HandoffConfig = Field(default_factory=HandoffConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    def engine_of(self, pool: PoolConfig) -> EngineConfig:
+        """The engine of one pool's workers."""
+        return self.engine.model_copy(update={"kv_dtype": pool.kv_dtype}) if pool.kv_dtype else self.engine
 
 
 def settings() -> Iterator[tuple[str, Any, str]]:

@@ -181,6 +181,8 @@ class HandoffState:
     deadline_s: float
     """What is left of it, as the lender counts."""
     spans: tuple[Span, ...] = ()
+    converted: bool = False
+    """SequenceState.converted, which a planned move carries along."""
 
     def check(self) -> None:
         """Raise Incompatible for a version this build does not know."""

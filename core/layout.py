@@ -16,6 +16,11 @@ SCALE_BYTES: Final = {"int8": 4}
 """Of the scale that each token of a run has, for those types that have one."""
 PROTOCOL_VERSION: Final = 2
 HANDOFF_VERSION: Final = 2
+CONVERTIBLE: Final = ("fp32", "bf16", "int8")
+"""Element types of KV that a reader turns into each other (kv_transfer/landing.py)."""
+CONVERT_KV: Final = "convert_kv"
+"""The feature of a worker that pairs with those of another of these types. Without it they are no peers: what is
+computed from converted KV is not what one worker alone would compute."""
 FEATURES: Final = ("cached_lend", "choices", "layers", "logprobs", "penalties", "take_over")
 HASH_VERSION: Final = 1
 
@@ -36,9 +41,18 @@ class KVLayout:
         return (self.num_layers, self.num_kv_heads, 2, self.block_size, self.head_dim)
 
     @property
+    def run_bytes(self) -> int:
+        """Of the keys, or the values, of one layer and kv head in one block, scales included."""
+        return self.block_size * (self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0))
+
+    @property
     def block_bytes(self) -> int:
-        token_bytes = self.head_dim * DTYPE_BYTES[self.dtype] + SCALE_BYTES.get(self.dtype, 0)
-        return self.num_layers * self.num_kv_heads * 2 * self.block_size * token_bytes
+        return self.num_layers * self.num_kv_heads * 2 * self.run_bytes
+
+    def part_of(self, first_layer: int, end_layer: int) -> tuple[int, int]:
+        """The byte range of these layers within a block."""
+        layer_bytes = self.block_bytes // self.num_layers
+        return first_layer * layer_bytes, end_layer * layer_bytes
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -84,8 +98,9 @@ def difference(a: Capability, b: Capability) -> str | None:
             return f"{name}: {list(getattr(a, name))} vs {list(getattr(b, name))}"
     for f in dataclasses.fields(KVLayout):
         mine, theirs = getattr(a.layout, f.name), getattr(b.layout, f.name)
-        if mine != theirs:
-            return f"layout.{f.name}: {mine} vs {theirs}"
+        if mine != theirs and not (f.name == "dtype" and CONVERT_KV in a.features and _convertible(a, b)):
+            hint = " (handoff.convert_kv lets them pair)" if f.name == "dtype" and _convertible(a, b) else ""
+            return f"layout.{f.name}: {mine} vs {theirs}{hint}"
     if not (_reads_all_of(a, b) and _reads_all_of(b, a)):
         return f"handoff_versions: {list(a.handoff_versions)} vs {list(b.handoff_versions)} (each must read the last)"
     names = [tuple(name for name, _ in c.transports) for c in (a, b)]
@@ -95,6 +110,16 @@ def difference(a: Capability, b: Capability) -> str | None:
         if not set(ours) & set(others):
             return f"{what}: {list(ours)} vs {list(others)} (none in common)"
     return None
+
+
+def stored_alike(a: Capability, b: Capability) -> bool:
+    """Of two that fit: KV moves between them as it is. Else its reader converts it, and the answer is no longer, bit
+    for bit, what one worker alone would give."""
+    return a.layout.dtype == b.layout.dtype
+
+
+def _convertible(a: Capability, b: Capability) -> bool:
+    return {a.layout.dtype, b.layout.dtype} <= set(CONVERTIBLE)
 
 
 def _reads_all_of(reader: Capability, writer: Capability) -> bool:

@@ -68,6 +68,7 @@ TABLE = (
     _c("baton_pulls_total", "Pulls by transport and end.", "transport", "end"),
     _c("baton_pulled_bytes_total", "Bytes that came in over a transport.", "transport"),
     _c("baton_verified_bytes_total", "Pulled bytes whose digest and generation were right."),
+    _c("baton_converted_bytes_total", "Of these, converted from the lender's KV format into ours.", "lender", "reader"),
     _c(
         "baton_verified_before_last_chunk_bytes_total",
         "Of these, verified before the lender's last chunk was computed.",

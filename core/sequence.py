@@ -44,6 +44,9 @@ class SequenceState:
     """Prompt tokens that were found in the prefix map or received: not computed here."""
     block_hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`, as far as they were needed."""
+    converted: bool = False
+    """Some of its KV came in another format and was converted: none of its blocks may enter the prefix map, where a
+    block is what its tokens alone give."""
     finish: FinishReason | None = None
     num_preemptions: int = 0
     arrival: int = 0
@@ -88,5 +91,6 @@ def fork_sequence(leader: SequenceState, choice: Choice, blocks: list[int], max_
     child.block_table.blocks.extend(blocks)
     child.num_computed_tokens = leader.num_computed_tokens
     child.num_cached_tokens = leader.num_cached_tokens
+    child.converted = leader.converted
     child.block_hashes = leader.block_hashes[: leader.num_computed_tokens // leader.block_table.block_size]
     return child

@@ -304,6 +304,8 @@ class Scheduler:
     def _publish(self, seq: SequenceState, start: int) -> None:
         """Publish the blocks that became full since `start`: only computed tokens count, never a token that was
         sampled and has no KV yet."""
+        if seq.converted:
+            return
         size = self._pool.block_size
         num_full = seq.num_computed_tokens // size
         known = self.hashes(seq, num_full)
@@ -430,6 +432,7 @@ class Scheduler:
     def _preempt(self, seq: SequenceState) -> None:
         self._release(seq)
         seq.num_computed_tokens = 0
+        seq.converted = False
         seq.num_preemptions += 1
         self.num_preemptions += 1
         if self._running.pop(seq.request_id, None) is not None:

@@ -9,7 +9,7 @@ answers with a `Route`.
 
 `prompt` is what the worker that computes lacks: of its cache, and of what it first pulls from a holder of more, if that
 costs less than computing it (term `fetch`). KV to move is what the decode worker does not hold. Queues count work from
-the moment it was dispatched.
+the moment it was dispatched. A pair that stores KV alike goes before every pair that must convert it, at any price.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from baton.core.config import RouterConfig
+from baton.core.layout import stored_alike
 from baton.core.worker import Route, WorkerInfo, WorkerLoad
 
 ASSUMED_STEP_S = 0.02
@@ -105,6 +106,11 @@ class _Option(NamedTuple):
         decode = self.decode.info.worker_id
         return f"{self.prefill.info.worker_id} -> {decode}" if self.prefill else f"{decode} alone"
 
+    @property
+    def converts(self) -> bool:
+        """The decode worker stores KV in another element type."""
+        return self.prefill is not None and not _alike(self.prefill, self.decode)
+
 
 class CostPolicy:
     """The cheapest pair in seconds; ties are broken by `rng`, so that equal routers do not all pick the first."""
@@ -119,7 +125,7 @@ class CostPolicy:
         if not decode:
             return None
         prices = _Prices.of(facts, self._config, decode, candidates)
-        options = _options(prices, decode, candidates)
+        options = _unconverted(_options(prices, decode, candidates), candidates)
         best_s = min(o.cost_s for o in options)
         best = [o for o in options if o.cost_s <= best_s * (1 + 1e-9)]
         chosen = best[0] if len(best) == 1 else self._rng.choice(best)
@@ -182,6 +188,8 @@ class _Prices:
                 break
             if holder.info.worker_id == worker.info.worker_id or not self.candidates.fits(holder.info, worker.info):
                 continue
+            if not _alike(holder, worker):
+                continue  # what is converted is not cached
             fetch_s = more * layout.block_bytes / self.bandwidth(worker, holder)
             uncached = max(1, alone - more * layout.block_size)
             if fetch_s + uncached / self.rate_of(worker) < best_s:
@@ -227,6 +235,15 @@ def _options(prices: _Prices, decode: Sequence[Candidate], candidates: Candidate
     return options
 
 
+def _unconverted(options: list[_Option], candidates: Candidates) -> list[_Option]:
+    """Without pairs whose KV would be converted, if any pair needs no conversion: whether an answer is exact shall not
+    depend on who is busy."""
+    dtypes = {c.info.capability.layout.dtype for c in (*candidates.decode, *candidates.prefill)}
+    if len(dtypes) == 1 or all(o.converts or o.prefill is None for o in options):
+        return options
+    return [o for o in options if not o.converts]
+
+
 def _reason(prices: _Prices, chosen: _Option, terms: Terms, next_best: _Option | None) -> str:
     priced = ", ".join(f"{name} {seconds:.3f}" for name, seconds in terms)
     words = f"{chosen.name}: {chosen.cost_s:.3f} s ({priced}) for {prices.facts.num_tokens} tokens"
@@ -236,6 +253,9 @@ def _reason(prices: _Prices, chosen: _Option, terms: Terms, next_best: _Option |
     source = prices.source(chosen.prefill or chosen.decode)
     if source.holder is not None:
         words += f"; {source.num_fetched} tokens pulled from {source.holder.info.worker_id} first"
+    if chosen.prefill is not None and chosen.converts:
+        lent, read = (c.info.capability.layout.dtype for c in (chosen.prefill, chosen.decode))
+        words += f"; KV is converted from {lent} to {read}"
     if chosen.prefill is None and prices.is_short(chosen.decode):
         words += f"; uncached suffix within local_prefill_max_tokens {prices.config.local_prefill_max_tokens}"
     return f"{words}; next best {next_best.name} {next_best.cost_s:.3f} s" if next_best else f"{words}; no other choice"
@@ -253,7 +273,8 @@ class RoundRobin:
             return None
         turn, self._turn = self._turn, self._turn + 1
         decode = candidates.decode[turn % len(candidates.decode)].info
-        fitting = [p.info for p in candidates.prefill if candidates.fits(p.info, decode)]
+        able = [p for p in candidates.prefill if candidates.fits(p.info, decode)]
+        fitting = [p.info for p in able if stored_alike(p.info.capability, decode.capability)] or [p.info for p in able]
         if not fitting or facts.num_tokens <= self._config.local_prefill_max_tokens:
             return Route(decode.worker_id, None, reason=f"{decode.worker_id} alone: its turn")
         # One step of prefill workers per round of decode workers, so that equal pool sizes still meet in every pair.
@@ -268,6 +289,7 @@ def price_move(facts: Facts, config: RouterConfig, source: WorkerInfo, candidate
     able = [d for d in candidates.decode if d.has_room(facts) and candidates.fits(source, d.info)]
     if not able:
         return None
+    able = [d for d in able if stored_alike(source.capability, d.info.capability)] or able
     prices, lender = _Prices.of(facts, config, able, candidates), Candidate(source, WorkerLoad())
     priced = {
         d.info.worker_id: (
@@ -280,6 +302,10 @@ def price_move(facts: Facts, config: RouterConfig, source: WorkerInfo, candidate
     cost_s = sum(seconds for _, seconds in priced[best])
     reason = f"{source.worker_id} drains: moves to {best}, {cost_s:.3f} s for {facts.num_tokens} tokens"
     return Route(best, None, cost_s=cost_s, terms=priced[best], reason=reason)
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    return stored_alike(one.info.capability, other.info.capability)
 
 
 def _typical(measured: Iterable[float], assumed: float) -> float:

@@ -567,7 +567,7 @@ class ChoiceState(_message.Message):
     def __init__(self, index: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., next_draw: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., grammar: _Optional[bytes] = ..., draft: _Optional[bytes] = ...) -> None: ...
 
 class HandoffState(_message.Message):
-    __slots__ = ("version", "request_id", "epoch", "num_prompt_tokens", "num_computed_tokens", "cached_tokens", "spans", "tenant", "sampling", "choices", "deadline_s")
+    __slots__ = ("version", "request_id", "epoch", "num_prompt_tokens", "num_computed_tokens", "cached_tokens", "spans", "tenant", "sampling", "choices", "deadline_s", "converted")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -579,6 +579,7 @@ class HandoffState(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    CONVERTED_FIELD_NUMBER: _ClassVar[int]
     version: int
     request_id: str
     epoch: int
@@ -590,7 +591,8 @@ class HandoffState(_message.Message):
     sampling: SamplingParams
     choices: _containers.RepeatedCompositeFieldContainer[ChoiceState]
     deadline_s: float
-    def __init__(self, version: _Optional[int] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tenant: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceState, _Mapping]]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    converted: bool
+    def __init__(self, version: _Optional[int] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tenant: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceState, _Mapping]]] = ..., deadline_s: _Optional[float] = ..., converted: _Optional[bool] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("accepted", "published", "first_token", "alive", "handoff_state")

@@ -123,7 +123,9 @@ class Arrival:
     # ---- after ---------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """Enter the full verified blocks in the prefix map: whoever asks next finds them."""
+        """Enter the full verified blocks in the prefix map: whoever asks next finds them. Not converted ones."""
+        if self.seq.converted:
+            return
         parts = self._parts
         full = min(self.num_verified(), self._num_tokens // parts.pool.block_size)
         for index, block_hash in enumerate(parts.steps.scheduler.hashes(self.seq, full)):

@@ -22,21 +22,23 @@ from dataclasses import dataclass
 
 from baton.cluster.store import Registry
 from baton.core.block_hash import HashScope
-from baton.core.config import Config, apply_network_env
+from baton.core.config import Config, EngineConfig, apply_network_env
 from baton.core.errors import SetupError
-from baton.core.layout import Capability, KVLayout
+from baton.core.layout import CONVERT_KV, CONVERTIBLE, FEATURES, Capability, KVLayout
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.step import Runner
-from baton.core.worker import WorkerInfo
+from baton.core.worker import Role, WorkerInfo
 from baton.engine.backend import choose_backend
 from baton.engine.block_pool import BlockPool
 from baton.engine.hash_runner import HashRunner, StepCosts
 from baton.engine.scheduler import Scheduler
+from baton.kv_transfer.landing import Landings
 from baton.kv_transfer.lease import LeaseTable
 from baton.kv_transfer.memory import KVMemory
 from baton.kv_transfer.offer import open_transports
 from baton.kv_transfer.puller import Puller
+from baton.kv_transfer.transport import Transport
 from baton.models.catalog import open_model
 from baton.models.convert import ModelFiles
 from baton.models.hash_files import HashFiles
@@ -74,7 +76,7 @@ async def open_node(
 ) -> WorkerNode:
     """A node with everything it needs, without an address yet; `stack` closes it. Raises SetupError when the pool
     could hold no request, or this machine not the pool."""
-    engine = _engine(files, config)
+    engine = _engine(files, config.engine_of(config.prefill if policy.role is Role.PREFILL else config.decode))
     layout = engine.layout
     fitting = max(1, config.engine.kv_memory_bytes // layout.block_bytes)
     num_blocks = config.engine.num_blocks or min(fitting, MAX_UNASKED_BLOCKS)
@@ -90,13 +92,33 @@ async def open_node(
     transports = await open_transports(worker_id, boot_id, memory, leases, config.handoff)
     puller = Puller(memory, transports, pool, config.handoff, metrics)
     stack.push_async_callback(puller.close)
+    landings = _landings(layout, memory, worker_id, boot_id, config, metrics)
+    if landings is not None:
+        stack.push_async_callback(landings.close)
     adverts = tuple((n, t.advert) for n, t in transports.items())
     capability = _capability(config, files, engine, num_blocks, adverts)
     runner = engine.open(memory)
     stack.push_async_callback(runner.close)
     scheduler = Scheduler(pool, policy.limits, HashScope.of(capability))
     info = WorkerInfo(worker_id, boot_id, policy.role, "", capability)
-    return WorkerNode(info, NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics), policy, config)
+    parts = NodeParts(pool, scheduler, runner, memory, leases, puller, dial, metrics, landings)
+    return WorkerNode(info, parts, policy, config)
+
+
+def _landings(
+    layout: KVLayout, memory: KVMemory, worker_id: str, boot_id: str, config: Config, metrics: Metrics
+) -> Landings | None:
+    """None where nothing may be converted, or could. The kernels are imported where they are needed."""
+    if not config.handoff.convert_kv or layout.dtype not in CONVERTIBLE:
+        return None
+
+    async def open_for(landing: KVMemory, name: str) -> dict[str, Transport]:
+        lends_nothing = LeaseTable(BlockPool(landing.num_blocks, layout.block_size), metrics)
+        return await open_transports(worker_id, f"{boot_id}/{name}", landing, lends_nothing, config.handoff)
+
+    from baton.kernels.host.convert import convert_kv
+
+    return Landings(layout, memory, open_for, convert_kv, config.handoff, metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +132,12 @@ class _Engine:
     """Not empty: why it is not what would be preferred."""
 
 
-def _engine(files: AnyFiles, config: Config) -> _Engine:
-    block_size, threads = config.engine.block_size, config.engine.threads
+def _engine(files: AnyFiles, config: EngineConfig) -> _Engine:
+    block_size, threads = config.block_size, config.threads
     if isinstance(files, HashFiles):
         layout, costs = files.spec.layout(block_size), StepCosts(files.spec.step_s, files.spec.token_s, 0.0)
         return _Engine(layout, files.spec.numerics, lambda memory: HashRunner(memory.buffer, layout, costs))
-    backend = choose_backend(config.engine, files.spec.head_dim)
+    backend = choose_backend(config, files.spec.head_dim)
     layout = files.spec.layout(block_size, backend.kv_dtype)
 
     def open_runner(memory: KVMemory) -> Runner:
@@ -157,5 +179,6 @@ def _capability(
         num_blocks=num_blocks,
         eos_token_ids=files.spec.eos_token_ids,
         numerics=engine.numerics,
+        features=(*FEATURES, CONVERT_KV) if config.handoff.convert_kv else FEATURES,
         transports=adverts,
     )

@@ -27,7 +27,7 @@ from baton.core.handoff import (
     PrefillEvent,
     Published,
 )
-from baton.core.layout import difference
+from baton.core.layout import difference, stored_alike
 from baton.core.services import WorkerService
 from baton.core.worker import WorkerInfo
 from baton.worker.arrival import Arrival
@@ -73,6 +73,9 @@ class Handoff:
         why = difference(lender.capability, parts.capability)
         if why is not None:
             raise Incompatible(f"{parts.worker_id} cannot use KV of {lender.worker_id}: {why}")
+        self._converts = not stored_alike(lender.capability, parts.capability)
+        if self._converts and call.mode is LendMode.CACHED:
+            raise Incompatible(f"KV of {lender.worker_id} would be converted, and {parts.worker_id} caches none such.")
         self.broke = False
         """The connection to the lender broke under the call."""
         self._parts = parts
@@ -230,6 +233,7 @@ class Handoff:
             case HandoffState():
                 event.check()
                 self._state = event
+                self._arrival.seq.converted |= event.converted
                 self._listener.state_came(event, self._called_s)
             case Alive(steps):
                 self._lender_steps = steps
@@ -246,14 +250,23 @@ class Handoff:
 
     async def _pull(self, event: Published, destination: list[int]) -> None:
         parts, started = self._parts, self._parts.clock()
-        part = parts.part_of(event.layers.start, event.layers.end) if event.layers else None
-        transport = await parts.puller.connect(self._lender)
-        await parts.puller.pull(self._lender, event.lease_id, event.blocks, destination, part)
+        theirs = self._lender.capability.layout
+        part = theirs.part_of(event.layers.start, event.layers.end) if event.layers else None
+        landings = parts.landings if self._converts else None
+        transport = await (landings or parts.puller).connect(self._lender)
+        detail = f"{len(event.blocks)} blocks over {transport}"
+        if event.layers:
+            detail += f", layers {event.layers.start} to {event.layers.end}"
+        if landings is not None:
+            self._arrival.seq.converted = True  # before a byte of it is there
+            await landings.pull(self._lender, event, destination)
+            detail += f", converted from {theirs.dtype} to {parts.capability.layout.dtype}"
+        else:
+            await parts.puller.pull(self._lender, event.lease_id, event.blocks, destination, part)
         self._arrival.verified(event)
-        num_bytes = parts.memory.block_bytes if part is None else part[1] - part[0]
+        num_bytes = theirs.block_bytes if part is None else part[1] - part[0]
         self._verified_bytes += num_bytes * len(event.blocks)
-        layers = f", layers {event.layers.start} to {event.layers.end}" if event.layers else ""
-        self._listener.span("transfer", started, f"{len(event.blocks)} blocks over {transport}{layers}")
+        self._listener.span("transfer", started, detail)
 
     async def _renew(self) -> None:
         while True:

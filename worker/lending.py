@@ -117,6 +117,7 @@ class LentSequence:
             cached_tokens=cached_tokens,
             deadline_s=max(0.0, request.deadline_s - used_s),
             spans=spans,
+            converted=self.seq.converted,
         )
 
 

@@ -16,6 +16,7 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from baton.core.config import Config
 from baton.core.errors import BatonError, Cancelled, InvalidRequest, NotFound, Overloaded
@@ -52,6 +53,9 @@ from baton.worker.parts import WorkerParts
 from baton.worker.policy import RolePolicy
 from baton.worker.steps import StepLoop
 
+if TYPE_CHECKING:  # a simulated worker has none, and needs no numpy
+    from baton.kv_transfer.landing import Landings
+
 log = logging.getLogger(__name__)
 
 LEDGER_SUM_S = 1.0
@@ -70,6 +74,7 @@ class NodeParts:
     puller: Puller
     dial: Dial
     metrics: Metrics
+    landings: Landings | None = None
 
 
 class WorkerNode:
@@ -94,6 +99,7 @@ class WorkerNode:
         self._shared = WorkerParts(
             info.worker_id, info.boot_id, info.capability, self._steps, parts.pool, parts.memory, parts.leases,
             parts.puller, parts.dial, parts.metrics, loop.time, config.handoff, self._spawn,
+            parts.landings,
         )
 
     def become(self, policy: RolePolicy) -> None:
@@ -106,6 +112,8 @@ class WorkerNode:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._steps.run())
                 tasks.create_task(self.parts.puller.run())
+                if self.parts.landings is not None:
+                    tasks.create_task(self.parts.landings.run())
                 tasks.create_task(self._expire_leases())
                 tasks.create_task(self._watch_ledger())
         finally:
@@ -116,7 +124,7 @@ class WorkerNode:
 
     async def meet(self, peer: WorkerInfo) -> None:
         """Measure the ways to a peer before the first request needs one. Raises what the handshake raises."""
-        await self.parts.puller.connect(peer)
+        await self._shared.reader_of(peer).connect(peer)
 
     # ---- WorkerService -------------------------------------------------------------------------------------------
 
@@ -308,7 +316,7 @@ class WorkerNode:
             oldest_waiting_s=s.oldest_waiting_s(asyncio.get_running_loop().time()),
             draining=self._draining,
             num_lent_out=self.parts.leases.num_live,
-            pair_bandwidth=self.parts.puller.bandwidths(),
+            pair_bandwidth=self._shared.bandwidths(),
         )
 
     # ---- timers and the ledger -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton.core.errors import BatonError
 from baton.core.handoff import HandoffState, LendMode, PrefillCall, RunningAttempt
+from baton.core.layout import stored_alike
 from baton.core.messages import TakeFrom
 from baton.core.request import Request
 from baton.core.sequence import SequenceState, new_sequence
@@ -49,7 +50,8 @@ async def take_over(intake: Intake, parts: WorkerParts, source: TakeFrom) -> Non
         taken.append(await _take(intake, parts, answer, source))
 
     try:
-        for answer in intake.answers.values():  # the first brings the prompt, which the others share
+        may_fetch = stored_alike(parts.capability, source.worker.capability)
+        for answer in intake.answers.values() if may_fetch else ():  # the first brings the prompt, which others share
             await fetch_prefix(parts, _only(intake, answer), intake.submit.epoch, source.worker)
         # All at once: each is paused from its take-over to its release.
         await _all(take(answer) for answer in intake.answers.values())

@@ -5,33 +5,20 @@ There is no second way to do it: who computes without the library (engine/torch_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from baton.core.layout import KVLayout
 from baton.kernels.host import library
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """How the runs of both sides are shaped: `[token, dim]` elements, an int8 run with `[token]` fp32 scales behind."""
-
-    head_dim: int
-    block_size: int
-    source_dtype: str
-    destination_dtype: str
-
-    def convert(self, source: memoryview, destination: memoryview, num_runs: int) -> None:
-        """All of `source`, `num_runs` runs, into `destination`. May be called in any thread; the interpreter's lock is
-        not held meanwhile."""
-        theirs, ours = np.frombuffer(source, np.uint8), np.frombuffer(destination, np.uint8)
-        expected = [num_runs * self._run_bytes(dtype) for dtype in (self.source_dtype, self.destination_dtype)]
-        assert [theirs.nbytes, ours.nbytes] == expected, (theirs.nbytes, ours.nbytes, expected)
-        shape = library.Shape(
-            head_dim=self.head_dim, block_size=self.block_size, kv_format=library.FORMATS[self.source_dtype])
-        library.load().baton_convert_kv(
-            library.isas()[0].encode(), shape, theirs.ctypes.data, num_runs, library.FORMATS[self.destination_dtype],
-            ours.ctypes.data)
-
-    def _run_bytes(self, dtype: str) -> int:
-        return self.block_size * {"fp32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 4}[dtype]
+def convert_kv(theirs: KVLayout, ours: KVLayout, source: memoryview, destination: memoryview) -> None:
+    """All K and V runs in `source`, of layout `theirs`, into `destination`, of `ours`, which differs in its type alone. May
+    be called in any thread; the interpreter's lock is not held meanwhile."""
+    lent, read = np.frombuffer(source, np.uint8), np.frombuffer(destination, np.uint8)
+    num_runs = lent.nbytes // theirs.run_bytes
+    expected = num_runs * theirs.run_bytes, num_runs * ours.run_bytes
+    assert (lent.nbytes, read.nbytes) == expected, (lent.nbytes, read.nbytes, expected)
+    shape = library.Shape(
+        head_dim=ours.head_dim, block_size=ours.block_size, kv_format=library.FORMATS[theirs.dtype])
+    isa, form = library.isas()[0].encode(), library.FORMATS[ours.dtype]
+    library.load().baton_convert_kv(isa, shape, lent.ctypes.data, num_runs, form, read.ctypes.data)

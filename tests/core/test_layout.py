@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from baton.core.layout import (
+    CONVERT_KV,
+    CONVERTIBLE,
     FEATURES,
     HANDOFF_VERSION,
     HASH_VERSION,
@@ -16,6 +18,7 @@ from baton.core.layout import (
     Capability,
     KVLayout,
     difference,
+    stored_alike,
 )
 
 MINE = Capability(
@@ -108,3 +111,30 @@ def test_both_values_are_named() -> None:
     assert difference(MINE, changed("transports", (("ucx", b""),))) == (
         "transports: ['shm', 'tcp'] vs ['ucx'] (none in common)"
     )
+
+
+def test_element_types_that_are_converted_fit_where_both_workers_say_so() -> None:
+    def with_dtype(dtype: str, *features: str) -> Capability:
+        layout = dataclasses.replace(MINE.layout, dtype=dtype)
+        return dataclasses.replace(MINE, layout=layout, features=(*FEATURES, *features))
+
+    for dtype in CONVERTIBLE:
+        lender, reader = with_dtype(dtype, CONVERT_KV), with_dtype("bf16", CONVERT_KV)
+        assert difference(lender, reader) is None
+        assert difference(reader, lender) is None
+        assert stored_alike(lender, reader) == (dtype == "bf16")
+    other = with_dtype("int8", CONVERT_KV)
+    assert difference(with_dtype("bf16"), with_dtype("int8")) == (
+        "layout.dtype: bf16 vs int8 (handoff.convert_kv lets them pair)")
+    assert str(difference(with_dtype("bf16"), other)).startswith("features: ")
+    assert difference(with_dtype("u64", CONVERT_KV), other) == "layout.dtype: u64 vs int8"
+    wider = dataclasses.replace(other, layout=dataclasses.replace(other.layout, block_size=32))
+    assert difference(with_dtype("bf16", CONVERT_KV), wider) == "layout.block_size: 16 vs 32"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_the_parts_of_all_layers_are_the_block(dtype: str) -> None:
+    layout = dataclasses.replace(MINE.layout, dtype=dtype)
+    ends = [layout.part_of(layer, layer + 1) for layer in range(layout.num_layers)]
+    assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
+    assert ends[-1][1] == layout.block_bytes == layout.part_of(0, layout.num_layers)[1]

@@ -83,7 +83,7 @@ def test_workers_of_different_formats_are_no_peers_and_the_difference_has_a_name
     assert same is None
     assert weights is not None
     assert weights.startswith("numerics: host-bf16-")
-    assert kv == "layout.dtype: bf16 vs int8"
+    assert kv == "layout.dtype: bf16 vs int8 (handoff.convert_kv lets them pair)"
 
 
 def test_a_model_that_the_host_kernels_do_not_take_runs_on_torch_and_the_fallback_is_counted_and_logged(

@@ -6,48 +6,19 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
-from baton.core.layout import CONVERTIBLE
+from baton.core.layout import CONVERTIBLE, KVLayout
 from baton.kernels.host import library
-from baton.kernels.host.convert import Runs
+from baton.kernels.host.convert import convert_kv
+from tests.kernels.kv_bytes import BLOCK_SIZE, Bytes, Floats, read, run_bytes, stored
 
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-BLOCK_SIZE = 16
 PAIRS = list(itertools.permutations(CONVERTIBLE, 2))
 
 
-def stored(values: Floats, dtype: str) -> Bytes:
-    """[num_runs, run bytes]: runs [token, dim] of `values` [num_runs, token, dim] as their definition has them."""
-    if dtype == "fp32":
-        return values.view(np.uint8).reshape(len(values), -1)
-    if dtype == "bf16":
-        return torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint8).reshape(len(values), -1)
-    most = np.abs(values).max(axis=2)
-    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 1e-30)
-    elements = np.rint(values * inverse[..., None]).astype(np.int8).view(np.uint8).reshape(len(values), -1)
-    return np.concatenate([elements, (most / np.float32(127)).view(np.uint8).reshape(len(values), -1)], axis=1)
-
-
-def read(runs: Bytes, dtype: str, head_dim: int) -> Floats:
-    """What was stored."""
-    shape = (len(runs), BLOCK_SIZE, head_dim)
-    if dtype == "fp32":
-        return runs.reshape(-1).view(np.float32).reshape(shape)
-    if dtype == "bf16":
-        return (runs.reshape(-1).view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    elements = runs[:, : BLOCK_SIZE * head_dim].copy().view(np.int8).reshape(shape)
-    scales = runs[:, BLOCK_SIZE * head_dim :].copy().view(np.float32).reshape(*shape[:2], 1)
-    return elements.astype(np.float32) * scales
-
-
 def converted(runs: Bytes, source: str, destination: str, head_dim: int) -> Bytes:
-    run_bytes = BLOCK_SIZE * {"fp32": 4 * head_dim, "bf16": 2 * head_dim, "int8": head_dim + 4}[destination]
-    out = np.full((len(runs) + 1, run_bytes), 0xEE, np.uint8)
-    Runs(head_dim, BLOCK_SIZE, source, destination).convert(
-        np.ascontiguousarray(runs).data.cast("B"), out[:-1].data.cast("B"), len(runs))
+    out = np.full((len(runs) + 1, run_bytes(destination, head_dim)), 0xEE, np.uint8)
+    theirs, ours = (KVLayout(1, 1, head_dim, BLOCK_SIZE, dtype) for dtype in (source, destination))
+    convert_kv(theirs, ours, np.ascontiguousarray(runs).data.cast("B"), out[:-1].data.cast("B"))
     assert np.all(out[-1] == 0xEE), "a neighbour was written"
     return out[:-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.core.config import RouterConfig
-from baton.core.layout import difference
+from baton.core.layout import CONVERT_KV, difference
 from baton.core.worker import Role, Route, WorkerInfo, WorkerLoad
 from baton.router.policy import Candidate, Candidates, CostPolicy, Facts, Policy, RoundRobin, price_move
 from tests.router.fake_fleet import BLOCK, capability
@@ -337,3 +338,53 @@ def test_a_move_goes_where_the_wire_is_fast_and_few_are_in_its_way() -> None:
     assert target(worker("d1", total_blocks=100, available_blocks=51)) == "d1"
     assert target(worker("d1", total_blocks=100, available_blocks=50)) is None, "100 tokens, and one to come"
     assert target(worker("d1", total_blocks=100, available_blocks=51), num_choices=2) is None
+
+
+# ---- KV in different element types -----------------------------------------------------------------------------------
+
+
+def storing(dtype: str, candidate: Candidate) -> Candidate:
+    """It stores KV in this type, and converts."""
+    known = candidate.info.capability
+    layout = dataclasses.replace(known.layout, dtype=dtype)
+    able = dataclasses.replace(known, layout=layout, features=(*known.features, CONVERT_KV))
+    return dataclasses.replace(candidate, info=dataclasses.replace(candidate.info, capability=able))
+
+
+@pytest.mark.parametrize("make", POLICIES, ids=NAMES)
+def test_a_pair_that_stores_kv_alike_goes_before_any_that_converts_it(make: Callable[[RouterConfig], Policy]) -> None:
+    busy, idle = storing("int8", worker("p0", queued=10**6)), storing("bf16", worker("p1"))
+    policy = make(RouterConfig(local_prefill_max_tokens=0))
+    for _ in range(4):
+        route = choose(policy, 40, busy, idle, storing("int8", worker("d0")))
+        assert route.prefill == busy.info
+        assert route.spares == ()
+        assert "converted" not in route.reason
+
+
+def test_where_no_pair_stores_kv_alike_it_is_converted_and_the_reason_says_so() -> None:
+    route = choose(cost_policy(), 40, storing("bf16", worker("p0")), storing("int8", worker("d0")))
+    assert route.prefill is not None
+    assert "KV is converted from bf16 to int8" in route.reason
+
+
+def test_a_move_goes_where_kv_is_stored_alike_while_anybody_there_has_room() -> None:
+    source = storing("int8", worker("d0")).info
+    near, far = storing("bf16", worker("d1")), storing("int8", worker("d2", sequences=50, decode_step_s=1.0))
+    route = price_move(Facts(40), RouterConfig(), source, fleet(near, far))
+    assert route is not None
+    assert route.decode == "d2"
+    route = price_move(Facts(40), RouterConfig(), source, fleet(near))
+    assert route is not None
+    assert route.decode == "d1"
+
+
+def test_a_prefix_is_not_fetched_from_a_holder_whose_kv_would_be_converted() -> None:
+    config = {"fetch_min_tokens": 4, "prefill_tokens_per_s": 1.0}
+    for dtype, fetched in (("int8", True), ("bf16", False)):
+        holder = storing(dtype, worker("d9", held=9, sequences=50, decode_step_s=10.0))
+        policy = cost_policy(fetch_min_tokens=config["fetch_min_tokens"])
+        target = storing("int8", worker("d0", prefill_tokens_per_s=1.0))
+        route = policy.price(Facts(9 * BLOCK + 2), Candidates([target], [], fits, [holder]))
+        assert route is not None
+        assert (route.holder == holder.info) == fetched

@@ -63,6 +63,7 @@ def states(draw: st.DrawFn) -> HandoffState:
         cached_tokens=draw(st.integers(0, 2**31)),
         deadline_s=draw(st.floats(0, 86_400)),
         spans=(Span("prefill chunk", 0.0, 0.5, "512 tokens"),),
+        converted=draw(st.booleans()),
     )
 
 
