@@ -12,7 +12,7 @@ from baton.kernels.host import library
 
 
 def convert_kv(theirs: KVLayout, ours: KVLayout, source: memoryview, destination: memoryview) -> None:
-    """All K and V runs in `source`, of layout `theirs`, into `destination`, of `ours`, which differs in its type alone. May
+    """All K and V runs in `source`, of layout `theirs`, into `destination`, of `ours`: they differ in type alone. May
     be called in any thread; the interpreter's lock is not held meanwhile."""
     lent, read = np.frombuffer(source, np.uint8), np.frombuffer(destination, np.uint8)
     num_runs = lent.nbytes // theirs.run_bytes

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 
 from baton.core.config import Config, load
 from baton.core.errors import RetryRoute, from_code
-from baton.core.messages import Hello, Submit, TokenChunk, UpMessage
+from baton.core.messages import Hello, Submit, TakeFrom, TokenChunk, UpMessage
 from baton.core.request import Choice, FinishReason, Request, SamplingParams
 from baton.core.services import Dial, WorkerService
 from baton.core.worker import Role, Route, WorkerInfo
@@ -34,13 +34,19 @@ class Answer:
     cached_tokens: int
     chunks: list[TokenChunk]
 
+    def take(self, chunk: TokenChunk) -> None:
+        assert chunk.first_index == len(self.tokens), "a gap or a duplicate"
+        self.chunks.append(chunk)
+        self.tokens += chunk.token_ids
+        self.finish, self.cached_tokens = chunk.finish, chunk.cached_tokens
+
 
 class Client:
     """Submits to a decode worker, as a router would."""
 
-    def __init__(self, service: WorkerService, decode_id: str, lender: WorkerInfo) -> None:
+    def __init__(self, service: WorkerService, info: WorkerInfo, lender: WorkerInfo) -> None:
         self._service = service
-        self._decode_id = decode_id
+        self._info = info
         self.lender = lender
         """Where prompts are prefilled, unless `local`."""
         self._up: asyncio.Queue[UpMessage] = asyncio.Queue()
@@ -67,31 +73,51 @@ class Client:
         """Greedy unless told otherwise. `started` is set at the first token. Told to choose another route, it sends
         what it has and asks the decode worker to prefill, as a router does that knows no other. Raises what else the
         worker answered."""
-        params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
-        request = Request(f"r{next(_ids)}", tuple(prompt), params)
-        chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
-        self._waiting[request.request_id] = chunks
-        route = Route(self._decode_id, None if local else self.lender)
-        self._up.put_nowait(Submit(request, route, 1))
-        answer = Answer([], None, 0, [])
-        epoch = 1
+        request = request_of(prompt, max_tokens, **sampling)
+        chunks, answer, epoch = self._submitted(request, local), Answer([], None, 0, []), 1
         while answer.finish is None:
             async with asyncio.timeout(120):
                 chunk = await chunks.get()
-            assert chunk.first_index == len(answer.tokens), "a gap or a duplicate"
             if chunk.error_code == RetryRoute.code:
                 epoch += 1
                 rest = dataclasses.replace(request, choices=(Choice(0, tuple(answer.tokens)),))
-                self._up.put_nowait(Submit(rest, Route(self._decode_id, None), epoch))
+                self._up.put_nowait(Submit(rest, Route(self._info.worker_id, None), epoch))
                 continue
             if started is not None:
                 started.set()
-            answer.chunks.append(chunk)
-            answer.tokens += chunk.token_ids
-            answer.finish, answer.cached_tokens = chunk.finish, chunk.cached_tokens
+            answer.take(chunk)
         if answer.chunks[-1].error_code:
             raise from_code(answer.chunks[-1].error_code, answer.chunks[-1].error_message)
         return answer
+
+    async def moved(
+        self, prompt: Sequence[int], max_tokens: int, target: Client, at_token: int, **sampling: object
+    ) -> Answer:
+        """It is prefilled by the lender and runs here until `at_token` tokens were told; then `target` takes it over."""
+        request, answer = request_of(prompt, max_tokens, **sampling), Answer([], None, 0, [])
+        chunks = self._submitted(request, local=False)
+        async with asyncio.timeout(120):
+            while len(answer.tokens) < at_token:
+                answer.take(await chunks.get())
+            assert answer.finish is None, "nothing is left to move"
+            known = dataclasses.replace(request, choices=(Choice(0, tuple(answer.tokens)),))
+            chunks = target._waiting[request.request_id] = asyncio.Queue()
+            route = Route(target._info.worker_id, None)
+            target._up.put_nowait(Submit(known, route, 2, take_from=TakeFrom(self._info, 1)))
+            while answer.finish is None:
+                answer.take(await chunks.get())
+        assert not answer.chunks[-1].error_code, answer.chunks[-1]
+        return answer
+
+    def _submitted(self, request: Request, local: bool) -> asyncio.Queue[TokenChunk]:
+        chunks = self._waiting[request.request_id] = asyncio.Queue()
+        self._up.put_nowait(Submit(request, Route(self._info.worker_id, None if local else self.lender), 1))
+        return chunks
+
+
+def request_of(prompt: Sequence[int], max_tokens: int, **sampling: object) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
+    return Request(f"r{next(_ids)}", tuple(prompt), params)
 
 
 def pair_config(*overrides: str) -> Config:
@@ -99,17 +125,20 @@ def pair_config(*overrides: str) -> Config:
 
 
 class Pair(Client):
-    """Both nodes in this process."""
+    """Both nodes in this process, and a third one."""
 
-    def __init__(self, prefill: WorkerNode, decode: WorkerNode) -> None:
-        super().__init__(decode, decode.info.worker_id, prefill.info)
+    def __init__(self, prefill: WorkerNode, decode: WorkerNode, other: WorkerNode | None = None) -> None:
+        super().__init__(decode, decode.info, prefill.info)
         self.prefill = prefill
         self.decode = decode
+        self.other = None if other is None else Pair(prefill, other)
+        """A pair of its own with the same prefill worker: what runs here can move there."""
 
 
 @contextlib.asynccontextmanager
-async def open_pair(files: ModelFiles, config: Config) -> AsyncIterator[Pair]:
-    """Both nodes, met and measured; everything is closed at the end and both ledgers must balance."""
+async def open_pair(files: ModelFiles, config: Config, other: Config | None = None) -> AsyncIterator[Pair]:
+    """Both nodes, met and measured, and with `other` a second decode node; everything is closed at the end and all
+    ledgers must balance."""
     nodes: dict[str, WorkerNode] = {}
 
     def dial(info: WorkerInfo) -> WorkerService:
@@ -118,19 +147,26 @@ async def open_pair(files: ModelFiles, config: Config) -> AsyncIterator[Pair]:
     async with contextlib.AsyncExitStack() as stack:
         for role in (Role.PREFILL, Role.DECODE):
             nodes[role.value] = await stack.enter_async_context(running_node(files, config, role, dial))
-        pair = Pair(nodes["prefill"], nodes["decode"])
+        if other is not None:
+            third = running_node(files, other, Role.DECODE, dial, "other")
+            nodes["other"] = await stack.enter_async_context(third)
+        pair = Pair(nodes["prefill"], nodes["decode"], nodes.get("other"))
         await pair.decode.meet(pair.lender)
-        await stack.enter_async_context(background(pair.run_router()))
+        for client in (pair, pair.other):
+            if client is not None:
+                await stack.enter_async_context(background(client.run_router()))
         yield pair
-        await settle(pair.prefill)
-        await settle(pair.decode)
+        for node in nodes.values():
+            await settle(node)
 
 
 @contextlib.asynccontextmanager
-async def running_node(files: ModelFiles, config: Config, role: Role, dial: Dial) -> AsyncIterator[WorkerNode]:
+async def running_node(
+    files: ModelFiles, config: Config, role: Role, dial: Dial, name: str = ""
+) -> AsyncIterator[WorkerNode]:
     async with contextlib.AsyncExitStack() as stack:
         policy = (prefill_policy if role is Role.PREFILL else decode_policy)(config, files.spec.eos_token_ids)
-        node = await open_node(files, config, role.value, policy, dial, stack)
+        node = await open_node(files, config, name or role.value, policy, dial, stack)
         await stack.enter_async_context(background(node.run()))
         yield node
 

@@ -1,5 +1,5 @@
-"""Every format of weights and KV, end to end on a tiny model: disaggregated = aggregated = preempted, token for token
-and log-prob for log-prob; and what a worker says of what it computes with."""
+"""Every format of weights and KV, end to end: disaggregated = aggregated = moved = preempted, token for token and
+log-prob for log-prob; and what a worker says of what it computes with."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from baton.models.convert import ModelFiles, convert
 from tests.e2e.pair import Answer, forget_cache, open_pair, pair_config, running_node
 from tests.models.reference import TinyLlama, write_tiny_llama
 
-FORMATS = {"fp32": None, "bf16": None, "int8": "int8", "int4": "bf16"}  # weights -> KV, where it is not the default
+FORMATS = [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "int8"), ("int8", "bf16"), ("int8", "int8"), ("int4", "bf16")]
+"""(weights, KV)"""
 NEW_TOKENS = 48
+MOVED_AT = 11
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return convert(home / "llama", home / "cache")
 
 
-def config_of(weights: str, *more: str) -> Config:
-    kv = FORMATS[weights]
-    chosen = ["engine.backend=host", f"engine.quantization={weights}", *([f"engine.kv_dtype={kv}"] if kv else [])]
+def config_of(weights: str, kv: str, *more: str) -> Config:
+    chosen = ["engine.backend=host", f"engine.quantization={weights}", f"engine.kv_dtype={kv}"]
     return pair_config(*chosen, "prefill.max_chunk_tokens=32", "decode.max_chunk_tokens=16", *more)
 
 
@@ -41,27 +42,34 @@ def said(answer: Answer) -> list[tuple[int, TokenLogprob | None]]:
     return list(zip(answer.tokens, logprobs, strict=True))
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_apart_together_and_preempted_give_the_same_tokens_and_log_probs(weights: str, files: ModelFiles) -> None:
+@pytest.mark.parametrize(("weights", "kv"), FORMATS)
+def test_apart_together_moved_and_preempted_give_the_same_tokens_and_log_probs(
+    weights: str, kv: str, files: ModelFiles
+) -> None:
     rng = random.Random(5)
     prompts = [[rng.randrange(3, 64) for _ in range(n)] for n in (1, 15, 33, 70, 100)]
     sampling: dict[str, Any] = {"logprobs": 2, "temperature": 0.8, "seed": 9, "ignore_eos": True}
 
     async def one_by_one() -> list[list[tuple[int, TokenLogprob | None]]]:
         answers = []
-        async with open_pair(files, config_of(weights, "engine.threads=2")) as pair:
+        config = config_of(weights, kv, "engine.threads=2")
+        async with open_pair(files, config, other=config_of(weights, kv)) as pair:
+            assert pair.other is not None
             for prompt in prompts:
                 apart = await pair.generate(prompt, NEW_TOKENS, **sampling)
                 forget_cache(pair.decode)
                 together = await pair.generate(prompt, NEW_TOKENS, local=True, **sampling)
                 forget_cache(pair.decode)
-                assert said(apart) == said(together), f"{len(prompt)} prompt tokens"
+                moved = await pair.moved(prompt, NEW_TOKENS, pair.other, MOVED_AT, **sampling)
+                forget_cache(pair.decode)
+                assert said(apart) == said(together) == said(moved), f"{len(prompt)} prompt tokens"
                 answers.append(said(apart))
-            assert pair.decode.parts.metrics.value("baton_fallbacks_total") == 0
+            for node in (pair.decode, pair.other.decode):
+                assert node.parts.metrics.value("baton_fallbacks_total") == 0
         return answers
 
     async def at_once() -> list[list[tuple[int, TokenLogprob | None]]]:
-        async with open_pair(files, config_of(weights, "engine.num_blocks=16")) as pair:
+        async with open_pair(files, config_of(weights, kv, "engine.num_blocks=16")) as pair:
             calls = [pair.generate(prompt, NEW_TOKENS, local=True, **sampling) for prompt in prompts]
             answers = await asyncio.gather(*calls)
             assert pair.decode.parts.metrics.value("baton_preemptions_total") > 0
@@ -74,7 +82,7 @@ def test_apart_together_and_preempted_give_the_same_tokens_and_log_probs(weights
 def test_workers_of_different_formats_are_no_peers_and_the_difference_has_a_name(files: ModelFiles) -> None:
     async def capabilities() -> list[str | None]:
         found = []
-        for config in (config_of("bf16"), config_of("int8"), config_of("bf16", "engine.kv_dtype=int8")):
+        for config in (config_of("bf16", "bf16"), config_of("int8", "bf16"), config_of("bf16", "int8")):
             async with running_node(files, config, Role.DECODE, lambda info: pytest.fail("nobody is called")) as node:
                 found.append(node.info.capability)
         return [difference(found[0], other) for other in found]

@@ -6,15 +6,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from baton.core.config import Config
-from baton.core.request import TokenLogprob
+from baton.core.request import Choice, TokenLogprob
+from baton.core.sequence import fork_sequence, new_sequence
 from baton.models.convert import ModelFiles, convert
-from tests.e2e.pair import Answer, open_pair, pair_config
+from tests.cli.test_serve import READY, serving
+from tests.e2e.pair import Answer, open_pair, pair_config, request_of
+from tests.e2e.test_tokens import prompts as english
 from tests.engine.test_host_runner import opened
 from tests.kernels.kv_bytes import BLOCK_SIZE, Bytes, read, run_bytes, stored
 from tests.models.reference import TinyLlama, chunk, write_tiny_llama
@@ -96,3 +102,85 @@ def test_a_converted_hand_off_goes_on_from_the_converted_kv_and_caches_none_of_i
         reference = expected(files, prompt, lender, reader)
         assert [token for token, _ in answer] == [token for token, _ in reference], f"{len(prompt)} prompt tokens"
         np.testing.assert_allclose([p for _, p in answer], [p for _, p in reference], atol=2e-6)
+
+
+@pytest.mark.parametrize("other", ["int8", "bf16"])
+def test_what_was_converted_stays_out_of_the_prefix_map_of_whoever_it_moves_to(other: str, files: ModelFiles) -> None:
+    """Between two that store KV alike a move changes no bit, also of an answer that began with converted KV."""
+    rng = random.Random(6)
+    prompt = [rng.randrange(3, 64) for _ in range(50)]
+
+    async def run() -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        config = config_of("bf16", "int8")
+        async with open_pair(files, config, config_of("bf16", other)) as pair:
+            assert pair.other is not None
+            moved = await pair.moved(prompt, NEW_TOKENS, pair.other, 9, logprobs=0, ignore_eos=True)
+            stayed = await pair.generate(prompt, NEW_TOKENS, logprobs=0, ignore_eos=True)
+            for node in (pair.decode, pair.other.decode):
+                assert not node.parts.pool.snapshot().hashes
+            return said(moved), said(stayed)
+
+    moved, stayed = asyncio.run(run())
+    assert moved == stayed if other == "int8" else moved[:9] == stayed[:9]
+
+
+def test_a_converted_sequence_that_is_preempted_is_computed_anew_and_cached_like_any_other(files: ModelFiles) -> None:
+    rng = random.Random(7)
+    prompts = [[rng.randrange(3, 64) for _ in range(n)] for n in (33, 70, 100)]
+
+    async def run() -> int:
+        config = config_of("bf16", "int8", "engine.num_blocks=16")
+        async with open_pair(files, config) as pair:
+            await asyncio.gather(*(pair.generate(p, NEW_TOKENS, ignore_eos=True) for p in prompts))
+            assert pair.decode.parts.metrics.value("baton_preemptions_total") > 0
+            assert pair.decode.parts.metrics.value("baton_converted_bytes_total") > 0
+            return len(pair.decode.parts.pool.snapshot().hashes)
+
+    assert asyncio.run(run()) > 0
+
+
+def test_the_answers_that_fork_from_a_converted_prompt_are_converted_too() -> None:
+    leader = new_sequence(request_of([1, 2, 3], 4), 1, BLOCK_SIZE, 4)
+    assert not fork_sequence(leader, Choice(0), [], 4).converted
+    leader.converted = True
+    assert fork_sequence(leader, Choice(0), [], 4).converted
+
+
+# ---- the real model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize(("lender", "reader"), [("bf16", "int8"), ("int8", "bf16")])
+def test_the_real_model_goes_on_from_the_converted_kv(lender: str, reader: str, model_files: ModelFiles) -> None:
+    cases = english(model_files, (17, 130, 300))
+
+    async def answers() -> list[list[int]]:
+        config = config_of(lender, reader, "prefill.max_chunk_tokens=128", 'handoff.transports=["shm"]')
+        async with open_pair(model_files, config) as pair:
+            found = [(await pair.generate(prompt, NEW_TOKENS, ignore_eos=True)).tokens for prompt in cases]
+            assert pair.decode.parts.metrics.value("baton_fallbacks_total") == 0
+            assert pair.decode.parts.metrics.value("baton_converted_bytes_total") > 0
+            return found
+
+    for prompt, tokens in zip(cases, asyncio.run(answers()), strict=True):
+        assert tokens == [token for token, _ in expected(model_files, prompt, lender, reader)]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_stack_whose_decode_workers_store_int8_and_prefill_workers_bf16_knows_its_capitals(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    sets = ("engine.quantization=bf16", "decode.kv_dtype=int8", "handoff.convert_kv=true", "engine.num_blocks=128",
+            "router.local_prefill_max_tokens=0")
+    with serving(tmp_path, "--pool", "local", *(part for one in sets for part in ("--set", one))) as stack:
+        found = re.search(r"HTTP +(http://[\d.:]+)/v1", stack.read_until(READY))
+        assert found
+        body = {"model": "smollm2-135m", "prompt": "The capital of France is", "max_tokens": 6, "temperature": 0}
+        reply = httpx.post(f"{found[1]}/v1/completions", json=body, timeout=120)
+        assert "Paris" in reply.json()["choices"][0]["text"]
+        metrics = httpx.get(f"{found[1]}/metrics", timeout=10).text
+        came = re.findall(r'baton_converted_bytes_total{[^}]*lender="bf16",reader="int8"[^}]*} ([\d.e+]+)', metrics)
+        assert came
+        assert float(came[0]) > 0

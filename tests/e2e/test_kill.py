@@ -49,7 +49,7 @@ def test_a_prefill_worker_killed_mid_pull_costs_no_token_and_ray_brings_it_back(
             stack.push_async_callback(dial.close)
             decode = await stack.enter_async_context(running_node(model_files, config, Role.DECODE, dial))
             await decode.meet(lender)
-            client = Client(decode, decode.info.worker_id, lender)
+            client = Client(decode, decode.info, lender)
             await stack.enter_async_context(background(client.run_router()))
             undisturbed = await client.generate(prompt, 12, local=True, ignore_eos=True)
             forget_cache(decode)
@@ -119,7 +119,7 @@ def test_running_requests_outlive_redis_and_rays_control_store(model_files: Mode
             workers = {w.role: w for w in await registry.list()}
             dial = GrpcDial()
             stack.push_async_callback(dial.close)
-            client = Client(dial(workers[Role.DECODE]), "decode-0", workers[Role.PREFILL])
+            client = Client(dial(workers[Role.DECODE]), workers[Role.DECODE], workers[Role.PREFILL])
             await stack.enter_async_context(background(client.run_router()))
             undisturbed = await client.generate(prompt, 40, ignore_eos=True)
             started = asyncio.Event()

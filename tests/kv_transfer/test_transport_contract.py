@@ -4,7 +4,6 @@ block that has changed hands."""
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 
 import pytest
@@ -18,28 +17,6 @@ from tests.kv_transfer.pair import Lender, Reader, kill_a_reader, lender, reader
 BIG = 1 << 20
 """Block size of the tests that must catch a pull on its way."""
 MANY = 96
-
-
-ALONE = os.environ.get("BATON_TEST_TRANSPORT")
-"""Set by tests that run this file in a process of its own for one transport."""
-TRANSPORTS = [ALONE] if ALONE else [
-    "tcp", "shm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nixl", "nixl/tcp", "nccl"))
-]
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """nixl moves bytes with process_vm_readv on one machine; nixl/tcp makes UCX use sockets as between machines. ucx is
-    in test_ucx.py: its processes must not have loaded NIXL."""
-    name = str(request.param)
-    if name == "nccl":
-        pytest.importorskip("baton.kv_transfer.nccl")
-    if name.startswith("nixl"):
-        pytest.importorskip("nixl_cu13")
-        monkeypatch.setenv("NIXL_LOG_LEVEL", "ERROR")
-    if name == "nixl/tcp":
-        monkeypatch.setenv("UCX_TLS", "tcp")
-    return name.partition("/")[0]
 
 
 def test_pulled_blocks_are_byte_for_byte_what_was_lent(transport: str) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_contract_holds_for_ucx_in_processes_of_its_own() -> None:
     pytest.importorskip("ucxx._version")
-    files = ("test_transport_contract.py", "test_ucx_alone.py")
+    files = ("test_transport_contract.py", "test_landing.py", "test_ucx_alone.py")
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *(str(Path(__file__).with_name(name)) for name in files)],
         env={**child_env(1), "BATON_TEST_TRANSPORT": "ucx"}, cwd=ROOT, capture_output=True, text=True, check=False,
