@@ -95,7 +95,7 @@ class Client:
 
 
 def pair_config(*overrides: str) -> Config:
-    return load({}, ["engine.num_blocks=160", 'handoff.transports=["tcp"]', *overrides])
+    return load({}, ["engine.num_blocks=160", "engine.quantization=fp32", 'handoff.transports=["tcp"]', *overrides])
 
 
 class Pair(Client):
