@@ -51,7 +51,8 @@ def opened(
     files: ModelFiles, num_blocks: int, *, threads: int = 1, rubbish: int = 0xFF, **engine: Any
 ) -> Iterator[tuple[HostRunner, Bytes]]:
     """A runner, and its memory, which begins as rubbish that would be seen: not a number in every float format."""
-    backend = choose_backend(EngineConfig.model_validate({"backend": "host", "quantization": "fp32", **engine}), files.spec.head_dim)
+    chosen = EngineConfig.model_validate({"backend": "host", "quantization": "fp32", **engine})
+    backend = choose_backend(chosen, files.spec.head_dim)
     layout = files.spec.layout(BLOCK_SIZE, backend.kv_dtype)
     memory = library.aligned(num_blocks * layout.block_bytes)
     memory[:] = rubbish
