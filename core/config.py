@@ -55,8 +55,8 @@ class EngineConfig(_Tree):
     max_model_len: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Longest prompt + output in tokens; default: the model's context, cut to what the pool holds."
     )
-    threads: Count = Field(
-        1, description="Compute threads per worker. More threads than free cores is slower, not faster."
+    threads: Count | None = Field(
+        None, description="Compute threads per worker; default: the machine's cores, shared equally by the workers that a command starts. More threads than free cores is slower, not faster."
     )
     backend: Literal["auto", "host", "torch"] = Field(
         "auto", description="What computes: our C++ kernels (host), plain torch, or host with torch where it cannot be had."
