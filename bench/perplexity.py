@@ -64,7 +64,7 @@ def perplexity(files: ModelFiles, engine: EngineConfig, tokens: Sequence[int]) -
     layout = files.spec.layout(block_size, backend.kv_dtype)
     blocks = tuple(range(layout.num_blocks_for(len(tokens))))
     memory = library.aligned(len(blocks) * layout.block_bytes)
-    runner = HostRunner(files, memory.data, layout, engine.threads, backend)
+    runner = HostRunner(files, memory.data, layout, engine.threads or 1, backend)
     loss = 0.0
     for begin in range(0, len(tokens) - 1, ROWS):
         positions = range(begin, min(begin + ROWS, len(tokens) - 1))

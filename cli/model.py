@@ -45,15 +45,18 @@ def list_models(config: ConfigFile = None, override: Overrides = None) -> None:
 @app.command()
 def show(name: Name = None, config: ConfigFile = None, override: Overrides = None) -> None:
     """What a model is: its shape, fingerprint and files. Fetches and converts it if needed."""
+    from baton.engine.backend import choose_backend
     from baton.models.catalog import open_model
 
     settings = read_config(config, override)
     files = open_model(chosen(settings, name), say)
-    layout = files.spec.layout(settings.engine.block_size, settings.engine.kv_element)
+    backend = choose_backend(settings.engine, files.spec.head_dim)
+    layout = files.spec.layout(settings.engine.block_size, backend.kv_dtype)
     print(f"directory: {files.directory}\nfingerprint: {files.fingerprint}")
     for field in dataclasses.fields(files.spec):
         print(f"{field.name}: {getattr(files.spec, field.name)}")
-    print(f"KV block: {layout.block_size} tokens, {layout.block_bytes:,} bytes")
+    print(f"KV block: {layout.block_size} tokens of {layout.dtype}, {layout.block_bytes:,} bytes")
+    print(f"computed by: {backend.numerics}")
 
 
 def chosen(settings: Config, name: str | None) -> ModelConfig:

@@ -18,6 +18,7 @@ import typer
 from baton.cli.logs import last_words, link_ray_logs
 from baton.cli.progress import step
 from baton.cli.status import fleet_status
+from baton.cluster.cores import threads_per_worker, usable_cores
 from baton.cluster.embedded import start_embedded_redis
 from baton.cluster.local_pool import LocalPool
 from baton.cluster.pool import WorkerPool, WorkerSpec
@@ -101,8 +102,11 @@ async def start_workers(
     else:
         pool = LocalPool(logs)
     stack.push_async_callback(pool.close)
+    num_workers = config.prefill.replicas + config.decode.replicas
+    threads = threads_per_worker(config.engine.threads, num_workers, usable_cores())
+    given = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
     specs = [
-        WorkerSpec(f"{role}-{i}", role, ENTRIES[role], config.model_dump_json(), redis_url, config.engine.threads)
+        WorkerSpec(f"{role}-{i}", role, ENTRIES[role], given.model_dump_json(), redis_url, threads)
         for role, replicas in ((Role.PREFILL, config.prefill.replicas), (Role.DECODE, config.decode.replicas))
         for i in range(replicas)
     ]

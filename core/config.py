@@ -56,14 +56,14 @@ class EngineConfig(_Tree):
     max_model_len: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Longest prompt + output in tokens; default: the model's context, cut to what the pool holds."
     )
-    threads: Count = Field(
-        1, description="Compute threads per worker. More threads than free cores is slower, not faster."
+    threads: Count | None = Field(
+        None, description="Compute threads per worker; default: the machine's cores, shared equally by the workers that a command starts. More threads than free cores is slower, not faster."
     )
     backend: Literal["auto", "host", "torch"] = Field(
         "auto", description="What computes: our C++ kernels (host), plain torch, or host with torch where it cannot be had."
     )
-    quantization: Literal["fp32", "bf16", "int8", "int4"] = Field(
-        "fp32", description="Format of the weight matrices. int8: a scale per output channel; int4: per group of 32."
+    quantization: Literal["auto", "fp32", "bf16", "int8", "int4"] = Field(
+        "auto", description="Format of the weight matrices. auto: bf16 with the host kernels, fp32 in torch. int8: a scale per output channel; int4: per group of 32."
     )
     kv_dtype: KVDtype | None = Field(
         None, description="Element type of KV; int8 has a scale per token and head. Default: fp32 with fp32 weights, else bf16."
@@ -71,12 +71,6 @@ class EngineConfig(_Tree):
     isa: Literal["auto", "amx", "avx512", "avx2", "scalar"] = Field(
         "auto", description="Instruction set of the host kernels; default: the CPU's best. Results differ in the last bits, so a fleet needs one."
     )
-
-    @property
-    def kv_element(self) -> str:
-        """The element type of KV that these settings mean."""
-        return self.kv_dtype or ("fp32" if self.quantization == "fp32" else "bf16")
-
 
 class PoolConfig(_Tree):
     replicas: Annotated[int, Field(ge=0, le=64)] = Field(1, description="Workers in this pool.")

@@ -5,6 +5,7 @@ made before its memory is laid out, because the element type of KV and the capab
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -55,19 +56,20 @@ def choose_backend(engine: EngineConfig, head_dim: int) -> Backend:
     """What the configuration asks for, if this machine and model have it.
 
     Raises SetupError where they do not: `auto` falls back to torch only if torch computes the same formats."""
-    kv_dtype = engine.kv_element
-    torch_computes_it = engine.quantization == kv_dtype == "fp32"
+    torch_computes_it = engine.quantization in ("auto", "fp32") and engine.kv_dtype in (None, "fp32")
+    quantization = "bf16" if engine.quantization == "auto" else engine.quantization
+    kv_dtype = engine.kv_dtype or ("fp32" if quantization == "fp32" else "bf16")
     if engine.backend == "torch":
         if not torch_computes_it:
             raise ConfigError(f"engine.backend=torch computes in fp32 alone, not with {engine.quantization} weights "
                               f"and {kv_dtype} KV. Set engine.backend=host.", "engine.backend")
         return TORCH
     try:
-        return Backend("host", engine.quantization, kv_dtype, _isa(engine.isa, head_dim))
+        return Backend("host", quantization, kv_dtype, _isa(engine.isa, head_dim))
     except SetupError as e:
         if engine.backend == "host" or not torch_computes_it:
             raise
-        return Backend("torch", "fp32", "fp32", fallback=str(e))
+        return dataclasses.replace(TORCH, fallback=str(e))
 
 
 def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], None]) -> None:
@@ -78,10 +80,11 @@ def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], N
             from baton.kernels.host import library
 
             library.find_or_build(progress)
-    if choose_backend(engine, files.spec.head_dim).name == "host":
+    backend = choose_backend(engine, files.spec.head_dim)
+    if backend.name == "host":
         from baton.models.packed import packed_file
 
-        packed_file(files, engine.quantization, progress)
+        packed_file(files, backend.quantization, progress)
 
 
 def _isa(wanted: str, head_dim: int) -> str:

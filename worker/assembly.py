@@ -133,7 +133,7 @@ class _Engine:
 
 
 def _engine(files: AnyFiles, config: EngineConfig) -> _Engine:
-    block_size, threads = config.block_size, config.threads
+    block_size, threads = config.block_size, config.threads or 1
     if isinstance(files, HashFiles):
         layout, costs = files.spec.layout(block_size), StepCosts(files.spec.step_s, files.spec.token_s, 0.0)
         return _Engine(layout, files.spec.numerics, lambda memory: HashRunner(memory.buffer, layout, costs))

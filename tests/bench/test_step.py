@@ -11,6 +11,7 @@ from baton.core.errors import SetupError
 from tests.models.reference import TinyLlama, write_tiny_llama
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["host", "torch"])
 def test_each_batch_gets_a_row_whose_parts_add_up(
     backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

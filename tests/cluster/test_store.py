@@ -156,6 +156,7 @@ def test_a_worker_that_stops_refreshing_leaves_redis() -> None:
     asyncio.run(body())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["absent", "ended", "frozen"])
 def test_a_registry_that_does_not_answer_is_a_lost_peer_in_bounded_time(state: str) -> None:
     async def body() -> None:

@@ -121,7 +121,7 @@ def request_of(prompt: Sequence[int], max_tokens: int, **sampling: object) -> Re
 
 
 def pair_config(*overrides: str) -> Config:
-    return load({}, ["engine.num_blocks=160", 'handoff.transports=["tcp"]', *overrides])
+    return load({}, ["engine.num_blocks=160", "engine.quantization=fp32", 'handoff.transports=["tcp"]', *overrides])
 
 
 class Pair(Client):

@@ -51,7 +51,8 @@ def opened(
     files: ModelFiles, num_blocks: int, *, threads: int = 1, rubbish: int = 0xFF, **engine: Any
 ) -> Iterator[tuple[HostRunner, Bytes]]:
     """A runner, and its memory, which begins as rubbish that would be seen: not a number in every float format."""
-    backend = choose_backend(EngineConfig.model_validate({"backend": "host", **engine}), files.spec.head_dim)
+    chosen = EngineConfig.model_validate({"backend": "host", "quantization": "fp32", **engine})
+    backend = choose_backend(chosen, files.spec.head_dim)
     layout = files.spec.layout(BLOCK_SIZE, backend.kv_dtype)
     memory = library.aligned(num_blocks * layout.block_bytes)
     memory[:] = rubbish
@@ -342,6 +343,8 @@ def test_what_computes_is_said_in_full_so_that_only_equals_are_paired() -> None:
     assert chosen == Backend("host", "int8", "bf16", "scalar")
     assert chosen.numerics == "host-int8-scalar"
     assert choose_backend(EngineConfig(backend="torch"), 64).numerics == "torch-fp32"
+    unasked = choose_backend(EngineConfig(isa="scalar"), 64)
+    assert unasked == Backend("host", "bf16", "bf16", "scalar")
 
 
 def test_auto_computes_with_torch_what_the_host_kernels_cannot_and_says_why() -> None:

@@ -44,7 +44,8 @@ def hash_runner() -> Iterator[Runner]:
 
 @contextlib.contextmanager
 def host_runner(home: Path, num_blocks: int = NUM_BLOCKS) -> Iterator[Runner]:
-    files, backend = convert(home / "llama", home / "cache"), choose_backend(EngineConfig(backend="host"), 16)
+    files = convert(home / "llama", home / "cache")
+    backend = choose_backend(EngineConfig(backend="host", quantization="fp32"), 16)
     shape = files.spec.layout(BLOCK_SIZE, backend.kv_dtype)
     memory = library.aligned(num_blocks * shape.block_bytes)
     runner = HostRunner(files, memory.data, shape, 2, backend)

@@ -38,6 +38,7 @@ def find(_: int) -> str:
     return str(library.find_or_build())
 
 
+@pytest.mark.slow
 def test_many_processes_compile_once_and_all_get_the_library(cache: Path, counted: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         found = set(pool.map(find, range(3), chunksize=1))
@@ -92,6 +93,7 @@ def test_a_compiler_that_fails_says_so_and_leaves_nothing_that_looks_finished(
     assert not [*cache.rglob("*.so*")]
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(cache: Path, counted: Path) -> None:
     """And the rest of the library links and loads without it."""
     script = counted.with_name("old")

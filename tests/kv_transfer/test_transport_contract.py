@@ -197,6 +197,7 @@ def test_a_lender_killed_with_bytes_on_their_way_fails_the_pull_and_its_next_boo
         asyncio.run(main(first))
 
 
+@pytest.mark.slow
 def test_readers_that_are_killed_in_the_middle_of_a_pull_do_the_lender_no_harm(
     transport: str, request: pytest.FixtureRequest
 ) -> None:

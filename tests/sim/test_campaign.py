@@ -12,6 +12,7 @@ from baton.sim.simulate import simulate
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
+@pytest.mark.slow
 def test_worlds_in_two_processes_are_the_same_worlds() -> None:
     seeds = range(40, 43)
     alone = {r.seed: r for r in run_many(seeds, 1)}
@@ -19,6 +20,7 @@ def test_worlds_in_two_processes_are_the_same_worlds() -> None:
     assert sorted(alone) == list(seeds)
 
 
+@pytest.mark.slow
 def test_a_summary_adds_up() -> None:
     reports, summary = [simulate(seed) for seed in (1, 2)], Summary()
     for report in reports:
@@ -31,6 +33,7 @@ def test_a_summary_adds_up() -> None:
     assert all(name in text for r in reports for name, _ in r.faults)
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_world_is_kept_and_the_rest_is_as_before() -> None:
     seed = next(s for s in range(100) if len(draw_faults(s)) == 3)
     whole, part = simulate(seed), simulate(seed, kept_faults=(0, 2), kept_jobs=9)

@@ -158,6 +158,7 @@ def test_a_killed_process_runs_no_finally_and_its_children_die_with_it() -> None
     assert alive == 1  # main itself
 
 
+@pytest.mark.slow
 def test_what_was_ready_when_its_process_died_does_not_run_any_more() -> None:
     async def main(loop: SimLoop) -> list[int]:
         process, ran = SimProcess(loop, "worker"), list[int]()

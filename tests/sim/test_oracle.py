@@ -104,6 +104,7 @@ class LateCredits(BlockPool):
         return [blocks[0]] * len(blocks)
 
 
+@pytest.mark.slow
 def test_a_puller_that_skips_digests_is_caught_by_the_tokens() -> None:
     failures = caught(Builders(puller=TrustingPuller), lambda: BadPulls(PullFault.CORRUPT, 20))
     assert any("an undisturbed run" in f for f in failures)

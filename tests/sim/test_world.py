@@ -99,6 +99,7 @@ for seed in (3, 11):
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_trace_in_another_process() -> None:
     def digests(hash_seed: str) -> str:
         env = {**os.environ, "PYTHONHASHSEED": hash_seed}

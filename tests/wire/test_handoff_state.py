@@ -73,6 +73,7 @@ def carried(state: HandoffState) -> HandoffState:
     return back
 
 
+@pytest.mark.slow
 @settings(max_examples=300, database=None)
 @given(states())
 def test_the_whole_state_survives(state: HandoffState) -> None:

@@ -89,6 +89,7 @@ async def until_bound(b: Bench) -> None:
     await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_lost_prefill_worker_is_replaced_by_a_spare_and_what_came_is_kept() -> None:
     async def story(b: Bench) -> None:
         r = request("r", tuple(range(1, 81)))
@@ -108,6 +109,7 @@ def test_a_lost_prefill_worker_is_replaced_by_a_spare_and_what_came_is_kept() ->
     play(story, num_prefill=2)
 
 
+@pytest.mark.slow
 def test_when_every_prefill_worker_is_lost_the_router_chooses_again() -> None:
     async def story(b: Bench) -> None:
         stream, r = b.stream(b.decode[0]), request("r", tuple(range(1, 81)))
@@ -193,6 +195,7 @@ def test_a_reader_of_the_cache_that_stands_still_holds_nothing_beyond_its_lease(
     play(story, num_decode=2)
 
 
+@pytest.mark.slow
 def test_a_holder_that_is_gone_costs_only_the_cache() -> None:
     async def story(b: Bench) -> None:
         heard = b.stream(b.decode[0]).submit(request("turn-1", PROMPT), 1)

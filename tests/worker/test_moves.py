@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_running_request_moves_with_its_kv_at_every_token(kind: str) -> None:
     """T32: nothing is computed twice, and the answer is that of an undisturbed run."""
@@ -86,6 +87,7 @@ async def moving(b: Bench, r: Request) -> tuple[Stream, Stream, Heard]:
     return source, target, before
 
 
+@pytest.mark.slow
 def test_a_move_whose_target_dies_leaves_the_request_where_it_was() -> None:
     """Whenever it dies: until it has acknowledged, the source only pauses. After that it is lost like any other
     worker, and the router replays."""
@@ -109,6 +111,7 @@ def test_a_move_whose_target_dies_leaves_the_request_where_it_was() -> None:
     assert "here" not in ended[ended.index("there") :], "acknowledged is acknowledged"
 
 
+@pytest.mark.slow
 def test_a_move_out_of_a_source_that_dies_ends_with_an_error() -> None:
     async def story(b: Bench, delay_s: float) -> None:
         r = request("r", PROMPT, max_tokens=60)
