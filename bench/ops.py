@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     backend = choose_backend(config.engine, files.spec.head_dim)
     if backend.name != "host":
         raise SetupError("only the host kernels have operations to time. Set engine.backend=host.")
-    limits = Limits.measured(config.engine.threads, backend.isa)
-    print(f"{config.engine.threads} threads; memory is read at {limits.read_bytes_per_s * 1e-9:.1f} GB/s, "
+    limits = Limits.measured(config.engine.threads or 1, backend.isa)
+    print(f"{config.engine.threads or 1} threads; memory is read at {limits.read_bytes_per_s * 1e-9:.1f} GB/s, "
           f"bf16 multiplied at {limits.flop_per_s * 1e-9:.0f} GFLOP/s")
     for what in asked.steps.split(","):
         kind, _, count = what.partition(":")
@@ -140,7 +140,7 @@ class Bench:
         self._tables = rng.permutation(each * num_sequences).reshape(num_sequences, each).tolist()
         self._tokens = rng.integers(0, self._spec.vocab_size, (num_sequences, longest)).tolist()
         self._memory = library.aligned(each * num_sequences * self._layout.block_bytes)
-        self._runner = HostRunner(files, self._memory.data, self._layout, config.engine.threads, backend)
+        self._runner = HostRunner(files, self._memory.data, self._layout, config.engine.threads or 1, backend)
         self._ops = compile_spec(self._spec)
         self._matrices = plan(self._spec, backend.quantization)
 
