@@ -6,8 +6,6 @@ configuration gives, and requests decode together on it. Measured per step:
     kernels    from the beginning of the engine's step to its end
     gap        from there to the beginning of the next: what is not hidden, and on a busy machine what others did
                meanwhile
-    glue       CPU time that the thread which waits for steps spent between two: results, or of torch all that the gap
-               is made of
     loop       CPU time of the event loop's thread: schedule, commit, listeners, messages. Hidden, while gaps stay small
     hidden     loop / (loop + gap)
     share      gap / (gap + kernels): of a step, what Python costs its requests
@@ -23,19 +21,18 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from baton.core.config import Config, load
 from baton.core.errors import SetupError
 from baton.core.messages import Hello, StepMessage, Submit, UpMessage
 from baton.core.request import Request, SamplingParams
-from baton.core.step import Runner
+from baton.core.step import Runner, Step, StepResult
 from baton.core.worker import Route
 from baton.decode_node.policy import decode_policy
 from baton.engine.hash_runner import HashRunner
 from baton.engine.host_runner import HostRunner
-from baton.kernels.host import library
 from baton.models.catalog import open_model
 from baton.wire import codec
 from baton.wire.client import GrpcDial
@@ -47,12 +44,10 @@ PROMPT_TOKENS, WARM_UP_STEPS = 32, 8
 
 @dataclasses.dataclass(frozen=True)
 class Spell:
-    """One step in the engine, and the CPU time of the thread that waited for it, then and afterwards."""
+    """One step in the engine."""
 
     began_s: float
     ended_s: float
-    cpu_before_s: float
-    cpu_after_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +58,6 @@ class Cost:
     gap_s: float
     worst_gap_s: float
     """One gap in ten is as long."""
-    glue_s: float
     loop_s: float
     """The mean: not every step has all of it."""
 
@@ -71,7 +65,7 @@ class Cost:
     def row(self) -> str:
         hidden, share = self.loop_s / (self.loop_s + self.gap_s), self.gap_s / (self.gap_s + self.kernels_s)
         return (f"{self.kernels_s * 1e3:10.2f} {self.gap_s * 1e6:8.0f} {self.worst_gap_s * 1e6:8.0f} "
-                f"{self.glue_s * 1e6:8.0f} {self.loop_s * 1e6:8.0f} {hidden:8.0%} {share:8.1%}")
+                f"{self.loop_s * 1e6:8.0f} {hidden:8.0%} {share:8.1%}")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -85,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     most = WARM_UP_STEPS + 2 * asked.steps
     sampling = SamplingParams(max_tokens=most, temperature=asked.temperature, ignore_eos=True)
     config = load({}, asked.overrides)
-    print(f"{'batch':>5} {'kernels ms':>10} {'gap us':>8} {'p90 us':>8} {'glue us':>8} {'loop us':>8} "
+    print(f"{'batch':>5} {'kernels ms':>10} {'gap us':>8} {'p90 us':>8} {'loop us':>8} "
           f"{'hidden':>8} {'share':>8}")
     for batch in (int(n) for n in asked.batch.split(",")):
         print(f"{batch:5} {asyncio.run(measured(config, batch, asked.steps, sampling)).row}")
@@ -114,35 +108,30 @@ def watch_kernels(runner: Runner) -> list[Spell]:
         raise SetupError("the hash model has no kernels to wait for. Set model.name to a real one.")
     spells: list[Spell] = []
 
-    def wait(line: int, job: library.Job) -> None:
-        cpu_s = time.thread_time()
-        inner.baton_line_wait(line, job)
-        spells.append(Spell(job.began_s, job.ended_s, cpu_s, time.thread_time()))
-
     def logits(*arguments: Any) -> Any:
-        began_s, cpu_s = time.perf_counter(), time.thread_time()
+        began_s = time.perf_counter()
         answer = computed(*arguments)
-        spells.append(Spell(began_s, time.perf_counter(), cpu_s, time.thread_time()))
+        spells.append(Spell(began_s, time.perf_counter()))
         return answer
 
     if isinstance(runner, HostRunner):
-        inner = runner._library
-        vars(runner)["_library"] = _Library(inner, wait)
+        vars(runner)["execute"] = _watched(runner, runner.execute, spells)
     else:
         computed = vars(type(runner))["logits"].__get__(runner)
         vars(runner)["logits"] = logits
     return spells
 
 
-@dataclasses.dataclass(frozen=True)
-class _Library:
-    """The host library with another `baton_line_wait`."""
+def _watched(
+    runner: HostRunner, execute: Callable[..., Awaitable[StepResult]], spells: list[Spell]
+) -> Callable[[Step, Callable[[int], None] | None], asyncio.Future[StepResult]]:
+    def watched(step: Step, on_layers: Callable[[int], None] | None = None) -> asyncio.Future[StepResult]:
+        done = asyncio.ensure_future(execute(step, on_layers))
+        job = runner._works[-1].job
+        done.add_done_callback(lambda _: spells.append(Spell(job.began_s, job.ended_s)))
+        return done
 
-    inner: Any
-    baton_line_wait: Callable[[int, library.Job], None]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+    return watched
 
 
 async def _decode(node: WorkerNode, spells: list[Spell], batch: int, num_steps: int, sampling: SamplingParams) -> Cost:
@@ -157,13 +146,11 @@ async def _decode(node: WorkerNode, spells: list[Spell], batch: int, num_steps: 
         first, cpu_s = len(spells), time.thread_time()
         await _read(messages, told, WARM_UP_STEPS + num_steps)
         seen, cpu_s = spells[first:], time.thread_time() - cpu_s
-    pairs = list(zip(seen, seen[1:], strict=False))
-    gaps = [after.began_s - before.ended_s for before, after in pairs]
+    gaps = [after.began_s - before.ended_s for before, after in zip(seen, seen[1:], strict=False)]
     return Cost(
         statistics.median(spell.ended_s - spell.began_s for spell in seen),
         statistics.median(gaps),
         statistics.quantiles(gaps, n=10)[-1],
-        statistics.median(after.cpu_before_s - before.cpu_after_s for before, after in pairs),
         cpu_s / len(seen),
     )
 

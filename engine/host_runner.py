@@ -1,23 +1,25 @@
 """Executes steps with the host kernels: the same op list as torch's runner, one call of C per step.
 
-Owns the compute thread, the team of threads that helps it, the packed weights and the buffer of logits. Does not know
-which model it runs (the op list says), who owns a block, or why a chunk is in the step. Needs no torch.
+Owns C's line and its team of threads, the packed weights and the buffers of logits. Does not know which model it runs
+(the op list says), who owns a block, or why a chunk is in the step. Needs no torch.
 
 Life of a step:
 1. `execute` makes flat arrays (`_Work`) of its chunks, mostly while the step before computes, and puts them on C's
    line: its thread begins them the moment the step before is done, with the tokens which that has chosen. No Python
    runs between two steps.
 2. Meanwhile, if somebody wants to hear of layers, the event loop looks at the word in which C counts them.
-3. C chooses the tokens of *plain* rows (greedy or with a temperature and filters). Our thread, which waits for the
-   step, makes the result: tokens of the other rows, with penalties or several choices, and log-probs.
+3. C chooses the tokens of *plain* rows (greedy, or with a temperature and filters), and wakes the event loop, which
+   makes the result. Where it takes the logits for that (penalties, several choices, log-probs), a thread does.
 
-A step that needs a token which C did not choose is put later, by our thread, when it has made it.
+A step that needs a token which C did not choose is put when the result before it is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.core.errors import BatonError
+from baton.core.errors import BatonError, InternalError
 from baton.core.layout import KVLayout
 from baton.core.request import SampledToken
 from baton.core.step import ScheduledChunk, Step, StepResult
@@ -69,9 +71,15 @@ _CHOICE = np.dtype(library.Choice)
 class _Work:
     """A step's chunks as what C reads and writes. It must live until the step is done."""
 
-    def __init__(self, chunks: Sequence[ScheduledChunk], before: _Work | None) -> None:
-        """`before`: the work of the step before, if a token comes from it."""
-        self.chunks = chunks
+    def __init__(
+        self, chunks: Sequence[ScheduledChunk], before: _Work | None = None,
+        done: asyncio.Future[StepResult] | None = None, place: int = 0,
+    ) -> None:
+        """`before`: the work of the step before, while its result is not out. `done`: where the result is wanted.
+        `place`: 0 or 1, in turn."""
+        self.chunks, self.done, self.place = chunks, done, place
+        self.is_put = self.is_read = False
+        """The line has, or had, it; somebody makes, or made, the result."""
         self.sampling: list[int] = []
         """Indices of the chunks that sample, and below how."""
         self.rows: list[SampledRow] = []
@@ -82,7 +90,7 @@ class _Work:
         spans, sampled, sources, row, first_block = [], [], [], 0, 0
         for index, chunk in enumerate(chunks):
             if chunk.token_from is not None:
-                source = before.place(chunk.token_from) if before is not None else None
+                source = before.source(chunk.token_from) if before is not None else None
                 if source is None:
                     self.unknown.append((row, index))
                 else:
@@ -108,7 +116,7 @@ class _Work:
         """Once C is done with them."""
         return any(not row.is_plain or row.sampling.logprobs is not None for row in self.rows)
 
-    def place(self, index: int) -> int | None:
+    def source(self, index: int) -> int | None:
         """Of chunk `index` among the sampled rows, if C chooses its token."""
         if index not in self.sampling:
             return None
@@ -176,28 +184,33 @@ class HostRunner:
         self._pool = np.frombuffer(memory, np.uint8)
         self._logits = [np.empty((0, spec.vocab_size), np.float32)] * 3
         """Of steps whose logits we read, in turn: one is read while the next is written; and of all others."""
-        self._thread = ThreadPoolExecutor(1, "baton-steps")
+        self._sampler = ThreadPoolExecutor(1, "baton-sampler")
         self._team = self._library.baton_team_new(threads, SPIN_US)
         self._line = self._library.baton_line_new(self._program, self._team)
-        self._works: deque[tuple[_Work, bool]] = deque()
-        """Not done, and whether the line has them. The event loop's."""
-        self._num_works = 0
+        self._line_fd: int = self._library.baton_line_fd(self._line)
         self._before: StepResult | None = None
-        """Our thread's: result of the last step, none if it broke."""
+        """Of the last step whose result is out; none if it broke."""
+        self._works: deque[_Work] = deque()
+        """Whose results are not out yet, oldest first."""
+        self._num_works = 0
+        self._listening: asyncio.AbstractEventLoop | None = None
+        """The loop that the line wakes; none while there is no work."""
 
     def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> Awaitable[StepResult]:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[StepResult] = loop.create_future()
-        work = _Work(step.chunks, self._works[-1][0] if self._works else None)
+        done = loop.create_future()
+        work = _Work(step.chunks, self._works[-1] if self._works else None, done, self._num_works % 2)
         self._num_works += 1
-        # The logits of two steps can be kept; and a step that waits for our thread keeps those behind it waiting.
-        is_put = not work.unknown and len(self._works) < 2 and all(put for _, put in self._works)
-        self._works.append((work, is_put))
-        place = self._num_works % 2
-        if is_put:
-            self._put(work, place)
-        self._thread.submit(self._finish, work, None if is_put else place, loop, done)
+        self._works.append(work)
+        if len(self._works) == 1:
+            self._complete(work)
+        # The logits of two steps can be kept; and a step that waits for a result keeps those behind it waiting.
+        elif not work.unknown and len(self._works) == 2 and self._works[0].is_put:
+            self._put(work)
+        if self._listening is not loop:
+            self._listening = loop
+            loop.add_reader(self._line_fd, self._on_done)
         return done if on_layers is None else self._watch(done, work.layers, on_layers)
 
     async def _watch(
@@ -214,11 +227,16 @@ class HostRunner:
         return await running
 
     async def close(self) -> None:
-        """Wait for the step in execution, then let go of memory and weights."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._let_go)
-        self._thread.shutdown(wait=False)
+        """Wait for the steps that the line has, then let go of memory and weights."""
+        if self._listening is not None and not self._listening.is_closed():
+            self._listening.remove_reader(self._line_fd)
+        await asyncio.get_running_loop().run_in_executor(self._sampler, self._let_go)
+        self._sampler.shutdown(wait=False)
 
     def _let_go(self) -> None:
+        for work in self._works:
+            if work.is_put:
+                self._library.baton_line_wait(self._line, work.job)
         self._library.baton_line_free(self._line)
         self._library.baton_program_free(self._program)
         self._library.baton_team_free(self._team)
@@ -226,44 +244,64 @@ class HostRunner:
         self._arrays = {}
         self._pool = np.empty(0, np.uint8)
 
-    def _put(self, work: _Work, place: int) -> None:
-        self._library.baton_line_put(self._line, work.given(self._pool, self._room(work, place)))
-
-    def _room(self, work: _Work, place: int) -> Logits:
-        """For the logits of a step."""
-        place = place if work.reads_logits else 2
+    def _put(self, work: _Work) -> None:
+        place = work.place if work.reads_logits else 2
         if len(self._logits[place]) < len(work.sampled):
             self._logits[place] = np.empty((len(work.sampled), self._vocab_size), np.float32)
-        return self._logits[place]
+        work.is_put = True
+        self._library.baton_line_put(self._line, work.given(self._pool, self._logits[place]))
 
-    def _finish(
-        self, work: _Work, place: int | None, loop: asyncio.AbstractEventLoop, done: asyncio.Future[StepResult]
-    ) -> None:
-        """In our thread: see the step to its end, and tell the event loop. `place`: it is not put yet."""
-        before, self._before = self._before, None
+    def _on_done(self) -> None:
+        """The line has done something."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._line_fd)
+        self._look()
+
+    def _look(self) -> None:
+        """Results of the oldest works, as far as the line is done with them."""
+        while self._works and self._works[0].job.done and not self._works[0].is_read:
+            work = self._works[0]
+            work.is_read = True
+            if work.reads_logits:
+                reading = asyncio.get_running_loop().run_in_executor(self._sampler, work.result)
+                reading.add_done_callback(self._on_read)
+            else:
+                self._conclude(work.result)
+
+    def _on_read(self, reading: asyncio.Future[StepResult]) -> None:
+        self._conclude(reading.result)
+        self._look()
+
+    def _conclude(self, result: Callable[[], StepResult]) -> None:
+        """The oldest work has a result, or broke. What waited for it goes on the line."""
+        done, self._before = self._works.popleft().done, None
+        assert done is not None, "whoever gave a step wants its result"
         try:
-            if place is not None:
-                work.fill(before)
-                self._put(work, place)
-            self._library.baton_line_wait(self._line, work.job)
-            self._before = work.result()
-            loop.call_soon_threadsafe(self._done, done, self._before, None)
-        except BaseException as e:
-            loop.call_soon_threadsafe(self._done, done, None, e)
+            self._before = result()
+            if not done.done():  # its caller may have left
+                done.set_result(self._before)
+        except Exception as e:
+            if not done.done():
+                done.set_exception(e)
+        if self._works:
+            if not self._works[0].is_put:
+                self._complete(self._works[0])
+        elif self._listening is not None:
+            self._listening.remove_reader(self._line_fd)
+            self._listening = None
 
-    def _done(self, done: asyncio.Future[StepResult], result: StepResult | None, error: BaseException | None) -> None:
-        self._works.popleft()
-        if done.cancelled():
-            return
-        if result is not None:
-            done.set_result(result)
-        elif error is not None:
-            done.set_exception(error)
+    def _complete(self, work: _Work) -> None:
+        """Put what has no other before it. It breaks with the step whose token it needs."""
+        if work.unknown and self._before is None:
+            self._conclude(_raise_broken)
+        else:
+            work.fill(self._before)
+            self._put(work)
 
     def logits(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         """Run the op list: [number of chunks that sample, vocab_size], in their order. A test may call it while no
         step is in execution."""
-        work = _Work(chunks, None)
+        work = _Work(chunks)
         logits = np.empty((len(work.sampled), self._vocab_size), np.float32)
         self._library.baton_step(self._program, self._team, work.given(self._pool, logits).batch, 0)
         return logits
@@ -272,6 +310,10 @@ class HostRunner:
         """Add the seconds of each op to its place in `seconds`, which must live on; None: no more of that. Not while a
         step is in execution."""
         self._library.baton_program_time(self._program, None if seconds is None else seconds.ctypes.data)
+
+
+def _raise_broken() -> StepResult:
+    raise InternalError("the step before broke, and with it the token that this one needs")
 
 
 def _program(

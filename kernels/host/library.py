@@ -101,6 +101,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_program_time": (None, (c_void_p, c_void_p)),
     "baton_step": (c_int32, (c_void_p, c_void_p, POINTER(Batch), c_int32)),
     "baton_line_new": (c_void_p, (c_void_p, c_void_p)),
+    "baton_line_fd": (c_int32, (c_void_p,)),
     "baton_line_put": (None, (c_void_p, POINTER(Job))),
     "baton_line_wait": (None, (c_void_p, POINTER(Job))),
     "baton_line_free": (None, (c_void_p,)),

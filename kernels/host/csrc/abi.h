@@ -95,7 +95,7 @@ typedef struct {
   int32_t row, sampled;
 } BatonSource;
 
-/* A step for a line. All of it is the caller's, and left alone from baton_line_put until baton_line_wait. */
+/* A step for a line. All of it is the caller's, and left alone from baton_line_put until it is done. */
 typedef struct {
   BatonBatch batch;            /* with argmax, and without first_op: a whole step */
   int32_t* tokens;             /* batch.tokens, which `sources` complete */
@@ -105,7 +105,7 @@ typedef struct {
   float* greatest;             /* [num_sampled], out: the greatest logit. Not finite: `chosen` means nothing */
   double began_s, ended_s;     /* out, on CLOCK_MONOTONIC */
   int32_t num_sources;
-  int32_t done;                /* the line's own */
+  int32_t done;                /* 0 while the line has it; an event loop reads it when the eventfd told */
 } BatonJob;
 
 typedef struct BatonProgram BatonProgram;
@@ -149,6 +149,8 @@ int32_t baton_step(BatonProgram* program, BatonTeam* team, const BatonBatch* bat
 /* A thread that runs jobs in the order in which they are put, each the moment the one before it is done: the caller
    prepares the next one meanwhile. Program and team are the line's until it is freed, but for a time without jobs. */
 BatonLine* baton_line_new(BatonProgram* program, BatonTeam* team);
+/* An eventfd, the line's, that counts jobs as they are done: readable, so that an event loop can wait for them. */
+int32_t baton_line_fd(const BatonLine* line);
 void baton_line_put(BatonLine* line, BatonJob* job);
 /* Until the job, which was put, is done. */
 void baton_line_wait(BatonLine* line, BatonJob* job);

@@ -1,5 +1,8 @@
 #include "line.h"
 
+#include <sys/eventfd.h>
+#include <unistd.h>
+
 #include <chrono>
 
 #include "step.h"
@@ -14,7 +17,10 @@ double now_s() {
 }  // namespace
 
 Line::Line(BatonProgram& program, BatonTeam& team)
-    : program_(program), team_(team), choosers_(team.num_threads(), Chooser(program.isa, program.shape.vocab_size)) {
+    : program_(program),
+      team_(team),
+      choosers_(team.num_threads(), Chooser(program.isa, program.shape.vocab_size)),
+      fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
   thread_ = std::thread([this] { work(); });
 }
 
@@ -25,6 +31,7 @@ Line::~Line() {
   }
   put_.notify_one();
   thread_.join();
+  close(fd_);
 }
 
 void Line::put(BatonJob& job) {
@@ -54,9 +61,10 @@ void Line::work() {
     run(*job);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job->done = 1;  // from now on it is the caller's
+      __atomic_store_n(&job->done, 1, __ATOMIC_RELEASE);  // from now on it is the caller's
     }
     done_.notify_all();
+    eventfd_write(fd_, 1);
   }
 }
 
@@ -87,6 +95,8 @@ void Line::choose(BatonJob& job) {
 }  // namespace baton
 
 BatonLine* baton_line_new(BatonProgram* program, BatonTeam* team) { return new BatonLine(*program, *team); }
+
+int32_t baton_line_fd(const BatonLine* line) { return line->fd(); }
 
 void baton_line_put(BatonLine* line, BatonJob* job) { line->put(*job); }
 

@@ -4,7 +4,7 @@
 // 1. `put`: queued.
 // 2. The line's thread writes the tokens that the job before it chose into its batch, runs the step on the team, and
 //    chooses a token for each row that is sampled.
-// 3. Done: `wait` returns. By then the next job, if there is one, is being computed.
+// 3. Done: the eventfd says so, `wait` returns. By then the next job, if there is one, is being computed.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -25,6 +25,7 @@ class Line {
   Line(const Line&) = delete;
   Line& operator=(const Line&) = delete;
 
+  int fd() const { return fd_; }
   void put(BatonJob& job);
   void wait(BatonJob& job);
 
@@ -41,6 +42,7 @@ class Line {
   std::condition_variable put_, done_;
   std::deque<BatonJob*> jobs_;
   bool closed_ = false;
+  const int fd_;
   std::thread thread_;
 };
 
