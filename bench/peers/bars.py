@@ -45,6 +45,7 @@ BARS = (
     Bar("start", "baton bf16", "llama.cpp BF16", 1.5),
     Bar("start", "baton bf16", "vllm bf16", 0.1),
     Bar("memory", APART, "vllm bf16", 0.4),
+    Bar("itl_long", APART, "vllm bf16", 0.25),
 )
 
 

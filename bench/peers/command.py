@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import platform
 import random
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,20 @@ from baton.bench.load import plots
 from baton.bench.load.command import finished, keep, say
 from baton.bench.load.report import Json, others_cores
 from baton.bench.peers import builds, report, systems, weights
+from baton.bench.peers.bars import APART as APART_BATON
+from baton.bench.peers.bars import by_round
 from baton.bench.peers.limits import weight_bytes
-from baton.bench.peers.rows import ROWS, Row, measure, quick, resident_mb, start_alone
+from baton.bench.peers.rows import (
+    LONG_SHARE,
+    LONG_TOKENS,
+    ROWS,
+    Row,
+    beside_long_prompts,
+    measure,
+    quick,
+    resident_mb,
+    start_alone,
+)
 from baton.bench.peers.systems import System, Up
 from baton.core import config
 from baton.core.config import Config
@@ -91,7 +104,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         "settings": asked.set, "spec": files.spec.to_json(),
         "weight_bytes": {form: weight_bytes(files.spec, form) for form in BATON_FORMS},
         "systems": [
-            {"name": s.name, "peer": s.peer, "form": s.form, "together": s.only_rows is None} for s in chosen
+            {"name": s.name, "peer": s.peer, "form": s.form, "apart": s.apart} for s in chosen
         ],
     }  # fmt: skip
     whole: Json = {**described, **found}
@@ -112,6 +125,7 @@ def options(prog: str) -> argparse.ArgumentParser:
                         help="at a row while others use the CPU; the quietest counts (2)")  # fmt: skip
     parser.add_argument("--only", type=_words, default=[], metavar="WORD[,...]", help=f"measure these: {words}")
     parser.add_argument("--skip", type=_words, default=[], metavar="WORD[,...]", help="leave these out")
+    parser.add_argument("--long-s", type=float, default=30.0, metavar="S", help="of the load with long prompts (30)")
     parser.add_argument("--quick", action="store_true", help="half of the requests of each row")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="a setting of Baton's")
     parser.add_argument("--setup-only", action="store_true", help="build and convert, and measure nothing")
@@ -141,6 +155,8 @@ def set_up(
     cache, (source, files) = config.cache_dir(settings.model), model
     found: list[System] = []
     forms = [form for form in BATON_FORMS if form in wanted.forms]
+    if "baton" in wanted.peers and "bf16" in wanted.forms and wanted.apart:
+        found.append(systems.baton_apart("bf16", asked.threads, asked.set))
     if "vllm" in wanted.peers and "bf16" in wanted.forms:
         directory = weights.hf_directory(source, files, cache, say)
         found.append(systems.vllm(directory, builds.vllm(cache, say), asked.threads, cores, files.spec))
@@ -155,8 +171,6 @@ def set_up(
         if gguf:
             path = gguf[weights.GGUF_FORMAT_OF[form]]
             found.append(systems.llama_cpp(form, path, programs, asked.threads, files.spec))
-    if "baton" in wanted.peers and wanted.apart:
-        found += [systems.baton_apart(form, asked.threads, asked.set) for form in forms if form != "int4"]
     if not found:
         raise SetupError("nothing is left to measure: --only and --skip leave no system.")
     return found
@@ -179,7 +193,8 @@ def _lines(path: str) -> Iterator[str]:
 
 
 async def rounds(chosen: Sequence[System], wanted: Wanted, files: ModelFiles, asked: argparse.Namespace) -> Json:
-    """A system that cannot be measured costs its own figures, not the run."""
+    """A system that cannot be measured costs its own figures, not the run. How many long prompts one core computes is
+    known from the disaggregated Baton, which is therefore first."""
     samples: list[Json] = []
     limits: list[Json] = []
     seed = random.SystemRandom().randrange(1 << 32)
@@ -188,7 +203,8 @@ async def rounds(chosen: Sequence[System], wanted: Wanted, files: ModelFiles, as
             limits.append(await machine_limits(asked.threads))
         for system in chosen:
             say(f"round {number + 1} of {asked.rounds}: {system.name}")
-            async for sample in visit(system, wanted.rows, files, f"{seed}/{number}", asked.attempts):
+            visit = Visit(system, wanted.rows, files.directory, f"{seed}/{number}/{system.name}", asked)
+            async for sample in visit.samples(functools.partial(rate_of_long_prompts, samples, number)):
                 samples.append({"round": number, "system": system.name, **sample})
                 say(f"  {told(samples[-1])}")
     return {"limits": limits, "samples": samples}
@@ -208,29 +224,50 @@ async def machine_limits(threads: int) -> Json:
     return found
 
 
-async def visit(
-    system: System, rows: Sequence[Row], files: ModelFiles, seed: str, attempts: int
-) -> AsyncIterator[Json]:
-    """Every row of one system; its memory is looked at last, when it has worked."""
-    asked = [row for row in rows if system.only_rows is None or row.name in system.only_rows]
-    names = {row.name for row in asked}
-    if not asked:
-        return
-    try:
-        alone_s = await start_alone(system.alone) if "start" in names and system.alone else None
-        async with systems.up(system, files.directory, seed) as up:
+def rate_of_long_prompts(samples: Sequence[Json], number: int) -> float | None:
+    """So many a second, by what one core of prefill did in this round; None if that was not measured."""
+    one_core = by_round(samples, APART_BATON, "prefill_2048").get(number)
+    return one_core and LONG_SHARE * one_core / LONG_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One system in one round."""
+
+    system: System
+    rows: Sequence[Row]
+    tokenizer: Path
+    seed: str
+    asked: argparse.Namespace
+
+    async def samples(self, long_rate: Callable[[], float | None]) -> AsyncIterator[Json]:
+        """Every row; `failed` says why there is no more. `long_rate` is asked when it is needed."""
+        rows = [row for row in self.rows if row.name in self.system.rows]
+        if not rows:
+            return
+        try:
+            async for sample in self._measured(rows, long_rate):
+                yield sample
+        except (SetupError, RuntimeError) as e:
+            say(f"  {self.system.name} could not be measured: {e}")
+            yield {"row": rows[0].name, "value": None, "failed": str(e).strip().splitlines()[-1]}
+
+    async def _measured(self, rows: Sequence[Row], long_rate: Callable[[], float | None]) -> AsyncIterator[Json]:
+        """Memory is looked at last, when the system has worked."""
+        names = {row.name for row in rows}
+        alone_s = await start_alone(self.system.alone) if "start" in names and self.system.alone else None
+        async with systems.up(self.system, self.tokenizer, self.seed) as up:
             if "start" in names:
-                yield {"row": "start", "value": up.first_token_s} if alone_s is None else {
-                    "row": "start", "value": alone_s, "stack_s": up.first_token_s,
-                }  # fmt: skip
-            for row in asked:
+                stack_s = {} if alone_s is None else {"stack_s": up.first_token_s}
+                yield {"row": "start", "value": alone_s or up.first_token_s, **stack_s}
+            for row in rows:
                 if row.asks:
-                    yield {"row": row.name, **await measure(row, up.met, f"{seed}/{system.name}", attempts)}
+                    yield {"row": row.name, **await measure(row, up.met, self.seed, self.asked.attempts)}
+            if "itl_long" in names and (rate := long_rate()):
+                seconds = self.asked.long_s
+                yield {"row": "itl_long", **await beside_long_prompts(up.met, rate, self.seed, seconds, say)}
             if "memory" in names:
                 yield memory(up)
-    except (SetupError, RuntimeError) as e:
-        say(f"  {system.name} could not be measured: {e}")
-        yield {"row": asked[0].name, "value": None, "failed": str(e).strip().splitlines()[-1]}
 
 
 def memory(up: Up) -> Json:

@@ -47,7 +47,7 @@ def limits_of(systems: Sequence[Json], spec: ModelSpec, limits: Limits) -> dict[
     for system in systems:
         for row in ROWS:
             limit = roofline(row, spec, limits, system["form"])
-            if limit is not None and system["together"]:
+            if limit is not None and not system["apart"]:
                 found[system["name"], row.name] = limit
     return found
 
@@ -114,6 +114,9 @@ def notes(samples: Sequence[Json]) -> Iterator[str]:
         cached = seen[-1].get("cached_tokens")
         yield (f"- {system}: a prefix hit's prompt takes {number(statistics.median(s['cold_ms'] for s in seen))} ms "
                f"cold; {'unknown' if cached is None else f'{cached:.0f}'} tokens cached when hot")
+    for system, seen in grouped([s for s in samples if s.get("long_rate")]).items():
+        yield (f"- {system}: ITL p50 {number(statistics.median(s['itl_p50_ms'] for s in seen))} ms beside "
+               f"{number(statistics.median(s['long_rate'] for s in seen))} long prompts a second")
     for system, seen in grouped([s for s in samples if s.get("stack_s")]).items():
         yield f"- {system}: {number(statistics.median(s['stack_s'] for s in seen))} s with router and registry"
     yield ""

@@ -13,14 +13,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from baton.bench.load import interference
 from baton.bench.load.drive import drive
 from baton.bench.load.host import PROC, Watch, family
+from baton.bench.load.interference import Disturbance
 from baton.bench.load.plan import Session, Turn
 from baton.bench.load.record import Record
 from baton.bench.load.report import Json
-from baton.bench.load.run import Met, quietest
+from baton.bench.load.run import Measuring, Met, Say, quietest
 
 Value = Callable[[Sequence[Record]], float]
+LONG_SHARE = 0.4
+"""Of the rate at which one core computes long prompts: how many arrive beside a decode load."""
+LONG_TOKENS = Disturbance().long.prompt.high
 HOT = 2
 """How often a row about prefix hits sends each prompt again."""
 
@@ -88,6 +93,7 @@ ROWS = (
     Row("out_8", "output, 8 at once", "tok/s", True, 128, 128, 8, 16, value=output_rate),
     Row("out_32", "output, 32 at once", "tok/s", True, 128, 128, 32, 64, value=output_rate),
     Row("prefix_hit", "TTFT, 2,048-token prefix hit", "ms", False, 2048, 1, 1, 2, again=HOT, value=hot_ms),
+    Row("itl_long", "ITL p99 beside long prompts", "ms", False),
     Row("start", "start-up to first token", "s", False),
     Row("memory", "resident memory (PSS)", "MB", False),
 )
@@ -138,6 +144,17 @@ def figure(row: Row, records: Sequence[Record]) -> Json:
         hot = [r.cached_tokens for i, r in enumerate(counted) if i % (1 + row.again) and r.cached_tokens is not None]
         found |= {"cold_ms": cold_ms(counted), "cached_tokens": statistics.median(hot) if hot else None}
     return found
+
+
+async def beside_long_prompts(met: Met, long_rate: float, seed: str, seconds: float, say: Say) -> Json:
+    """The gaps between the tokens of a steady decode load, while so many long prompts a second arrive."""
+    (run,) = await interference.measure(met, Disturbance(), Measuring(duration_s=seconds), [long_rate], seed, say)
+    decode = run["labels"][interference.DECODE]
+    if errors := decode["requests"]["errors"]:
+        return {"value": None, "failed": f"decode requests: {errors}"}
+    itl = decode["itl_s"]
+    return {"value": 1e3 * itl["p99"], "itl_p50_ms": 1e3 * itl["p50"], "long_rate": long_rate,
+            "cpu_cores": run["cpu_cores"]}  # fmt: skip
 
 
 async def start_alone(command: Sequence[str]) -> float:

@@ -15,6 +15,7 @@ import contextlib
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from baton.bench.load.client import Client, Failed
 from baton.bench.load.openai import Dialect, first_model, probe
 from baton.bench.load.run import Met, Target, meet
 from baton.bench.peers.limits import kv_bytes_per_token
+from baton.bench.peers.rows import ROWS
 from baton.bench.stack import free_port, serving
 from baton.cli.stack import end_group
 from baton.core.config import child_env
@@ -31,13 +33,16 @@ from baton.models.spec import ModelSpec
 
 KV_BYTES = 2 << 30
 NUM_SEQUENCES = 32
-APART_ROWS = frozenset({"prefill_2048", "out_8", "memory"})
-"""Of a disaggregated Baton: its memory, after some work."""
+APART_ROWS = frozenset({"prefill_2048", "out_8", "itl_long", "memory"})
+"""Of a disaggregated Baton: what it is for, what it costs, and the speed of its one core of prefill."""
+ALL_ROWS = frozenset(row.name for row in ROWS)
+PLAIN_ROWS = ALL_ROWS - {"itl_long"}
+"""Of who is not asked what long prompts do to others."""
 LLAMA_CONTEXT_STEP = 256
 START_TIMEOUT_S, STOP_TIMEOUT_S, POLL_S = 600.0, 30.0, 0.05
 LAST_LINES = 12
-VLLM_PRELOADED = ("libtcmalloc_minimal.so*", "libiomp5.so")
-"""vLLM warns that it is slow without them."""
+VLLM_ALLOCATOR, VLLM_OPENMP = "tcmalloc_minimal", "libiomp5.so"
+"""vLLM warns that it is slow without them. The first is the system's, where it has it, the second its environment's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,9 @@ class System:
     """Up when entered, at (base URL, process id); gone afterwards."""
     alone: tuple[str, ...] | None = None
     """A command that starts the engine without a server, and ends when it has a first token."""
-    only_rows: frozenset[str] | None = None
-    """None: all."""
+    rows: frozenset[str] = PLAIN_ROWS
+    apart: bool = False
+    """Several engines with fewer threads each: the machine's limits are not those of one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,8 @@ def baton(form: str, threads: int, settings: Sequence[str], python: str) -> Syst
               f"engine.kv_memory_bytes={KV_BYTES}", "decode.max_step_tokens=512", "decode.max_chunk_tokens=512")
     words = _set(chosen)
     alone = (python, "-m", "baton.bench.peers.first_token", *words)
-    return System(f"baton {form}", "baton", form, lambda: serving(("--prefill", "0", "--decode", "1", *words)), alone)
+    return System(f"baton {form}", "baton", form, lambda: serving(("--prefill", "0", "--decode", "1", *words)), alone,
+                  ALL_ROWS if form == "bf16" else PLAIN_ROWS)  # fmt: skip
 
 
 def baton_apart(form: str, threads: int, settings: Sequence[str]) -> System:
@@ -95,7 +102,7 @@ def baton_apart(form: str, threads: int, settings: Sequence[str]) -> System:
     chosen = (*settings, f"engine.quantization={form}", f"engine.threads={max(threads // 2, 1)}",
               f"engine.kv_memory_bytes={KV_BYTES // 2}")
     words = ("--prefill", "1", "--decode", "1", *_set(chosen))
-    return System(f"baton {form} 1P+1D", "baton", form, lambda: serving(words), only_rows=APART_ROWS)
+    return System(f"baton {form} 1P+1D", "baton", form, lambda: serving(words), rows=APART_ROWS, apart=True)
 
 
 def _set(settings: Sequence[str]) -> tuple[str, ...]:
@@ -134,7 +141,7 @@ def vllm(directory: Path, python: Path, threads: int, cores: Sequence[int], spec
     def start() -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
         return child(lambda port: (*command, "--port", str(port)), "/health", environment)
 
-    return System("vllm bf16", "vllm", "bf16", start)
+    return System("vllm bf16", "vllm", "bf16", start, rows=ALL_ROWS)
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -143,8 +150,8 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _preloaded(environment: Path) -> list[str]:
-    found = [sorted(environment.glob(f"lib/**/{pattern}")) for pattern in VLLM_PRELOADED]
-    return [str(files[0]) for files in found if files]
+    allocator = find_library(VLLM_ALLOCATOR)
+    return [*([allocator] if allocator else []), *map(str, environment.glob(f"lib/{VLLM_OPENMP}"))]
 
 
 @contextlib.asynccontextmanager
