@@ -36,7 +36,8 @@ typedef enum {
                                   takes it (so nothing may write hidden in between) */
   BATON_OP_LINEAR,             /* wide = x W^T (fp32) */
   BATON_OP_LINEAR_RESIDUAL,    /* hidden += x W^T */
-  BATON_OP_ROPE_WRITE_KV,      /* wide is q|k|v: rotate q and k, write k and v of `layer` into the pool */
+  BATON_OP_ROPE_WRITE_KV,      /* right after the LINEAR that makes q|k|v: rotate q and k, write k and v of `layer` into
+                                  the pool, wide = q */
   BATON_OP_ATTENTION,          /* x = attention of q over the pool, in the activation format of the next linear */
   BATON_OP_KEEP_SAMPLED_ROWS,  /* keep only rows that are sampled; none: the step ends here */
   BATON_OP_SWIGLU,             /* wide is gate|up: x = silu(gate) * up */
@@ -141,8 +142,8 @@ BatonProgram* baton_program_new(const char* isa, const BatonShape* shape, const 
 void baton_program_free(BatonProgram* program);
 /* The residual stream [num_rows, hidden_size] fp32 of the step that stopped; the caller may write it. */
 float* baton_program_hidden(BatonProgram* program);
-/* From now on every op adds the seconds it takes to seconds[its index], num_ops long; null: no more. What an op that
-   only changes where x comes from (RMS_NORM, SWIGLU) would take is in the product that reads x. */
+/* From now on every op adds the seconds it takes to seconds[its index], num_ops long; null: no more. What RMS_NORM,
+   SWIGLU and ROPE_WRITE_KV would take is in the products before or after, which do their work. */
 void baton_program_time(BatonProgram* program, double* seconds);
 int32_t baton_step(BatonProgram* program, BatonTeam* team, const BatonBatch* batch, int32_t first_op);
 

@@ -35,21 +35,35 @@ Buffer<T> make_buffer(size_t count) {
   return Buffer<T>(static_cast<T*>(memory));
 }
 
-enum class Source { kNone, kNorm, kSwiglu, kWide, kAttention };
+// What a product reads: kGated are rows of `wide`, kRounded activations that lie there.
+enum class Source { kNone, kNorm, kSwiglu, kGated, kRounded, kAttention };
+// What a LINEAR leaves in `wide`: its product; silu(gate) * up of it, as fp32 or as the reader's activations; or the
+// rotated q of it, k and v being in the pool.
+enum class Makes { kProduct, kGated, kRounded, kHeads };
 
 struct CompiledOp {
   BatonOpKind kind;
-  int layer;
+  int layer;            // kHeads too
   const BatonMatrix* matrix;
   Source source;        // of a matrix product: what x is made of
   float eps;            // kNorm
   const float* vector;  // kNorm: weight; EMBED: rows
-  bool gated = false;   // LINEAR: leaves silu(gate) * up in `wide`, not gate|up
+  Makes makes = Makes::kProduct;
+  const BatonMatrix* reader = nullptr;  // kRounded: what it is multiplied with
 };
 
 int element_bytes(int format);  // of fp32, bf16, int8, and what int4 weights are multiplied with
 size_t run_bytes(const BatonShape& shape);
 size_t block_bytes(const BatonShape& shape);
+
+// Elements from one row of activations to the next.
+int activation_stride(int k, int format);
+
+// Where a token's K and V lie: its block, and its place in each run of that.
+struct Slot {
+  uint8_t* block;
+  int index;
+};
 
 // Room for activations of any format: `rows` rows of `stride` elements.
 struct ActivationBuffer {
@@ -65,7 +79,7 @@ struct ActivationBuffer {
 struct ThreadSpace {
   ActivationBuffer activations;  // of few rows: kOwnElements
   Buffer<float> row;             // one row before it is rounded
-  Buffer<float> gate_up;         // [kChunkRows, gate|up of kGatedPanels panels]
+  Buffer<float> columns;         // [kChunkRows, gate|up of kGatedPanels panels, or a head]
   Buffer<uint8_t> attention;
   uint64_t prepared = 0;         // the last product for which `activations` were made
   uint64_t begun = 0;            // the last step for which Isa::thread_begin was called
@@ -81,6 +95,8 @@ constexpr int kChunkRows = 512;
 constexpr size_t kChunkBytes = 1 << 20;
 constexpr int kGatedPanels = 4;  // most panels of a gated task, of gate and of up each
 
+struct Registers;
+
 }  // namespace baton
 
 struct BatonProgram {
@@ -94,6 +110,7 @@ struct BatonProgram {
   int reserved_rows = 0;
 
   baton::Buffer<float> hidden, wide, mixed, rotation;
+  baton::Buffer<baton::Slot> slots;
   baton::ActivationBuffer activations{0, 0};
   std::vector<baton::ThreadSpace> threads;
   int rows = 0;           // of the step in execution: fewer once only sampled rows are kept
@@ -104,6 +121,8 @@ struct BatonProgram {
   BatonProgram(const baton::Isa& isa, const BatonShape& shape) : isa(isa), shape(shape) {}
   // Null, or what is wrong.
   const char* compile(const BatonOp* list, int num_ops, const BatonMatrix* given, int num_matrices);
+  const char* fuse(baton::CompiledOp& op, baton::Registers& registers);
+  int width_of(const baton::CompiledOp& op) const;  // floats of a row that it leaves in `wide`
   // Room for a step of so many rows by so many threads; what the buffers held is gone if they had to grow.
   void reserve(int num_rows, int num_threads);
 };

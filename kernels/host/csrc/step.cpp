@@ -63,25 +63,26 @@ int Step::run(int op) {
 void Step::execute(const CompiledOp& op) {
   switch (op.kind) {
     case BATON_OP_LINEAR:
-      if (op.gated) return gated_product(op);
+      if (op.makes == Makes::kHeads) return heads_product(op);
+      if (op.makes != Makes::kProduct) return gated_product(op);
       return product(op, {p_.wide.get(), op.matrix->n, false});
     case BATON_OP_LINEAR_RESIDUAL: return product(op, {p_.hidden.get(), p_.shape.hidden_size, true});
     case BATON_OP_LM_HEAD:
       product(op, {batch_.logits, op.matrix->n, false});
       if (batch_.argmax) argmax();
       return;
-    case BATON_OP_ROPE_WRITE_KV: return rotate_and_store(op.layer);
     case BATON_OP_ATTENTION: return attention(op.layer);
     case BATON_OP_KEEP_SAMPLED_ROWS: return keep_sampled_rows();
     case BATON_OP_EMBED: return embed(op.vector);
     case BATON_OP_RMS_NORM:
-    case BATON_OP_SWIGLU:  // by the product that reads x
+    case BATON_OP_SWIGLU:
+    case BATON_OP_ROPE_WRITE_KV:  // by the product after or before
     case BATON_OP_COLLECTIVE:
     case BATON_OP_CAPTURE: return;
   }
 }
 
-// Angles of every row, and zeros in each block that this step begins but does not fill: what a block's bytes are must
+// Angles and place of every row, and zeros in each block that this step begins but does not fill: what a block's bytes are must
 // depend on its tokens alone.
 void Step::begin() {
   p_.rows = batch_.num_rows;
@@ -90,9 +91,11 @@ void Step::begin() {
   parallel(batch_.num_spans, [&](int task, int) {
     const BatonSpan& span = batch_.spans[task];
     for (int i = 0; i < span.num_rows; i++) {
+      const int position = span.start + i, block = batch_.blocks[span.first_block + position / s.block_size];
+      p_.slots[span.row + i] = {batch_.pool + block * block_bytes(s), position % s.block_size};
       float* cos_sin = &p_.rotation[size_t(span.row + i) * s.head_dim];
       for (int j = 0; j < half; j++) {
-        const float angle = float(span.start + i) * s.rope_frequencies[j];
+        const float angle = float(position) * s.rope_frequencies[j];
         cos_sin[j] = std::cos(angle);
         cos_sin[half + j] = std::sin(angle);
       }
@@ -126,27 +129,31 @@ void Step::prepare(const CompiledOp& op, int row, const Activations& out, Thread
   else if (op.source == Source::kSwiglu)
     p_.isa.swiglu(&p_.wide[size_t(row) * 2 * out.k], out.k, space.row.get());
   else
-    x = &(op.source == Source::kWide ? p_.wide : p_.mixed)[size_t(row) * out.k];
+    x = &(op.source == Source::kGated ? p_.wide : p_.mixed)[size_t(row) * out.k];
   p_.isa.to_activation(x, out, row, space.row.get());
 }
 
+// Rounded activations of `w`, in `wide`.
+Activations Step::rounded(const BatonMatrix& w) const {
+  return {p_.wide.get(), nullptr, nullptr, nullptr, w.k, activation_stride(w.k, w.format), w.format};
+}
+
 template <typename Body>
-void Step::each_part(const CompiledOp& op, int panels, int most, Body&& body) {
+void Step::each_part(const CompiledOp& op, int panels, int each, Body&& body) {
   const BatonMatrix& w = *op.matrix;
-  const bool own = p_.rows <= kOwnRows && p_.rows * padded(w.k) <= kOwnElements;
-  if (!own) {
-    const Activations shared = p_.activations.view(w.k, w.format);
-    parallel(p_.rows, [&](int row, int thread) { prepare(op, row, shared, p_.threads[thread]); });
-  }
+  const bool made = op.source == Source::kRounded;
+  const bool own = !made && p_.rows <= kOwnRows && p_.rows * padded(w.k) <= kOwnElements;
+  const Activations shared = made ? rounded(w) : p_.activations.view(w.k, w.format);
+  if (!own && !made) parallel(p_.rows, [&](int row, int thread) { prepare(op, row, shared, p_.threads[thread]); });
   p_.products++;
-  const int each = std::min(panels_per_task(panels, num_threads_), most), runs = (panels + each - 1) / each;
+  const int runs = (panels + each - 1) / each;
   const size_t row_bytes = size_t(padded(w.k)) * element_bytes(w.format);
   const int chunk = std::min(kChunkRows, std::max(kChunkRows / 8, int(kChunkBytes / row_bytes) / 32 * 32));
   const int chunks = (p_.rows + chunk - 1) / chunk;
   // Chunks one after the other, so that all threads work on the same one: it stays in L2 for all its panels.
   parallel(chunks * runs, [&](int task, int thread) {
     ThreadSpace& space = space_of(thread);
-    const Activations x = (own ? space.activations : p_.activations).view(w.k, w.format);
+    const Activations x = own ? space.activations.view(w.k, w.format) : shared;
     if (own && space.prepared != p_.products) {
       for (int row = 0; row < p_.rows; row++) prepare(op, row, x, space);
       space.prepared = p_.products;
@@ -157,65 +164,59 @@ void Step::each_part(const CompiledOp& op, int panels, int most, Body&& body) {
 }
 
 void Step::product(const CompiledOp& op, const Target& to) {
-  const int panels = num_panels(op.matrix->n);
-  each_part(op, panels, panels, [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace&) {
+  const int panels = num_panels(op.matrix->n), each = panels_per_task(panels, num_threads_);
+  each_part(op, panels, each, [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace&) {
     p_.isa.linear({x, op.matrix, to.y + size_t(row) * to.stride, num_rows, to.stride, to.accumulate}, panel, end);
   });
 }
 
 // Gate and up of the same columns in one task, which makes one number of each two while they are in L2: with many
-// rows, writing both to memory and reading them again would take longer than multiplying.
+// rows, writing both to memory and reading them again would take longer than multiplying. If the product that reads
+// them wants them only rounded, that is done here too.
 void Step::gated_product(const CompiledOp& op) {
   const BatonMatrix& w = *op.matrix;
-  const int half = num_panels(w.n) / 2;
-  each_part(op, half, kGatedPanels,
-            [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace& space) {
+  const int half = num_panels(w.n) / 2, each = std::min(panels_per_task(half, num_threads_), kGatedPanels);
+  each_part(op, half, each, [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace& space) {
     const int width = (end - panel) * kPanel;
-    float* gate = space.gate_up.get();
+    float* gate = space.columns.get();
     p_.isa.linear({x, &w, gate, num_rows, 2 * width, false, panel}, panel, end);
     p_.isa.linear({x, &w, gate + width, num_rows, 2 * width, false, half + panel}, half + panel, half + end);
-    for (int i = 0; i < num_rows; i++)
-      p_.isa.swiglu(&gate[i * 2 * width], width, &p_.wide[size_t(row + i) * w.n / 2 + panel * kPanel]);
+    if (op.makes == Makes::kGated) {
+      for (int i = 0; i < num_rows; i++)
+        p_.isa.swiglu(&gate[i * 2 * width], width, &p_.wide[size_t(row + i) * w.n / 2 + panel * kPanel]);
+      return;
+    }
+    Activations out = rounded(*op.reader);
+    const int padding = end == half ? padded(out.k) - out.k : 0;  // the last columns' task writes the zeros after them
+    for (int i = 0; i < num_rows; i++) {
+      const size_t at = size_t(row + i) * out.stride + panel * kPanel;
+      uint8_t* part = static_cast<uint8_t*>(out.data) + at * element_bytes(out.format);
+      p_.isa.swiglu(&gate[i * 2 * width], width, space.row.get());
+      p_.isa.to_activation(space.row.get(), {part, nullptr, nullptr, nullptr, width, width + padding, out.format}, 0,
+                           nullptr);
+    }
   });
 }
 
-uint8_t* Step::run_of(int block, int layer, int kv_head, int k_or_v) const {
+// q, k and v, a head a task, which rotates it while it is in L2. q goes to `wide`, k and v into the pool.
+void Step::heads_product(const CompiledOp& op) {
   const BatonShape& s = p_.shape;
-  const size_t run = (size_t(layer) * s.num_kv_heads + kv_head) * 2 + k_or_v;
-  return batch_.pool + block * block_bytes(s) + run * run_bytes(s);
-}
-
-// Row i of `span`: the query heads of one KV head and its key are rotated in place, key and value go into the pool.
-void Step::rotate_and_store_head(const BatonSpan& span, int i, int layer, int kv_head) {
-  const BatonShape& s = p_.shape;
-  const int group = s.num_heads / s.num_kv_heads, dim = s.head_dim, position = span.start + i;
-  float* heads = &p_.wide[size_t(span.row + i) * (s.num_heads + 2 * s.num_kv_heads) * dim];
-  const float* cos_sin = &p_.rotation[size_t(span.row + i) * dim];
-  for (int head = kv_head * group; head < (kv_head + 1) * group; head++) p_.isa.rope(&heads[head * dim], cos_sin, dim);
-  float* key = &heads[(s.num_heads + kv_head) * dim];
-  p_.isa.rope(key, cos_sin, dim);
-  const int block = batch_.blocks[span.first_block + position / s.block_size], slot = position % s.block_size;
-  const float* value = key + s.num_kv_heads * dim;
-  p_.isa.store_kv(key, s.kv_format, dim, s.block_size, slot, run_of(block, layer, kv_head, 0));
-  p_.isa.store_kv(value, s.kv_format, dim, s.block_size, slot, run_of(block, layer, kv_head, 1));
-}
-
-// A step of few rows of one sequence does this as part of each attention task: nobody else reads what the task writes.
-bool Step::stores_in_attention() const { return batch_.num_spans == 1 && items_.size() == 1; }
-
-void Step::rotate_and_store(int layer) {
-  if (stores_in_attention()) return;
-  constexpr int kRows = 8;  // of one task
-  stores_.clear();
-  for (int i = 0; i < batch_.num_spans; i++)
-    for (int row = 0; row < batch_.spans[i].num_rows; row += kRows)
-      stores_.push_back({&batch_.spans[i], row, std::min(row + kRows, batch_.spans[i].num_rows)});
-  parallel(int(stores_.size()), [&](int task, int) {
-    const Item& item = stores_[task];
-    for (int i = item.begin; i < item.end; i++)
-      for (int head = 0; head < p_.shape.num_kv_heads; head++) rotate_and_store_head(*item.span, i, layer, head);
+  const int dim = s.head_dim, each = dim / kPanel, num_rotated = s.num_heads + s.num_kv_heads;
+  each_part(op, num_panels(op.matrix->n), each,
+            [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace& space) {
+    const int head = panel / each, stride = head < s.num_heads ? s.num_heads * dim : dim;
+    float* out = head < s.num_heads ? &p_.wide[size_t(row) * stride + head * dim] : space.columns.get();
+    p_.isa.linear({x, op.matrix, out, num_rows, stride, false, panel}, panel, end);
+    for (int i = 0; i < num_rows; i++, out += stride) {
+      if (head < num_rotated) p_.isa.rope(out, &p_.rotation[size_t(row + i) * dim], dim);
+      if (head < s.num_heads) continue;
+      const Slot& slot = p_.slots[row + i];
+      const int kv_head = (head - s.num_heads) % s.num_kv_heads, k_or_v = head >= num_rotated;
+      const size_t run = (size_t(op.layer) * s.num_kv_heads + kv_head) * 2 + k_or_v;
+      p_.isa.store_kv(out, s.kv_format, dim, s.block_size, slot.index, slot.block + run * run_bytes(s));
+    }
   });
-  layer_is_stored(layer);
+  layer_is_stored(op.layer);
 }
 
 void Step::layer_is_stored(int layer) {
@@ -237,17 +238,12 @@ void Step::list_attention_tasks() {
 
 void Step::attention(int layer) {
   const BatonShape& s = p_.shape;
-  const bool store = stores_in_attention();
   parallel(int(items_.size()) * s.num_kv_heads, [&](int task, int thread) {
     const Item& item = items_[task / s.num_kv_heads];
-    const int head = task % s.num_kv_heads;
-    if (store)
-      for (int i = item.begin; i < item.end; i++) rotate_and_store_head(*item.span, i, layer, head);
-    p_.isa.attention({&s, &batch_, item.span, layer, head, item.begin, item.end, p_.wide.get(),
-                      (s.num_heads + 2 * s.num_kv_heads) * s.head_dim, p_.mixed.get()},
+    p_.isa.attention({&s, &batch_, item.span, layer, task % s.num_kv_heads, item.begin, item.end, p_.wide.get(),
+                      s.num_heads * s.head_dim, p_.mixed.get()},
                      space_of(thread).attention.get());
   });
-  if (store) layer_is_stored(layer);
 }
 
 void Step::keep_sampled_rows() {

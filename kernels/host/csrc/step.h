@@ -39,16 +39,14 @@ class Step {
   void begin();
   void embed(const float* table);
   void prepare(const CompiledOp& op, int row, const Activations& out, ThreadSpace& space);
+  Activations rounded(const BatonMatrix& w) const;
   // Activations for `op` in place, however its rows are chunked; body(x, row, num_rows, panel, end, space) for each
-  // chunk of rows and each run of up to `most` of the first `panels` panels.
+  // chunk of rows and each run of `each` of the first `panels` panels.
   template <typename Body>
-  void each_part(const CompiledOp& op, int panels, int most, Body&& body);
+  void each_part(const CompiledOp& op, int panels, int each, Body&& body);
   void product(const CompiledOp& op, const Target& to);
   void gated_product(const CompiledOp& op);
-  uint8_t* run_of(int block, int layer, int kv_head, int k_or_v) const;
-  void rotate_and_store_head(const BatonSpan& span, int i, int layer, int kv_head);
-  bool stores_in_attention() const;
-  void rotate_and_store(int layer);
+  void heads_product(const CompiledOp& op);
   void layer_is_stored(int layer);
   void list_attention_tasks();
   void attention(int layer);
@@ -59,8 +57,7 @@ class Step {
   BatonTeam& team_;
   const BatonBatch& batch_;
   const int num_threads_;
-  std::vector<Item> items_;   // of attention, for each KV head
-  std::vector<Item> stores_;  // of rotating and storing
+  std::vector<Item> items_;  // of attention, for each KV head
 };
 
 // A few tasks for each thread, so that one that is held up does not hold up the rest; in pairs of panels, because AMX
