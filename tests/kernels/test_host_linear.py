@@ -12,9 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from baton.kernels.host import library
+from tests.kernels.formats import GROUP, ROTATED, Floats, as_bytes, rotated
 
-Floats = NDArray[np.float32]
-GROUP, ROTATED = 32, 64
 SHAPES = [(48, 64), (16, 32), (100, 96), (7, 544), (130, 576), (33, 1536), (45, 70), (1, 1)]
 """(n, k): multiples of the panel and of the padding, and neither. int4 is left out where k is not in whole groups."""
 NUM_ROWS = (1, 2, 7, 16, 17, 33, 200)
@@ -90,25 +89,6 @@ def pack(format: str, w: Floats) -> Weight:
 def to_bf16(x: Floats) -> Floats:
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-
-
-def as_bytes(x: Floats) -> Floats:
-    """What is left of numbers along the last axis that share a scale as integers in [-127, 127]."""
-    most = np.abs(x).max(-1, keepdims=True)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(most > 1e-35, np.float32(127) / most, 0).astype(np.float32)
-    return np.rint(x * inverse).astype(np.float32) * (most / np.float32(127)).astype(np.float32)
-
-
-def rotated(x: Floats) -> Floats:
-    """Each 64 values of a row times a Hadamard matrix; zeros after the last ones."""
-    n, k = x.shape
-    y = np.zeros((n, -(-k // ROTATED) * ROTATED), np.float32)
-    y[:, :k] = x
-    for apart in (1, 2, 4, 8, 16, 32):
-        pairs = y.reshape(n, -1, 2, apart)
-        y = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(n, -1)
-    return y
 
 
 def linear(isa: str, team: Team, x: Floats, weight: Weight, onto: Floats | None = None) -> Floats:

@@ -74,7 +74,7 @@ def test_int4_of_a_gguf_file_computes_with_the_files_own_weights(files: ModelFil
     asyncio.run(runner.close())
     with open_runner(files.directory, 8) as theirs:
         expected = every_logit(theirs, TOKENS, table).numpy()
-    assert np.sqrt(np.mean((ours - expected) ** 2)) / expected.std() < 0.11
+    assert np.sqrt(np.mean((ours - expected) ** 2)) / expected.std() < 0.093
 
 
 def test_quantising_meets_the_ends_of_each_group_and_is_nowhere_off_by_more_than_half_a_step() -> None:
