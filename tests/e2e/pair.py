@@ -93,7 +93,7 @@ class Client:
     async def moved(
         self, prompt: Sequence[int], max_tokens: int, target: Client, at_token: int, **sampling: object
     ) -> Answer:
-        """It is prefilled by the lender and runs here until `at_token` tokens were told; then `target` takes it over."""
+        """Prefilled by the lender, it runs here until `at_token` tokens were told; then `target` takes it over."""
         request, answer = request_of(prompt, max_tokens, **sampling), Answer([], None, 0, [])
         chunks = self._submitted(request, local=False)
         async with asyncio.timeout(120):

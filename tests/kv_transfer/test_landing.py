@@ -100,7 +100,8 @@ def test_blocks_come_converted_and_what_was_verified_is_what_the_lender_had(tran
             assert [r.block(d) for d in destination] == [lent_bytes(b)[::2] for b in blocks]
             assert untouched(r, [i for i in range(16) if i not in destination])
             assert r.metrics.value("baton_verified_bytes_total") == 5 * THEIRS.block_bytes
-            assert r.metrics.value("baton_converted_bytes_total", lender="fp32", reader="bf16") == 5 * THEIRS.block_bytes
+            came = r.metrics.value("baton_converted_bytes_total", lender="fp32", reader="bf16")
+            assert came == 5 * THEIRS.block_bytes
             assert [peer for peer, _, _ in r.landings.bandwidths()] == [there.info.worker_id]
 
     with lending(transport) as there:
