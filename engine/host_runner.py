@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,8 +58,6 @@ SPIN_US = 20
 LAYERS_POLL_S = 0.001
 """How often the loop looks how many layers are done: a few times per published part of a prompt."""
 
-Ints = NDArray[np.int32]
-Bytes = NDArray[np.uint8]
 _KINDS: dict[type[Op], str] = {
     Embed: "embed", RMSNorm: "rms_norm", Linear: "linear", LinearResidual: "linear_residual",
     RopeAndWriteKV: "rope_write_kv", PagedAttention: "attention", KeepSampledRows: "keep_sampled_rows",
@@ -80,75 +79,81 @@ class _Work:
         self.chunks, self.done, self.place = chunks, done, place
         self.is_put = self.is_read = False
         """The line has, or had, it; somebody makes, or made, the result."""
-        self.sampling: list[int] = []
-        """Indices of the chunks that sample, and below how."""
+        self.sampling: dict[int, int] = {}
+        """Index of each chunk that samples -> its place among the sampled rows; and below how."""
         self.rows: list[SampledRow] = []
         self.unknown: list[tuple[int, int]] = []
         """(row, index of its chunk) of each token that the step before brings and C does not fill in."""
-        self.layers = np.zeros(1, np.int32)
         self.logits: Logits = np.empty((0, 0), np.float32)
-        spans, sampled, sources, row, first_block = [], [], [], 0, 0
+        parts: list[list[int]] = [[], [], [], [], []]
+        tokens, spans, blocks, sampled, sources = parts
         for index, chunk in enumerate(chunks):
             if chunk.token_from is not None:
                 source = before.source(chunk.token_from) if before is not None else None
                 if source is None:
-                    self.unknown.append((row, index))
+                    self.unknown.append((len(tokens), index))
                 else:
-                    sources.append((row, source))
-            num_rows = len(chunk.token_ids)
-            spans.append((row, num_rows, chunk.start, first_block))
-            row += num_rows
-            first_block += len(chunk.block_table)
+                    sources += (len(tokens), source)
+            spans += (len(tokens), len(chunk.token_ids), chunk.start, len(blocks))
+            tokens += chunk.token_ids
+            blocks += chunk.block_table
             if chunk.choices:
-                sampled.append(row - 1)
-                self.sampling.append(index)
+                sampled.append(len(tokens) - 1)
+                self.sampling[index] = len(self.rows)
                 self.rows.append(SampledRow.of(chunk))
-        self.tokens = np.fromiter(itertools.chain.from_iterable(c.token_ids for c in chunks), np.int32, row)
-        self.blocks = np.fromiter(itertools.chain.from_iterable(c.block_table for c in chunks), np.int32, first_block)
-        self.spans, self.sampled = np.array(spans, np.int32), np.array(sampled, np.int32)
-        self.sources, self.choices = np.array(sources, np.int32), _choices(self.rows)
-        self.largest, self.chosen = np.empty(len(sampled), np.int32), np.empty(len(sampled), np.int32)
-        self.peaks = np.empty(len(sampled), np.float32)
+        self.is_plain = [row.is_plain for row in self.rows]
+        """C chooses the row's token."""
+        self.reads_logits = not all(self.is_plain) or any(row.sampling.logprobs is not None for row in self.rows)
+        """Once C is done with them."""
+        # One array, because asking for an address takes longer than filling a small one.
+        parts += ([0] * len(sampled), [0] * len(sampled), [0])
+        self._ints: array[int] = array("i", sum(parts, start=[]))
+        self._begins = tuple(itertools.accumulate(map(len, parts), initial=0))
+        self._peaks, self._choices = array("f", bytes(4 * len(sampled))), _choices(self.rows, self.is_plain)
         self.job = library.Job()
 
     @property
-    def reads_logits(self) -> bool:
-        """Once C is done with them."""
-        return any(not row.is_plain or row.sampling.logprobs is not None for row in self.rows)
+    def num_sampled(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_layers_done(self) -> int:
+        return self._ints[-1]
 
     def source(self, index: int) -> int | None:
         """Of chunk `index` among the sampled rows, if C chooses its token."""
-        if index not in self.sampling:
-            return None
-        place = self.sampling.index(index)
-        return place if self.rows[place].is_plain else None
+        place = self.sampling.get(index)
+        return place if place is not None and self.is_plain[place] else None
 
     def fill(self, before: StepResult | None) -> None:
         """The tokens that C does not fill in."""
         for row, index in self.unknown:
             chunk = self.chunks[index].filled(before)
-            self.tokens[row] = chunk.token_ids[0]
+            self._ints[row] = chunk.token_ids[0]
             if chunk.history:
-                self.rows[self.sampling.index(index)] = SampledRow.of(chunk)
+                self.rows[self.sampling[index]] = SampledRow.of(chunk)
 
-    def given(self, pool: Bytes, logits: Logits) -> library.Job:
-        """What C gets."""
-        self.logits, job = logits[: len(self.sampled)], self.job
+    def given(self, pool: int, logits: Logits) -> library.Job:
+        """What C gets; `pool` is the address of the KV pool."""
+        self.logits, job = logits[: self.num_sampled], self.job
+        address, _ = self._ints.buffer_info()
+        tokens, spans, blocks, sampled, sources, largest, chosen, layers, _ = (
+            address + 4 * begin for begin in self._begins)
         job.batch = library.Batch(
-            self.tokens.ctypes.data, self.spans.ctypes.data, self.blocks.ctypes.data, self.sampled.ctypes.data,
-            pool.ctypes.data, logits.ctypes.data, self.largest.ctypes.data, self.layers.ctypes.data,
-            len(self.tokens), len(self.spans), len(self.sampled), 0)
-        job.tokens, job.sources, job.choices = job.batch.tokens, self.sources.ctypes.data, self.choices.ctypes.data
-        job.chosen, job.greatest, job.num_sources = self.chosen.ctypes.data, self.peaks.ctypes.data, len(self.sources)
+            tokens, spans, blocks, sampled, pool, logits.ctypes.data, largest, layers,
+            self._begins[1], len(self.chunks), self.num_sampled, 0)
+        job.tokens, job.sources, job.num_sources = tokens, sources, (self._begins[5] - self._begins[4]) // 2
+        job.choices, job.chosen, (job.greatest, _) = self._choices.ctypes.data, chosen, self._peaks.buffer_info()
         return job
 
     def result(self) -> StepResult:
         """Once C is done."""
         tokens: list[tuple[SampledToken, ...]] = [()] * len(self.chunks)
         failed: dict[int, BatonError] = {}
-        rows = zip(self.sampling, self.rows, self.chosen.tolist(), self.peaks.tolist(), self.logits, strict=True)
-        for index, row, token, peak, logits in rows:
-            came = outcome(row, token if row.is_plain else None, peak, logits)
+        chosen = self._ints[self._begins[6] : self._begins[7]]
+        rows = zip(self.sampling, self.rows, self.is_plain, chosen, self._peaks, self.logits, strict=True)
+        for index, row, is_plain, token, peak, logits in rows:
+            came = outcome(row, token if is_plain else None, peak, logits)
             if isinstance(came, BatonError):
                 failed[index] = came
             else:
@@ -156,12 +161,12 @@ class _Work:
         return StepResult(tuple(tokens), failed)
 
 
-def _choices(rows: Sequence[SampledRow]) -> NDArray[np.void]:
+def _choices(rows: Sequence[SampledRow], is_plain: Sequence[bool]) -> NDArray[np.void]:
     """library.Choice of each. Rows that are not plain are greedy here: nobody looks at their token."""
     choices = np.zeros(len(rows), _CHOICE)
     for i, row in enumerate(rows):
         how = row.sampling
-        if row.is_plain and how.temperature:
+        if how.temperature and is_plain[i]:
             choices[i] = (row.seed, row.position, how.temperature, how.top_p, how.min_p, how.top_k, row.choices[0])
     return choices
 
@@ -211,15 +216,15 @@ class HostRunner:
         if self._listening is not loop:
             self._listening = loop
             loop.add_reader(self._line_fd, self._on_done)
-        return done if on_layers is None else self._watch(done, work.layers, on_layers)
+        return done if on_layers is None else self._watch(done, work, on_layers)
 
     async def _watch(
-        self, running: asyncio.Future[StepResult], layers: Ints, on_layers: Callable[[int], None]
+        self, running: asyncio.Future[StepResult], work: _Work, on_layers: Callable[[int], None]
     ) -> StepResult:
         told, timeout_s = 0, LAYERS_POLL_S
         while told < self._num_layers:
             await asyncio.wait({running}, timeout=timeout_s)
-            while told < int(layers[0]):
+            while told < work.num_layers_done:
                 told += 1
                 on_layers(told)
             if running.done():
@@ -246,10 +251,10 @@ class HostRunner:
 
     def _put(self, work: _Work) -> None:
         place = work.place if work.reads_logits else 2
-        if len(self._logits[place]) < len(work.sampled):
-            self._logits[place] = np.empty((len(work.sampled), self._vocab_size), np.float32)
+        if len(self._logits[place]) < work.num_sampled:
+            self._logits[place] = np.empty((work.num_sampled, self._vocab_size), np.float32)
         work.is_put = True
-        self._library.baton_line_put(self._line, work.given(self._pool, self._logits[place]))
+        self._library.baton_line_put(self._line, work.given(self._pool.ctypes.data, self._logits[place]))
 
     def _on_done(self) -> None:
         """The line has done something."""
@@ -302,8 +307,8 @@ class HostRunner:
         """Run the op list: [number of chunks that sample, vocab_size], in their order. A test may call it while no
         step is in execution."""
         work = _Work(chunks)
-        logits = np.empty((len(work.sampled), self._vocab_size), np.float32)
-        self._library.baton_step(self._program, self._team, work.given(self._pool, logits).batch, 0)
+        logits = np.empty((work.num_sampled, self._vocab_size), np.float32)
+        self._library.baton_step(self._program, self._team, work.given(self._pool.ctypes.data, logits).batch, 0)
         return logits
 
     def time_ops(self, seconds: NDArray[np.float64] | None) -> None:
