@@ -15,6 +15,7 @@ from baton.kernels.host import build
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME_BITS = "test_a_row_gets_the_same_bits_in_any_batch and bf16 and scalar"
+DRAFTS = "test_each_row_of_a_draft_gets_the_bits_of_its_token_alone and bf16-bf16 and scalar"
 TAILS = "test_the_bytes_of_a_tail_block_depend_on_its_tokens_alone"
 
 RUN = """
@@ -23,15 +24,11 @@ from pathlib import Path
 from baton.kernels.host import build
 build.SOURCES = Path(sys.argv[1])
 import pytest
-sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", "tests/engine/test_host_runner.py", "-k", sys.argv[2]]))
+files = ["tests/engine/test_host_runner.py", "tests/engine/test_host_drafts.py"]
+sys.exit(pytest.main(["-x", "-p", "no:cacheprovider", *files, "-k", sys.argv[2]]))
 """
 
-PLANTED: dict[str, tuple[str, str, str, str]] = {  # what -> (file, what is there, what is planted, tests that see it)
-    "nothing": ("step.cpp", "", "", f"({SAME_BITS}) or {TAILS}"),
-    "k is split in two when there are many rows": (
-        "gemm_scalar.cpp",
-        "    case BATON_BF16: return multiply_bf16(",
-        """    case BATON_BF16:
+SPLIT_K = """    case BATON_BF16:
       if (task.num_rows > 8) {
         const uint16_t* x = static_cast<const uint16_t*>(task.x.data) + offset;
         float other[kPanel] = {};
@@ -40,8 +37,18 @@ PLANTED: dict[str, tuple[str, str, str, str]] = {  # what -> (file, what is ther
         for (int c = 0; c < kPanel; ++c) out[c] += other[c];
         return;
       }
-      return multiply_bf16(""",
+      return multiply_bf16("""
+
+PLANTED: dict[str, tuple[str, str, str, str]] = {  # what -> (file, what is there, what is planted, tests that see it)
+    "nothing": ("step.cpp", "", "", f"({SAME_BITS}) or {TAILS} or ({DRAFTS})"),
+    "k is split in two when there are many rows": (
+        "gemm_scalar.cpp",
+        "    case BATON_BF16: return multiply_bf16(",
+        SPLIT_K,
         SAME_BITS,
+    ),
+    "k is split in two when there are many rows of drafts": (
+        "gemm_scalar.cpp", "    case BATON_BF16: return multiply_bf16(", SPLIT_K, DRAFTS,
     ),
     "a block that is begun keeps what lay in it": (
         "step.cpp", "if (tail < end && span.start <= tail) {", "if (tail < end && span.start < 0) {", TAILS,
