@@ -114,7 +114,8 @@ class _Generations:
             if self._front.stopping.is_set():
                 raise _stopping()
             call = await self._read(Request(scope, receive))
-            await _unless(self._answer(call, exchange), _gone(receive), _stopped(self._front.stopping))
+            ends = _gone(receive), _stopped(self._front.stopping), exchange.stalled()
+            await _unless(self._answer(call, exchange), *ends)
         except ClientDisconnect:
             log.debug("request %s: its client left", request_id)
         except BatonError as e:
@@ -163,13 +164,23 @@ class _Generations:
 
 
 class _Exchange:
-    """One reply on its way out. Every send has a deadline; ClientDisconnect when nobody takes it."""
+    """One reply on its way out. ClientDisconnect when nobody takes it."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self.request_id = request_id
         self.started = False
         self._ended = False
         self._send = send
+        self._sending_since: float | None = None
+
+    async def stalled(self) -> NoReturn:
+        """Raises when a send has taken SEND_TIMEOUT_S, and a little. One look now and then costs less than a timer for
+        each of thousands of sends."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SEND_TIMEOUT_S / 10)
+            if self._sending_since is not None and loop.time() - self._sending_since > SEND_TIMEOUT_S:
+                raise ClientDisconnect
 
     async def whole(self, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         await self._start(status, b"application/json", ((b"content-length", str(len(body)).encode()), *headers))
@@ -185,28 +196,30 @@ class _Exchange:
         """The error as the reply, or as the stream's last event. Never raises: there is nobody left to tell."""
         body = replies.error_body(error)
         try:
-            if not self.started:
-                await self.whole(error.http_status, json.dumps(body).encode(), retry_after(error))
-            elif not self._ended:
-                await self.event(replies.event(body) + replies.DONE, last=True)
-        except ClientDisconnect:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                if not self.started:
+                    await self.whole(error.http_status, json.dumps(body).encode(), retry_after(error))
+                elif not self._ended:
+                    await self.event(replies.event(body) + replies.DONE, last=True)
+        except (ClientDisconnect, TimeoutError):
             log.debug("request %s: the client left before its error", self.request_id)
 
     async def _start(self, status: int, content_type: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self.started = True
         own = ((b"content-type", content_type), (b"x-request-id", self.request_id.encode()))
-        await self._within({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
+        await self._pass({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
 
     async def _write(self, data: bytes, last: bool) -> None:
         self._ended = last
-        await self._within({"type": "http.response.body", "body": data, "more_body": not last})
+        await self._pass({"type": "http.response.body", "body": data, "more_body": not last})
 
-    async def _within(self, message: Message) -> None:
+    async def _pass(self, message: Message) -> None:
+        self._sending_since = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._send(message)
-        except (OSError, TimeoutError):
+            await self._send(message)
+        except OSError:
             raise ClientDisconnect from None
+        self._sending_since = None
 
 
 async def _unless(work: Coroutine[Any, Any, None], *ends: Coroutine[Any, Any, NoReturn]) -> None:

@@ -13,8 +13,13 @@ from baton.router.openai import Endpoint
 from baton.router.output import Delta, ShownToken, Usage
 
 DONE = b"data: [DONE]\n\n"
+_GAP = "\0"
+"""Where the text goes in an event that is kept for it."""
 LOWEST_LOGPROB = -9999.0
 """OpenAI's word for a probability of 0: JSON has no infinity."""
+
+
+_encode_text: Callable[[str], str] = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def encode(document: Any) -> bytes:
@@ -67,6 +72,9 @@ class Shape:
     logprobs: bool
     spelled: Callable[[int], bytes]
     """What a token stands for, alone."""
+    _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Of each choice: what stands before and behind the text of an event that says nothing else. There is an event for
+    every token, and nothing but the text changes."""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         kind = "chat.completion" if self._is_chat else "text_completion"
@@ -83,9 +91,10 @@ class Shape:
         """What a delta adds to its choice, then why the choice ended, then, after the last one, usage where asked for
         and [DONE]. Empty if it adds nothing."""
         said = b""
-        if delta.text or delta.shown:
-            tokens = self._scored(delta.shown) if self.logprobs else None
-            said = self._event(delta.choice, self._piece(delta.text), tokens, None)
+        if self.logprobs and (delta.text or delta.shown):
+            said = self._event(delta.choice, self._piece(delta.text), self._scored(delta.shown), None)
+        elif delta.text:
+            said = self._spoken(delta.choice, delta.text)
         if delta.finish is not None:
             nothing: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
             said += self._event(delta.choice, nothing, None, delta.finish)
@@ -116,6 +125,14 @@ class Shape:
         choice = {"index": index, **said, "logprobs": tokens, "finish_reason": finish.value if finish else None}
         usage = {"usage": None} if self.include_usage else {}
         return event({**self._head(self._chunk_object), "choices": [choice], **usage})
+
+    def _spoken(self, index: int, text: str) -> bytes:
+        """As `_event`, several times faster."""
+        frame = self._frames.get(index)
+        if frame is None:
+            before, _, after = self._event(index, self._piece(_GAP), None, None).rpartition(encode(_GAP))
+            frame = self._frames[index] = (before, after)
+        return frame[0] + _encode_text(text).encode() + frame[1]
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model,
