@@ -223,7 +223,7 @@ def test_more_rows_than_a_product_takes_at_once_get_the_same_bits(weights: str, 
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("int8", "int8")])
+@pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("bf16", "int8"), ("int8", "bf16"), ("int8", "int8")])
 def test_the_real_model_gives_the_same_bits_in_any_batch(weights: str, kv: str, model_files: ModelFiles) -> None:
     """240 batches."""
     check_mixes(model_files, 49152, (3, 33, 50, 130), 80, quantization=weights, kv_dtype=kv)
