@@ -27,6 +27,11 @@ Say = Callable[[str], None]
 LLAMA = "llama-cpp-python==0.3.36"
 """Its source distribution carries the llama.cpp that it is for."""
 LLAMA_TARGETS = ("llama-server", "llama-bench", "llama-quantize")
+AMX_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"
+AMX_CALL = "_tile_loadconfig(&tc);"
+AMX_MENDED = '__asm__ volatile("" : : "r"(&tc) : "memory"); ' + AMX_CALL
+"""GCC 12 declares that this call reads 8 bytes of the 64 that it does read, and drops what was stored into the others:
+llama.cpp then dies at its first quantised product on a CPU with AMX."""
 LLAMA_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
@@ -48,6 +53,7 @@ def llama_cpp(cache: Path, num_jobs: int, say: Say) -> Path:
     def build(building: Path) -> None:
         say(f"building llama.cpp from {LLAMA} ({num_jobs} jobs; minutes, once)")
         source = _source(building)
+        mend_amx(source / AMX_SOURCE)
         made, log = building / "build", building / LOG
         _run(["cmake", "-S", str(source), "-B", str(made), *LLAMA_OPTIONS], log)
         _run(["cmake", "--build", str(made), "-j", str(num_jobs), "--target", *LLAMA_TARGETS], log)
@@ -59,7 +65,7 @@ def llama_cpp(cache: Path, num_jobs: int, say: Say) -> Path:
     def opened(directory: Path) -> Path | None:
         return directory if all((directory / name).is_file() for name in LLAMA_TARGETS) else None
 
-    return made_once(_place(cache, "llama.cpp", LLAMA, *LLAMA_OPTIONS, compiler, _cpu()), opened, build,
+    return made_once(_place(cache, "llama.cpp", LLAMA, *LLAMA_OPTIONS, AMX_MENDED, compiler, _cpu()), opened, build,
                      "build llama.cpp")  # fmt: skip
 
 
@@ -72,6 +78,11 @@ def _source(building: Path) -> Path:
         packed.extractall(building / "source", filter="data")
     archive.unlink()
     return next((building / "source").iterdir()) / "vendor" / "llama.cpp"
+
+
+def mend_amx(source: Path) -> None:
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace(AMX_CALL, AMX_MENDED), encoding="utf-8")
 
 
 def vllm(cache: Path, say: Say) -> Path:

@@ -250,7 +250,7 @@ class Visit:
                 yield sample
         except (SetupError, RuntimeError) as e:
             say(f"  {self.system.name} could not be measured: {e}")
-            yield {"row": rows[0].name, "value": None, "failed": str(e).strip().splitlines()[-1]}
+            yield {"row": rows[0].name, "value": None, "failed": str(e).partition("\n")[0]}
 
     async def _measured(self, rows: Sequence[Row], long_rate: Callable[[], float | None]) -> AsyncIterator[Json]:
         """Memory is looked at last, when the system has worked."""

@@ -176,16 +176,18 @@ async def start_alone(command: Sequence[str]) -> float:
 
 
 def resident_mb(pids: frozenset[int]) -> dict[str, float]:
-    """PSS of each of these processes and their children, by `pid name`. Shared pages are split between those that
-    map them, so that the sum is what the machine would have back."""
+    """PSS of each of these processes and their children, by `pid name`: the module it runs, else the program. Shared
+    pages are split between those that map them, so that the sum is what the machine would have back."""
     found = {}
     for pid in sorted(family(pids)):
         try:
             rollup = (PROC / str(pid) / "smaps_rollup").read_text()
+            words = (PROC / str(pid) / "cmdline").read_text().split("\0")
             name = (PROC / str(pid) / "comm").read_text().strip()
         except OSError:
             continue
-        found[f"{pid} {name}"] = pss_kb(rollup) * 1024 / 1e6
+        module = words[words.index("-m") + 1] if "-m" in words[:-1] else name
+        found[f"{pid} {module}"] = pss_kb(rollup) * 1024 / 1e6
     return found
 
 

@@ -183,4 +183,5 @@ async def _until_ready(process: asyncio.subprocess.Process, url: str, path: str,
                 await asyncio.sleep(POLL_S)
     log.seek(0)
     said = log.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
-    raise SetupError("it did not come up; it said last:\n  " + "\n  ".join(said))
+    ended = "" if process.returncode is None else f", and ended with {process.returncode}"
+    raise SetupError(f"it did not come up{ended}; it said last:\n  " + "\n  ".join(said))

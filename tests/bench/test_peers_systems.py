@@ -67,13 +67,13 @@ def test_a_server_that_does_not_come_up_says_why() -> None:
         async with child(lambda _: (sys.executable, "-c", "raise SystemExit('no such model')"), "/health", {}):
             raise AssertionError("it is not up")
 
-    with pytest.raises(SetupError, match="no such model"):
+    with pytest.raises(SetupError, match=r"ended with 1; .*\n  no such model"):
         asyncio.run(main())
 
 
 def test_memory_is_of_a_process_and_its_children_and_never_our_own(busy: int) -> None:
     found = resident_mb(frozenset({busy}))
-    assert [name.split()[0] for name in found] == [str(busy)]
+    assert list(found) == [f"{busy} {psutil.Process(busy).name()}"]
     assert 1 < found.popitem()[1] < 200
     assert resident_mb(frozenset({psutil.Process().pid})) == {}
 
@@ -147,6 +147,15 @@ def test_vllms_environment_says_that_it_is_made_for_cpus(tmp_path: Path) -> None
     builds._name_it_vllm(tmp_path)
     (found,) = importlib.metadata.distributions(name="vllm", path=[str(packages)])
     assert found.version == "0.32.0+cpu"
+
+
+def test_a_compiler_is_told_that_a_whole_tile_configuration_is_read(tmp_path: Path) -> None:
+    source = tmp_path / "mmq.cpp"
+    source.write_text("tc.rows[0] = 8;\n_tile_loadconfig(&tc);\n")
+    builds.mend_amx(source)
+    first, second = source.read_text().splitlines()
+    assert first == "tc.rows[0] = 8;"
+    assert second.endswith('"memory"); _tile_loadconfig(&tc);')
 
 
 def test_a_build_that_fails_says_what_was_said_last(tmp_path: Path) -> None:
