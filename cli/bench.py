@@ -27,6 +27,14 @@ def interference(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON, add_help_option=False)
+def attention(context: typer.Context) -> None:
+    """The host kernels' attention: speed per chunk, KV format and instruction set."""
+    from baton.bench import attention
+
+    attention.main(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
 def ops(context: typer.Context) -> None:
     """Where a step's time goes, by operation, and how near each is to what this machine can do."""
     from baton.bench import ops
