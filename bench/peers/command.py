@@ -92,8 +92,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
     cores = sorted(os.sched_getaffinity(0))[: asked.threads]
     if len(cores) < asked.threads:
         raise SetupError(f"this machine has {len(cores)} cores for us, not {asked.threads}. Lower --threads.")
-    os.sched_setaffinity(0, cores)
     source, files = model_of(settings)
+    os.sched_setaffinity(0, cores)
     chosen = set_up(wanted, settings, asked, (source, files), cores)
     if asked.setup_only:
         return
