@@ -107,6 +107,9 @@ def test_the_roofline_of_a_prompt_is_multiplying_at_the_peak() -> None:
 def test_a_large_batch_is_bound_by_multiplying_and_a_small_one_by_reading() -> None:
     slower = Limits(16.0, 31.0, {"bf16": 207.0})
     assert step_s(SMOLLM2, slower, "bf16", 1, 128) == step_s(SMOLLM2, LIMITS, "bf16", 1, 128)
+    kv_s = 8 * 1000 * kv_bytes_per_token(SMOLLM2) / 31e9
+    reading_s = step_s(SMOLLM2, LIMITS, "bf16", 8, 1000) - step_s(SMOLLM2, LIMITS, "bf16", 8, 0)
+    assert reading_s == pytest.approx(kv_s), "each of eight sequences reads its own KV"
     assert step_s(SMOLLM2, slower, "bf16", 256, 0) == pytest.approx(2 * step_s(SMOLLM2, LIMITS, "bf16", 256, 0))
 
 
