@@ -63,7 +63,7 @@ test: $(VENV)/.dev
 	@$(PYTEST) $(ARGS)
 
 quick: $(VENV)/.dev
-	@$(PYTEST) -m "not slow and not model and not gpu" $(ARGS)
+	@$(PYTEST) -n 2 -m "not slow and not model and not gpu" $(ARGS)
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -28,6 +28,7 @@ SWEEP = {
 INTERFERENCE = {"systems": {"one": [run(0.5), run(1.0)], "single": [run(0.5)], "other": [run(0.5, empty=True)]}}
 
 
+@pytest.mark.slow
 def test_a_report_becomes_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     plots.draw_sweep(SWEEP, tmp_path / "sweep.png")

@@ -19,6 +19,7 @@ def settings(tmp_path: Path, backend: str) -> list[str]:
     return [f"--set={name}={value}" for name, value in values.items()]
 
 
+@pytest.mark.slow
 def test_each_step_gets_its_operations_whose_shares_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "prefill:40,decode:3", "--context", "20", "--seconds", "0.05", *settings(tmp_path, "host")]
     capsys.readouterr()

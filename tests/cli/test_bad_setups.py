@@ -82,6 +82,7 @@ def test_a_model_that_is_not_there(baton: Baton) -> None:
     assert "smollm2-135m" in one_sentence(baton(*SERVE, "--set", "model.name=smollm2-135"))
 
 
+@pytest.mark.slow
 def test_a_gguf_file_cut_short(baton: Baton, tmp_path: Path) -> None:
     # The header promises 272 tensors and 30 entries; nothing follows.
     (tmp_path / "cut.gguf").write_bytes(

@@ -13,6 +13,7 @@ from baton.engine.block_pool import BlockPool
 Baton = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.slow
 def test_the_same_seed_says_the_same_in_two_processes_and_another_seed_something_else(baton: Baton) -> None:
     first, again, other = (baton("simulate", "--seed", seed) for seed in ("5", "5", "6"))
     assert (first.returncode, first.stderr) == (0, "")
@@ -20,12 +21,14 @@ def test_the_same_seed_says_the_same_in_two_processes_and_another_seed_something
     assert re.search(r"^seed 5: ok, [0-9]+ requests .* trace [0-9a-f]{16} of [0-9]+ lines$", first.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_trace_shows_the_lines_that_its_hash_covers(baton: Baton) -> None:
     lines = baton("simulate", "--seed", "5", "--trace").stdout.splitlines()
     (report,) = [line for line in lines if line.startswith("seed 5: ")]
     assert int(re.findall(r"of (\d+) lines", report)[0]) == lines.index(report)
 
 
+@pytest.mark.slow
 def test_many_seeds_in_two_processes_give_one_summary(baton: Baton) -> None:
     done = baton("simulate", "--seed", "3", "--seeds", "3", "--jobs", "2")
     assert done.returncode == 0

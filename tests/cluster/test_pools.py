@@ -415,6 +415,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_pool_whose_owner_is_killed_leaves_no_process(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(Path(__file__).parent)

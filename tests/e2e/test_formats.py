@@ -42,6 +42,7 @@ def said(answer: Answer) -> list[tuple[int, TokenLogprob | None]]:
     return list(zip(answer.tokens, logprobs, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "kv"), FORMATS)
 def test_apart_together_moved_and_preempted_give_the_same_tokens_and_log_probs(
     weights: str, kv: str, files: ModelFiles

@@ -27,6 +27,7 @@ def run_stress(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_every_task_of_every_phase_is_run_once_with_more_threads_than_cores(tmp_path: Path) -> None:
     done = run_stress(tmp_path)
     assert done.returncode == 0, done.stderr

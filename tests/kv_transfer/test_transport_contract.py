@@ -175,6 +175,7 @@ async def _catch_on_its_way(
     return pulling, destination, lease, blocks
 
 
+@pytest.mark.slow
 def test_a_lender_killed_with_bytes_on_their_way_fails_the_pull_and_its_next_boot_is_reached(transport: str) -> None:
     async def main(there: Lender) -> None:
         async with reader((transport,), num_blocks=MANY, block_bytes=BIG) as r:
