@@ -14,11 +14,10 @@ import platform
 import shutil
 import subprocess
 import sys
-import tarfile
-import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from baton.core.config import child_env
 from baton.core.errors import SetupError
 from baton.core.once import made_once
 
@@ -44,7 +43,7 @@ LOG = "build.log"
 
 def llama_cpp(cache: Path, num_jobs: int, say: Say) -> Path:
     """The directory of its programs. Minutes the first time; raises SetupError if it cannot be built."""
-    for tool in ("cmake", "c++"):
+    for tool in ("cmake", "c++", "tar"):
         if shutil.which(tool) is None:
             raise SetupError(f"building llama.cpp needs {tool}, and there is none. Install it, or leave llama.cpp out "
                              "with --skip llama.cpp.")
@@ -71,11 +70,12 @@ def llama_cpp(cache: Path, num_jobs: int, say: Say) -> Path:
 
 def _source(building: Path) -> Path:
     """The vendored llama.cpp, unpacked."""
-    _run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(building), LLAMA],
+    name = LLAMA.partition("==")[0]
+    _run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, "--dest", str(building), LLAMA],
          building / LOG)
     archive = next(building.glob("*.tar.gz"))
-    with tarfile.open(archive) as packed:
-        packed.extractall(building / "source", filter="data")
+    (building / "source").mkdir()
+    _run(["tar", "-xzf", str(archive), "-C", str(building / "source")], building / LOG)
     archive.unlink()
     return next((building / "source").iterdir()) / "vendor" / "llama.cpp"
 
@@ -90,8 +90,8 @@ def vllm(cache: Path, say: Say) -> Path:
 
     def build(building: Path) -> None:
         say(f"installing {VLLM} in an environment of its own (minutes and gigabytes, once)")
-        venv.create(building, with_pip=True)
         python, log = str(building / "bin" / "python"), building / LOG
+        _run([sys.executable, "-m", "venv", str(building)], log)
         _run([python, "-m", "pip", "install", VLLM], log)
         _run([python, "-m", "pip", "uninstall", "--yes", *NOT_WANTED], log)
         _name_it_vllm(building)
@@ -127,10 +127,19 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Of a peer's process. The caller's own number of OpenMP threads is for other programs, and its PYTHONPATH for
+    another interpreter."""
+    ours = {name: value for name, value in child_env(threads).items() if name != "PYTHONPATH"}
+    return {**ours, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
 def _run(command: Sequence[str], log: Path) -> None:
     """Raises SetupError with what was said last."""
     with log.open("a", encoding="utf-8") as out:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(1), check=False
+        )
     if done.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
         raise SetupError(f"{' '.join(command[:4])} ... ended with {done.returncode}:\n  " + "\n  ".join(said))

@@ -23,11 +23,11 @@ from typing import IO
 from baton.bench.load.client import Client, Failed
 from baton.bench.load.openai import Dialect, first_model, probe
 from baton.bench.load.run import Met, Target, meet
+from baton.bench.peers.builds import environment
 from baton.bench.peers.limits import kv_bytes_per_token
 from baton.bench.peers.rows import ROWS
 from baton.bench.stack import free_port, serving
 from baton.cli.stack import end_group
-from baton.core.config import child_env
 from baton.core.errors import SetupError
 from baton.models.spec import ModelSpec
 
@@ -121,7 +121,7 @@ def llama_cpp(form: str, gguf: Path, programs: Path, threads: int, spec: ModelSp
     command = (str(programs / "llama-server"), "--model", str(gguf), *options)
 
     def start() -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
-        return child(lambda port: (*command, "--port", str(port)), "/health", _environment(threads))
+        return child(lambda port: (*command, "--port", str(port)), "/health", environment(threads))
 
     return System(f"llama.cpp {gguf.stem}", "llama.cpp", form, start)
 
@@ -130,7 +130,7 @@ def vllm(directory: Path, python: Path, threads: int, cores: Sequence[int], spec
     command = (str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--dtype", "bfloat16",
                "--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(NUM_SEQUENCES),
                "--served-model-name", "model", "--host", "127.0.0.1")
-    environment = _environment(threads) | {
+    variables = environment(threads) | {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_BYTES >> 30),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[:threads])),
         "VLLM_NO_USAGE_STATS": "1",
@@ -139,31 +139,26 @@ def vllm(directory: Path, python: Path, threads: int, cores: Sequence[int], spec
     }
 
     def start() -> contextlib.AbstractAsyncContextManager[tuple[str, int]]:
-        return child(lambda port: (*command, "--port", str(port)), "/health", environment)
+        return child(lambda port: (*command, "--port", str(port)), "/health", variables)
 
     return System("vllm bf16", "vllm", "bf16", start, rows=ALL_ROWS)
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The caller's own number of OpenMP threads is for other programs."""
-    return {**child_env(threads), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-
-
-def _preloaded(environment: Path) -> list[str]:
+def _preloaded(installed: Path) -> list[str]:
     allocator = find_library(VLLM_ALLOCATOR)
-    return [*([allocator] if allocator else []), *map(str, environment.glob(f"lib/{VLLM_OPENMP}"))]
+    return [*([allocator] if allocator else []), *map(str, installed.glob(f"lib/{VLLM_OPENMP}"))]
 
 
 @contextlib.asynccontextmanager
 async def child(
-    command: Callable[[int], Sequence[str]], ready_path: str, environment: Mapping[str, str]
+    command: Callable[[int], Sequence[str]], ready_path: str, variables: Mapping[str, str]
 ) -> AsyncIterator[tuple[str, int]]:
     """A server in a session of its own, from when it says that it is ready until the end of it and its children.
     Raises SetupError, with what it said last, if that does not come."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *command(port), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            *command(port), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
             start_new_session=True,
         )  # fmt: skip
         try:
