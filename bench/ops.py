@@ -2,8 +2,9 @@
 
 Steps run on the host engine that the configuration gives, without the serving around it. An operation is bound by the
 bytes that it must read (weights; K and V) or by its multiplications, whichever takes longer at the rates measured in
-the same run on as many threads: of reading memory, and of the best of torch's and our own large bf16 products. `limit`
-is that bound as a share of the time taken. Each time is what nine of ten exceed, as in bench/linear.py, of an operation
+the same run on as many threads: of reading memory, and of the best of torch's and our own large bf16 products (which
+with AMX is not half of what tiles in registers reach). `limit` is that bound as a share of the time taken. Each time is
+what nine of ten exceed, as in bench/linear.py, of an operation
 and of whole steps apart: where others use the machine too, a step takes longer than its operations.
 
     baton bench ops --steps prefill:512,decode:1,decode:8 --set engine.quantization=bf16 --set engine.threads=2

@@ -2,7 +2,12 @@
 // that are compiled for AVX-512 alone. Only operations whose result is exactly specified: no rcp14, whose bits differ
 // between vendors.
 #pragma once
+// The compiler's own header reads undefined registers on purpose (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 #include <cstring>
