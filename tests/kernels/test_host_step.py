@@ -201,6 +201,8 @@ WRONG: dict[str, tuple[dict[str, int], list[str], str]] = {
     "KV format": ({"kv_format": 3}, [], "unknown KV format"),
     "no x": ({}, ["linear"], "a matrix does not fit what it is applied to"),
     "no q": ({}, ["rms_norm", "attention"], "attention has no q"),
+    "no rotation": ({}, ["rms_norm", "linear", "attention"], "attention has no q"),
+    "a late rotation": ({}, ["rms_norm", "linear", "capture", "rope_write_kv"], "something stands between"),
     "no gate": ({}, ["rms_norm", "swiglu"], "SwiGLU has no gate and up"),
     "residual": ({}, ["rms_norm", "linear_residual"], "a residual has another size than the hidden state"),
     "vocabulary": ({}, ["rms_norm", "lm_head"], "the LM head has another size than the vocabulary"),
