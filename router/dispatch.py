@@ -216,9 +216,10 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         lost = [*([attempt.decode.boot_id] if attempt.broke else ()), *attempt.lost_lenders]
-        lender = attempt.route.prefill
-        if lender is not None and not attempt.has_last_word and self._fleet.crashed(lender.boot_id, now):
-            lost.append(lender.boot_id)  # who could have told us of it was cut off
+        if not attempt.has_last_word and attempt.route.prefill is not None:
+            # Who could have told us of them was cut off. A spare was called if those before it crashed.
+            called = (lender.boot_id for lender in (attempt.route.prefill, *attempt.route.spares))
+            lost += itertools.takewhile(lambda boot_id: self._fleet.crashed(boot_id, now), called)
         run.aboard |= dict.fromkeys(lost, now)
         until = min(run.deadline, now + self._config.dead_s)
         while True:

@@ -239,6 +239,35 @@ def test_two_prefill_workers_that_crash_under_a_request_count_as_well() -> None:
     simulate(main, range(3))
 
 
+@pytest.mark.parametrize("num_dead", [1, 2])
+def test_a_spare_that_crashed_behind_a_decode_worker_that_fell_silent_counts_as_well(num_dead: int) -> None:
+    """Nobody is left to say that it was called (our own: world 492)."""
+
+    async def main() -> None:
+        prefills = {f"p{i}": ScriptedWorker(f"p{i}", Role.PREFILL) for i in range(3)}
+        decodes = [ScriptedWorker(f"d{i}") for i in range(2)]
+
+        def die_and_freeze(submit: Submit) -> Iterator[Act]:
+            assert submit.route.prefill is not None
+            for lender in (submit.route.prefill, *submit.route.spares)[:num_dead]:
+                prefills[lender.worker_id].die()
+            next(d for d in decodes if d.worker_id == submit.route.decode).frozen = True
+            yield 60.0
+
+        for decode in decodes:
+            decode.script = once(die_and_freeze)
+        decodes[1].script = decodes[0].script  # only the first of both
+        async with ScriptedFleet(*decodes, *prefills.values(), local_prefill_max_tokens=4) as fleet:
+            r = request(prompt=range(20))
+            if num_dead == 1:
+                assert await fleet.answer(r) == expected(r)
+            else:
+                with pytest.raises(RequestQuarantined, match="was aboard 2 workers that crashed"):
+                    await fleet.answer(r)
+
+    simulate(main, range(3))
+
+
 def test_lenders_whose_link_to_the_decode_worker_alone_was_cut_are_no_crashes() -> None:
     async def main() -> None:
         prefills = [ScriptedWorker(f"p{i}", Role.PREFILL) for i in range(4)]
