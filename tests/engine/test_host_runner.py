@@ -315,6 +315,26 @@ def test_a_sequence_whose_kv_is_no_number_fails_alone(files: ModelFiles) -> None
     assert spoiled.tokens == (sound.tokens[0], (), sound.tokens[2])
 
 
+@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize(("weights", "kv"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "bf16")])
+def test_a_token_that_the_vocabulary_lacks_fails_its_sequence_alone(
+    weights: str, kv: str, isa: str, files: ModelFiles
+) -> None:
+    if isa not in library.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    sound = [chunk(TOKENS[:9], 0, (0,)), chunk(TOKENS[:20], 0, (1, 2))]
+    strange = [chunk([1, token, 2], 0, (3 + i,)) for i, token in enumerate((64, -1, 2_000_000_000))]
+    step = Step(0, (strange[0], sound[0], strange[1], sound[1], strange[2]))
+    with opened(files, 6, threads=2, quantization=weights, kv_dtype=kv, isa=isa) as (runner, _):
+        wanted = runner.logits(sound)
+        found = runner.logits(step.chunks)
+        result = executed(runner, step)
+    np.testing.assert_array_equal(found[[1, 3]], wanted)
+    assert np.isnan(found[[0, 2, 4]]).all()
+    assert [*result.failed] == [0, 2, 4]
+    assert all("not finite" in str(error) for error in result.failed.values())
+
+
 def test_a_caller_who_leaves_does_not_stop_the_step_that_the_next_one_stands_on(files: ModelFiles) -> None:
     async def left(runner: HostRunner) -> StepResult:
         gone = asyncio.ensure_future(runner.execute(Step(0, (chunk(TOKENS[:30], 0, (0, 1), samples=False),))))

@@ -31,7 +31,7 @@ typedef struct {
 } BatonMatrix;
 
 typedef enum {
-  BATON_OP_EMBED = 0,          /* hidden = embed[token] (fp32 rows) */
+  BATON_OP_EMBED = 0,          /* hidden = embed[token] (fp32 rows); NaN where a token is not in [0, vocab_size) */
   BATON_OP_RMS_NORM,           /* x = rms_norm(hidden) * vector, in the activation format of the next linear, which
                                   takes it (so nothing may write hidden in between) */
   BATON_OP_LINEAR,             /* wide = x W^T (fp32) */

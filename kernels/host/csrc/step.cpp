@@ -108,10 +108,17 @@ void Step::begin() {
   });
 }
 
+// A token that the vocabulary lacks is no number: nothing beyond the table is read, and its sequence fails, alone.
 void Step::embed(const float* table) {
   const size_t size = p_.shape.hidden_size;
-  for (int row = 0; row < p_.rows; row++)
-    std::memcpy(&p_.hidden[row * size], &table[batch_.tokens[row] * size], size * sizeof(float));
+  for (int row = 0; row < p_.rows; row++) {
+    const int32_t token = batch_.tokens[row];
+    float* hidden = &p_.hidden[row * size];
+    if (token >= 0 && token < p_.shape.vocab_size)
+      std::memcpy(hidden, &table[token * size], size * sizeof(float));
+    else
+      std::fill(hidden, hidden + size, NAN);
+  }
 }
 
 ThreadSpace& Step::space_of(int thread) {
