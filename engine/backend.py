@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 HEAD_DIM_MULTIPLE, HEAD_DIM_MOST = 16, 256
 """What the host kernels' attention takes (kernels/host/csrc/program.cpp)."""
+NUMERICS_VERSION = 1
+"""Of the host kernels' results: another one whenever they change by a bit, so that builds that differ are no peers."""
+NO_VECTORS = ("the host kernels have only plain C for this CPU, which is slower than torch. Set engine.backend=host to "
+              "use it all the same.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Backend:
     @property
     def numerics(self) -> str:
         """How KV is computed: workers that compute it otherwise, by a bit, are no peers."""
-        return f"host-{self.quantization}-{self.isa}" if self.name == "host" else "torch-fp32"
+        return f"host{NUMERICS_VERSION}-{self.quantization}-{self.isa}" if self.name == "host" else "torch-fp32"
 
     def open(self, files: ModelFiles, memory: memoryview, num_blocks: int, layout: KVLayout, threads: int) -> Runner:
         """A runner over `memory`, which must outlive it. Imported here: torch takes seconds and 200 MB, and the host
@@ -52,8 +57,9 @@ class Backend:
 TORCH = Backend("torch", "fp32", "fp32")
 
 
-def choose_backend(engine: EngineConfig, head_dim: int) -> Backend:
-    """What the configuration asks for, if this machine and model have it.
+def choose_backend(engine: EngineConfig, head_dim: int, isas: Sequence[str] | None = None) -> Backend:
+    """What the configuration asks for, if this machine and model have it. `isas`: of the host kernels, best first;
+    default: this machine's.
 
     Raises SetupError where they do not: `auto` falls back to torch only if torch computes the same formats."""
     torch_computes_it = engine.quantization in ("auto", "fp32") and engine.kv_dtype in (None, "fp32")
@@ -64,12 +70,16 @@ def choose_backend(engine: EngineConfig, head_dim: int) -> Backend:
             raise ConfigError(f"engine.backend=torch computes in fp32 alone, not with {engine.quantization} weights "
                               f"and {kv_dtype} KV. Set engine.backend=host.", "engine.backend")
         return TORCH
+    may_fall_back = engine.backend == "auto" and torch_computes_it
     try:
-        return Backend("host", quantization, kv_dtype, _isa(engine.isa, head_dim))
+        isa = _isa(engine.isa, head_dim, isas)
     except SetupError as e:
-        if engine.backend == "host" or not torch_computes_it:
+        if not may_fall_back:
             raise
         return dataclasses.replace(TORCH, fallback=str(e))
+    if isa == "scalar" and engine.isa == "auto" and may_fall_back and _has_torch():
+        return dataclasses.replace(TORCH, fallback=NO_VECTORS)
+    return Backend("host", quantization, kv_dtype, isa)
 
 
 def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], None]) -> None:
@@ -87,7 +97,12 @@ def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], N
         packed_file(files, backend.quantization, progress)
 
 
-def _isa(wanted: str, head_dim: int) -> str:
+def _has_torch() -> bool:
+    """Without importing it."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def _isa(wanted: str, head_dim: int, there: Sequence[str] | None) -> str:
     if head_dim % HEAD_DIM_MULTIPLE or head_dim > HEAD_DIM_MOST:
         raise SetupError(f"the host kernels take head sizes that are multiples of {HEAD_DIM_MULTIPLE} up to "
                          f"{HEAD_DIM_MOST}, and this model has {head_dim}. Set engine.backend=torch.")
@@ -95,7 +110,7 @@ def _isa(wanted: str, head_dim: int) -> str:
         from baton.kernels.host import library
     except ImportError as e:
         raise SetupError(f"the host kernels need {e.name}. Install it: pip install 'baton-serve[engine]'.") from e
-    there = library.isas()
+    there = library.isas() if there is None else there
     if wanted == "auto":
         return there[0]
     if wanted not in there:

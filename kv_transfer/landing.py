@@ -48,7 +48,9 @@ class Landing:
     ) -> None:
         self.layout = layout
         self.memory = memory
-        self.puller = Puller(memory, transports, self, config, metrics)
+        # One cancelled pull may fill it: no reason to fence a lender off, which ends everybody's pulls. Age alone is.
+        patient = config.model_copy(update={"quarantine_cap": 1.0})
+        self.puller = Puller(memory, transports, self, patient, metrics)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for block in range(memory.num_blocks):
             self._free.put_nowait(block)

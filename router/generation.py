@@ -214,7 +214,7 @@ class Generation:
             field_name = "messages"
         else:
             ids, field_name = tuple(i for i in prompt if isinstance(i, int)), "prompt"
-            self._check_token_ids(ids, field_name)
+        self._check_token_ids(ids, field_name)  # of texts too: a tokenizer may know tokens that the model does not
         if not ids:
             raise InvalidRequest(f"{field_name} is empty. Send at least one token of text.", field_name)
         longest = self.max_model_len() - 1

@@ -14,6 +14,7 @@ from baton.core.config import Config
 from baton.core.layout import difference
 from baton.core.request import TokenLogprob
 from baton.core.worker import Role
+from baton.engine.backend import NUMERICS_VERSION
 from baton.models.convert import ModelFiles, convert
 from tests.e2e.pair import Answer, forget_cache, open_pair, pair_config, running_node
 from tests.models.reference import TinyLlama, write_tiny_llama
@@ -91,7 +92,7 @@ def test_workers_of_different_formats_are_no_peers_and_the_difference_has_a_name
     same, weights, kv = asyncio.run(capabilities())
     assert same is None
     assert weights is not None
-    assert weights.startswith("numerics: host-bf16-")
+    assert weights.startswith(f"numerics: host{NUMERICS_VERSION}-bf16-")
     assert kv == "layout.dtype: bf16 vs int8 (handoff.convert_kv lets them pair)"
 
 

@@ -23,7 +23,7 @@ from baton.core.errors import SetupError
 from baton.core.layout import KVLayout
 from baton.core.request import SampledToken, SamplingParams
 from baton.core.step import Step, StepResult
-from baton.engine.backend import Backend, choose_backend
+from baton.engine.backend import NUMERICS_VERSION, Backend, choose_backend
 from baton.engine.host_runner import HostRunner, rope_frequencies
 from baton.engine.sampler import Logits
 from baton.kernels.host import library
@@ -361,7 +361,7 @@ def test_one_row_gives_every_choice_its_own_token(files: ModelFiles) -> None:
 def test_what_computes_is_said_in_full_so_that_only_equals_are_paired() -> None:
     chosen = choose_backend(EngineConfig(quantization="int8", isa="scalar"), 64)
     assert chosen == Backend("host", "int8", "bf16", "scalar")
-    assert chosen.numerics == "host-int8-scalar"
+    assert chosen.numerics == f"host{NUMERICS_VERSION}-int8-scalar"
     assert choose_backend(EngineConfig(backend="torch"), 64).numerics == "torch-fp32"
     unasked = choose_backend(EngineConfig(isa="scalar"), 64)
     assert unasked == Backend("host", "bf16", "bf16", "scalar")
@@ -375,6 +375,15 @@ def test_auto_computes_with_torch_what_the_host_kernels_cannot_and_says_why() ->
         choose_backend(EngineConfig(backend="host"), 8)
     with pytest.raises(SetupError, match="multiples of 16"):
         choose_backend(EngineConfig(quantization="int8"), 8)
+
+
+def test_auto_takes_torch_where_the_host_kernels_have_plain_c_alone_and_nobody_asked_for_what_torch_lacks() -> None:
+    there = ("scalar",)
+    chosen = choose_backend(EngineConfig(), 64, there)
+    assert (chosen.name, chosen.kv_dtype) == ("torch", "fp32")
+    assert "plain C" in chosen.fallback
+    for asked in (EngineConfig(backend="host"), EngineConfig(isa="scalar"), EngineConfig(quantization="int8")):
+        assert choose_backend(asked, 64, there).name == "host"
 
 
 def test_torch_is_not_asked_for_formats_that_it_does_not_compute() -> None:

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from baton.core.errors import InternalError
+from baton.core.errors import InternalError, InvalidRequest
 from baton.core.messages import TokenChunk
 from baton.core.request import FinishReason, Request, SamplingParams
 from baton.router.generation import GenerateCall
@@ -284,5 +284,20 @@ def test_the_end_token_and_the_bill_do_not_depend_on_who_sends_the_end(tmp_path:
                 deltas = [delta async for delta in world.generation.run(job)]
                 assert [i for d in deltas for i in d.token_ids] == [5, 6, 7, EOS]
                 assert deltas[-1].usage.output_tokens == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_text_with_a_token_that_only_the_tokenizer_knows_is_refused_before_a_worker_sees_it(tmp_path: Path) -> None:
+    """A fine-tune's tokenizer may have a token more than its model has rows."""
+
+    async def scenario() -> None:
+        async with open_front(tmp_path) as world:
+            codec = world.generation.codec
+            ids = codec.encode("The baton")
+            codec.card = dataclasses.replace(codec.card, vocab_size=max(ids))
+            with pytest.raises(InvalidRequest, match=f"prompt holds {max(ids)}; this model's token ids are 0 to"):
+                await world.generation.prepare(GenerateCall("The baton", max_tokens=9), "r0")
+            assert not world.source.requests
 
     asyncio.run(scenario())
