@@ -299,16 +299,24 @@ def test_the_event_loop_hears_of_layers_in_order_and_before_the_result(samples: 
         assert asyncio.run(run(runner)) == [(1, True), (2, True)]
 
 
-def test_a_sequence_whose_kv_is_no_number_fails_alone(files: ModelFiles) -> None:
+@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize("k_or_v", [0, 1])
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+def test_a_sequence_whose_kv_is_no_number_fails_alone(kv: str, k_or_v: int, isa: str, files: ModelFiles) -> None:
+    if isa not in library.isas():
+        pytest.skip(f"this CPU has no {isa}")
+
     async def run(runner: HostRunner, memory: Bytes) -> tuple[StepResult, StepResult]:
         await runner.execute(Step(0, tuple(chunk(TOKENS[:9], 0, (b,), samples=False) for b in range(2))))
         step = Step(1, (chunk(TOKENS[9:10], 9, (0,)), chunk(TOKENS[9:10], 9, (1,)), chunk(TOKENS[:3], 0, (2,))))
         sound = await runner.execute(step)
-        layout = files.spec.layout(BLOCK_SIZE)
-        memory.view(np.float32).reshape(4, *layout.block_shape)[1, 0, 0, 0, 4] = np.nan
+        layout = files.spec.layout(BLOCK_SIZE, kv)
+        dim, (token, size) = files.spec.head_dim, {"fp32": (4, 4), "bf16": (4, 2), "int8": (BLOCK_SIZE, 1)}[kv]
+        first = layout.block_bytes + k_or_v * layout.run_bytes + token * dim * size
+        memory[first : first + 4] = 0xFF  # where they are int8 the first token's scale, else values of the fifth
         return sound, await runner.execute(step)
 
-    with opened(files, 4) as (runner, memory):
+    with opened(files, 4, kv_dtype=kv, isa=isa) as (runner, memory):
         sound, spoiled = asyncio.run(run(runner, memory))
     assert not sound.failed
     assert [*spoiled.failed] == [1]

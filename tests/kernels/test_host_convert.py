@@ -53,6 +53,27 @@ def test_slots_that_are_not_filled_stay_zeros() -> None:
         assert not read(runs, destination, 64)[:, 11:].any()
 
 
+@pytest.mark.parametrize(("source", "destination"), PAIRS)
+def test_a_row_that_is_no_number_is_none_in_the_other_type_and_its_neighbours_do_not_change(
+    source: str, destination: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lane spoils it. In int8 it is the scale that does."""
+    lanes, size = 64, {"fp32": 4, "bf16": 2, "int8": 1}[source]
+    sound = stored(values_of(1, lanes), source)
+    for isa in library.isas():
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "isas", lambda isa=isa: (isa,))
+            wanted = read(converted(sound, source, destination, lanes), destination, lanes)
+            for lane in range(1 if source == "int8" else lanes):
+                runs = sound.copy()
+                where = BLOCK_SIZE * lanes + 4 * 5 if source == "int8" else (5 * lanes + lane) * size
+                runs[0, where : where + max(size, 4 * (source == "int8"))] = 0xFF
+                found = read(converted(runs, source, destination, lanes), destination, lanes)
+                spoiled = np.isnan(found[0, 5])
+                assert spoiled[lane] and spoiled.all() == ("int8" in (source, destination)), (isa, lane)
+                np.testing.assert_array_equal(np.delete(found, 5, axis=1), np.delete(wanted, 5, axis=1))
+
+
 def test_from_bf16_to_int8_a_value_moves_by_half_a_step_at_most() -> None:
     theirs = stored(values_of(40, 64), "bf16")
     before, after = (read(runs, dtype, 64).astype(np.float64)

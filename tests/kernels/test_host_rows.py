@@ -122,6 +122,28 @@ def test_every_instruction_set_stores_the_same_bytes(isa: bytes, format: str) ->
     assert np.array_equal(store(isa, values, format, 16, 3), store(b"scalar", values, format, 16, 3))
 
 
+STRANGE = [np.inf, -np.inf, *np.array([0x7FC00000, 0xFFC00000, 0xFFFFFFFF, 0x7F800001], np.uint32).view(np.float32)]
+"""NaN also as rubbish in memory has it, and where rounding alone would make it -0 or infinite."""
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_a_row_that_is_no_number_at_any_place_is_stored_as_none(isa: bytes, format: str, head_dim: int) -> None:
+    for lane in range(head_dim):
+        for value in STRANGE:
+            values = numbers(head_dim, seed=lane)
+            values[lane] = value
+            run = store(isa, values, format, 16, 3)
+            assert np.array_equal(run, store(b"scalar", values, format, 16, 3))
+            if format == "bf16":
+                kept = (run[6 * head_dim : 8 * head_dim].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+                np.testing.assert_array_equal(np.isfinite(kept), np.isfinite(values))
+            else:
+                scale = run[16 * head_dim :].view(np.float32)[3]
+                assert np.isnan(scale) if np.isnan(value) else scale == np.inf
+                assert not run[3 * head_dim : 4 * head_dim].any()
+
+
 def test_a_row_of_zeros_is_stored_as_zeros(isa: bytes) -> None:
     run = store(isa, np.zeros(64, dtype=np.float32), "int8", 16, 0)
     assert not run[:64].any()

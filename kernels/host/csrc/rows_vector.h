@@ -98,16 +98,21 @@ void convert_row(const float* values, int n, T* out, F&& store) {
   });
 }
 
-// int8: one scale per token and head, so that a block's bytes do not depend on how the tokens came.
+// int8: one scale per token and head, so that a block's bytes do not depend on how the tokens came. A row with a value
+// that is not finite has a scale that is not, and zeros: all of it is read as NaN.
 void store_int8_row(const float* values, int head_dim, int8_t* out, float* out_scale) {
   Reg largest = Vec::zero();
   each_register(head_dim, [&](int i, int count) {
-    largest = Vec::max(largest, Vec::abs(load_some(values + i, count)));
+    largest = Vec::greater_magnitude(largest, load_some(values + i, count));
   });
-  const float most = Vec::greatest(largest), scale = most / 127.0f;
+  const float most = Vec::greatest_magnitude(largest), scale = most / 127.0f;
+  std::memcpy(out_scale, &scale, sizeof scale);
+  if (!std::isfinite(most)) {
+    std::memset(out, 0, head_dim);
+    return;
+  }
   const Reg inverse = Vec::set(most > 1e-30f ? 127.0f / most : 0.0f);  // 1 / scale must be finite
   convert_row(values, head_dim, out, [&](int8_t* to, Reg x) { Vec::store_int8(to, Vec::mul(x, inverse)); });
-  std::memcpy(out_scale, &scale, sizeof scale);
 }
 
 void store_kv_row(const float* values, int format, int head_dim, int block_size, int slot, uint8_t* run) {

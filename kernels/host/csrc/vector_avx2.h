@@ -51,6 +51,17 @@ struct Vec {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
+  // As integers, magnitudes keep their order and a NaN is the greatest.
+  static Reg greater_magnitude(Reg most, Reg x) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), _mm256_castps_si256(abs(x))));
+  }
+  static float greatest_magnitude(Reg most) {
+    const __m256i bits = _mm256_castps_si256(most);
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b01001110));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b10110001));
+    return _mm_cvtss_f32(_mm_castsi128_ps(half));
+  }
   static bool any_above(Reg x, Reg bound) { return _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)) != 0; }
   // Lanes from n on become `other`.
   static Reg keep_first(Reg x, int n, float other) {
@@ -64,12 +75,14 @@ struct Vec {
   static Reg load_int8(const int8_t* x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
   }
-  static void store_bf16(uint16_t* out, Reg x) {  // nearest, ties to even
+  static void store_bf16(uint16_t* out, Reg x) {  // nearest, ties to even; a NaN stays one
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xd8);
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(packed));
   }
   static void store_int8(int8_t* out, Reg x) {  // nearest whole number

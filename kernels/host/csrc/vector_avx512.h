@@ -42,6 +42,14 @@ struct Vec {
 
   static float sum(Reg x) { return _mm512_reduce_add_ps(x); }
   static float greatest(Reg x) { return _mm512_reduce_max_ps(x); }
+  // As integers, magnitudes keep their order and a NaN is the greatest.
+  static Reg greater_magnitude(Reg most, Reg x) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), _mm512_castps_si512(abs(x))));
+  }
+  static float greatest_magnitude(Reg most) {
+    return _mm512_cvtss_f32(
+        _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(_mm512_castps_si512(most)))));
+  }
   static bool any_above(Reg x, Reg bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ) != 0; }
   // Lanes from n on become `other`.
   static Reg keep_first(Reg x, int n, float other) {

@@ -46,6 +46,16 @@ struct Vec {
 
   static float sum(Reg x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   static float greatest(Reg x) { return std::fmax(std::fmax(x[0], x[1]), std::fmax(x[2], x[3])); }
+  // As integers, magnitudes keep their order and a NaN is the greatest.
+  static Reg greater_magnitude(Reg most, Reg x) {
+    const Bits a = (Bits)most, b = (Bits)abs(x);
+    return blend(a > b, most, (Reg)b);
+  }
+  static float greatest_magnitude(Reg most) {
+    for (int i = 1; i < kWidth; ++i)
+      if (((Bits)most)[i] > ((Bits)most)[0]) most[0] = most[i];
+    return most[0];
+  }
   static bool any_above(Reg x, Reg bound) {
     const Bits above = x > bound;
     return above[0] | above[1] | above[2] | above[3];
@@ -55,11 +65,11 @@ struct Vec {
 
   static Reg load_bf16(const uint16_t* x) { return (Reg)(Bits{x[0], x[1], x[2], x[3]} << 16); }
   static Reg load_int8(const int8_t* x) { return __builtin_convertvector((Bits{x[0], x[1], x[2], x[3]}), Reg); }
-  static void store_bf16(uint16_t* out, Reg x) {  // nearest, ties to even
+  static void store_bf16(uint16_t* out, Reg x) {  // nearest, ties to even; a NaN stays one
     const Bits bits = (Bits)x;
     for (int i = 0; i < kWidth; ++i) {
       const uint32_t b = bits[i];
-      out[i] = static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+      out[i] = static_cast<uint16_t>((x[i] == x[i] ? b + 0x7fff + ((b >> 16) & 1) : b | 0x400000) >> 16);
     }
   }
   static void store_int8(int8_t* out, Reg x) {  // nearest whole number
