@@ -22,7 +22,8 @@ _LISTENS = "0A"
 
 @dataclass(frozen=True, slots=True)
 class Ticks:
-    """CPU seconds since boot, of everything and of two families of processes."""
+    """CPU seconds since boot, of everything and of two families of processes. The client's are also those of its
+    children that ended: nobody else sent them."""
 
     at_s: float
     everything: float
@@ -59,6 +60,10 @@ class Watch:
         self._task.cancel()
         await asyncio.wait({self._task})
         self._look(new_processes=True)
+
+    def add_servers(self, pids: frozenset[int]) -> None:
+        """Processes that began after the watch did: all that they used so far was used under it."""
+        self._server_pids |= pids
 
     @property
     def mean(self) -> Used | None:
@@ -101,7 +106,7 @@ def look(at_s: float, server: frozenset[int]) -> Ticks:
     return Ticks(
         at_s,
         sum(int(columns[i]) for i in _BUSY) / tick,
-        own.user + own.system,
+        own.user + own.system + own.children_user + own.children_system,
         sum(ticks for _, ticks in seen) / tick,
     )
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from baton.bench.load import plots
 from baton.bench.load.command import finished, keep, say
 from baton.bench.load.report import Json, others_cores
+from baton.bench.load.run import Measuring
 from baton.bench.peers import builds, report, systems, weights
 from baton.bench.peers.bars import APART as APART_BATON
 from baton.bench.peers.bars import by_round
@@ -254,23 +255,24 @@ class Visit:
 
     async def _measured(self, rows: Sequence[Row], long_rate: Callable[[], float | None]) -> AsyncIterator[Json]:
         """Memory is looked at last, when the system has worked."""
-        names = {row.name for row in rows}
-        alone_s = await start_alone(self.system.alone) if "start" in names and self.system.alone else None
-        async with systems.up(self.system, self.tokenizer, self.seed) as up:
-            if "start" in names:
-                stack_s = {} if alone_s is None else {"stack_s": up.first_token_s}
-                yield {"row": "start", "value": alone_s or up.first_token_s, **stack_s}
+        names, attempts = {row.name for row in rows}, self.asked.attempts
+        starts = "start" in names
+        alone = await start_alone(self.system.alone, attempts) if starts and self.system.alone else None
+        async with systems.up(self.system, self.tokenizer, self.seed, attempts if starts else 1) as up:
+            if starts:
+                yield {"row": "start", **(alone | {"stack_s": up.started["value"]} if alone else up.started)}
             for row in rows:
                 if row.asks:
-                    yield {"row": row.name, **await measure(row, up.met, self.seed, self.asked.attempts)}
+                    yield {"row": row.name, **await measure(row, up.met, self.seed, attempts)}
             if "itl_long" in names and (rate := long_rate()):
-                seconds = self.asked.long_s
-                yield {"row": "itl_long", **await beside_long_prompts(up.met, rate, self.seed, seconds, say)}
+                measuring = Measuring(duration_s=self.asked.long_s, attempts=attempts)
+                yield {"row": "itl_long", **await beside_long_prompts(up.met, rate, self.seed, measuring, say)}
             if "memory" in names:
                 yield memory(up)
 
 
 def memory(up: Up) -> Json:
+    """What is held is no speed: others on the CPU change nothing about it, so it has no mark and no second attempt."""
     found = resident_mb(up.pids)
     return {"row": "memory", "value": sum(found.values()), "processes": found}
 

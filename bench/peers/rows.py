@@ -116,11 +116,13 @@ async def _attempt(row: Row, met: Met, seed: str) -> Json:
     sessions = planned(row, met, seed)
     async with Watch(met.server_pids) as watch:
         _, records = await drive(sessions, met.asker, row.concurrency)
+    return figure(row, records) | {"cpu_cores": cores(watch), "loop_lag_s": watch.loop_lag_s}
+
+
+def cores(watch: Watch) -> Json | None:
+    """Whose they were in the mean, as `others_cores` reads it."""
     used = watch.mean
-    return figure(row, records) | {
-        "cpu_cores": used and {"client": used.client, "server": used.server, "others": used.others},
-        "loop_lag_s": watch.loop_lag_s,
-    }
+    return None if used is None else {"client": used.client, "server": used.server, "others": used.others}
 
 
 def planned(row: Row, met: Met, seed: str) -> list[Session]:
@@ -146,33 +148,38 @@ def figure(row: Row, records: Sequence[Record]) -> Json:
     return found
 
 
-async def beside_long_prompts(met: Met, long_rate: float, seed: str, seconds: float, say: Say) -> Json:
+async def beside_long_prompts(met: Met, long_rate: float, seed: str, measuring: Measuring, say: Say) -> Json:
     """The gaps between the tokens of a steady decode load, while so many long prompts a second arrive."""
-    (run,) = await interference.measure(met, Disturbance(), Measuring(duration_s=seconds), [long_rate], seed, say)
+    (run,) = await interference.measure(met, Disturbance(), measuring, [long_rate], seed, say)
     decode = run["labels"][interference.DECODE]
     if errors := decode["requests"]["errors"]:
         return {"value": None, "failed": f"decode requests: {errors}"}
     itl = decode["itl_s"]
     return {"value": 1e3 * itl["p99"], "itl_p50_ms": 1e3 * itl["p50"], "long_rate": long_rate,
-            "cpu_cores": run["cpu_cores"]}  # fmt: skip
+            "cpu_cores": run["cpu_cores"], "attempts_others_cores": run["attempts_others_cores"]}  # fmt: skip
 
 
-async def start_alone(command: Sequence[str]) -> float:
+async def start_alone(command: Sequence[str], attempts: int) -> Json:
     """Seconds until a child that ends at its first token has said so. Raises RuntimeError if it fails."""
+    return await quietest(lambda _: _start_alone(command), attempts)
+
+
+async def _start_alone(command: Sequence[str]) -> Json:
     now = asyncio.get_running_loop().time
-    began_s = now()
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        line = await process.stdout.readline()
-        took_s = now() - began_s
-    finally:
-        code = await process.wait()
+    async with Watch(frozenset()) as watch:
+        began_s = now()
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        try:
+            line = await process.stdout.readline()
+            took_s = now() - began_s
+        finally:
+            code = await process.wait()
     if not line or code:
         raise RuntimeError(f"{' '.join(command[:3])} ended with {code} before a first token")
-    return took_s
+    return {"value": took_s, "cpu_cores": cores(watch)}
 
 
 def resident_mb(pids: frozenset[int]) -> dict[str, float]:

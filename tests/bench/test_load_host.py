@@ -57,6 +57,30 @@ def test_a_server_is_its_process_and_all_of_its_children(busy: int) -> None:
     assert look(0.0, frozenset({1 << 30})).server == 0
 
 
+def test_a_server_that_begins_under_a_watch_is_not_others() -> None:
+    async def main() -> float:
+        began_s = asyncio.get_running_loop().time()
+        async with Watch(frozenset()) as watch:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", BURN, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert process.stdout is not None
+            await process.stdout.readline()
+            watch.add_servers(frozenset({process.pid}))
+        took_s = asyncio.get_running_loop().time() - began_s
+        await process.communicate(b"")
+        assert watch.mean is not None
+        assert watch.mean.server is not None
+        return watch.mean.server * took_s
+
+    assert asyncio.run(main()) >= BURNT_S - 0.1
+
+
+def test_a_child_that_ended_is_the_clients() -> None:
+    before = look(0.0, frozenset()).client
+    subprocess.run([sys.executable, "-c", BURN], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+    assert look(0.0, frozenset()).client - before >= BURNT_S - 0.1
+
+
 def test_the_client_is_not_its_own_server(busy: int) -> None:
     assert family(frozenset({os.getpid()})) == frozenset()
     assert not family(frozenset({os.getppid()})) & {os.getpid(), busy}

@@ -14,6 +14,7 @@ from baton.bench.peers.command import BATON_FORMS, PEERS, Wanted
 from baton.bench.peers.limits import Limits, kv_bytes_per_token, prefill_s, roofline, step_s, weight_bytes
 from baton.bench.peers.report import ROW_OF, cell, markdown, middle_limits
 from baton.bench.peers.rows import HOT, ROWS, Row, figure, pss_kb, quick
+from baton.bench.peers.systems import baton_apart
 from baton.core.errors import SetupError
 from baton.models.spec import ModelSpec
 
@@ -83,6 +84,12 @@ def test_every_bar_is_about_a_row_and_systems_that_exist() -> None:
     for bar in bars.BARS:
         assert bar.row in ROW_OF
         assert {bar.system, bar.peer} <= named
+
+
+def test_the_default_stack_has_every_figure_but_those_of_the_longest_row_and_the_engine_alone() -> None:
+    apart = baton_apart("bf16", 2, ())
+    assert {row.name for row in ROWS} - apart.rows == {"out_32", "start"}
+    assert apart.name == bars.APART
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from baton.bench.load.report import QUIET_CORES, Json, others_cores
 from baton.bench.load.run import Target, meet
 from baton.bench.peers import builds, command, first_token
 from baton.bench.peers.rows import Row, measure, output_rate, resident_mb, start_alone
-from baton.bench.peers.systems import child
+from baton.bench.peers.systems import System, child, up
 from baton.bench.peers.weights import gguf_files, hf_directory
 from baton.core.config import load
 from baton.core.errors import SetupError
 from baton.models.convert import convert, read_checkpoint
 from baton.models.hf_directory import read_hf
 from tests.bench.scripted import Exchange, scripted
+from tests.bench.test_load_host import BURN
 from tests.models.reference import TinyLlama, write_tiny_llama
 
 TINY = TinyLlama(head_dim=16, tied=True)
@@ -80,9 +84,49 @@ def test_memory_is_of_a_process_and_its_children_and_never_our_own(busy: int) ->
 
 def test_an_engine_alone_that_fails_is_no_figure() -> None:
     with pytest.raises(RuntimeError, match="ended with 3"):
-        asyncio.run(start_alone((sys.executable, "-c", "raise SystemExit(3)")))
-    took_s = asyncio.run(start_alone((sys.executable, "-c", "print('first token: 7')")))
-    assert took_s > 0
+        asyncio.run(start_alone((sys.executable, "-c", "raise SystemExit(3)"), 2))
+    found = asyncio.run(start_alone((sys.executable, "-c", "print('first token: 7')"), 1))
+    assert found["value"] > 0
+    assert found["cpu_cores"]["client"] > 0, "a start has a mark like every other figure"
+
+
+async def _played(exchange: Exchange) -> None:
+    if exchange.path == "/v1/models":
+        return await exchange.whole(200, {"data": [{"id": "m"}]})
+    return await exchange.answer(exchange.body["max_tokens"], {"prompt_tokens": 1, "completion_tokens": 1})
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_start_that_others_disturbed_is_made_again_and_the_quietest_counts(attempts: int, tmp_path: Path) -> None:
+    """The disturbance is real: a process burns CPU while the first start waits for it."""
+    write_tiny_llama(tmp_path / "llama", TINY)
+    tokenizer = convert(tmp_path / "llama", tmp_path / "cache").directory
+    told: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def start() -> AsyncIterator[tuple[str, int]]:
+        told.append("up")
+        if len(told) == 1:
+            assert burner.stdout is not None
+            await asyncio.get_running_loop().run_in_executor(None, burner.stdout.readline)
+        async with scripted(_played) as server:
+            yield server.url, os.getpid()
+        told.append("down")
+
+    async def main() -> Json:
+        system = System("s", "baton", "bf16", start)
+        async with up(system, tokenizer, "seed", attempts) as found:
+            assert told == ["up", "down"] * (attempts - 1) + ["up"]
+            return found.started
+
+    with subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as burner:
+        started = asyncio.run(main())
+        burner.communicate()
+    disturbed = started["attempts_others_cores"]
+    assert len(disturbed) == attempts
+    assert disturbed[0] > QUIET_CORES
+    assert others_cores(started) == min(disturbed)
+    assert told == ["up", "down"] * attempts
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
