@@ -200,22 +200,27 @@ class HostRunner:
         self._num_works = 0
         self._listening: asyncio.AbstractEventLoop | None = None
         """The loop that the line wakes; none while there is no work."""
+        self._idle = asyncio.Event()
+        """No work, which somebody wants to know who closes."""
+        self._is_closed = False
 
     def execute(self, step: Step, on_layers: Callable[[int], None] | None = None) -> Awaitable[StepResult]:
         """Write the step's KV and sample. A cancelled caller does not stop the step: the next one waits for it."""
+        assert not self._is_closed, "a step for a closed runner"
         loop = asyncio.get_running_loop()
+        if self._listening is not loop:
+            self._listening = loop
+            loop.add_reader(self._line_fd, self._on_done)
         done = loop.create_future()
         work = _Work(step.chunks, self._works[-1] if self._works else None, done, self._num_works % 2)
         self._num_works += 1
         self._works.append(work)
+        self._idle.clear()
         if len(self._works) == 1:
             self._complete(work)
         # The logits of two steps can be kept; and a step that waits for a result keeps those behind it waiting.
         elif not work.unknown and len(self._works) == 2 and self._works[0].is_put:
             self._put(work)
-        if self._listening is not loop:
-            self._listening = loop
-            loop.add_reader(self._line_fd, self._on_done)
         return done if on_layers is None else self._watch(done, work, on_layers)
 
     async def _watch(
@@ -232,13 +237,17 @@ class HostRunner:
         return await running
 
     async def close(self) -> None:
-        """Wait for the steps that the line has, then let go of memory and weights."""
-        if self._listening is not None and not self._listening.is_closed():
-            self._listening.remove_reader(self._line_fd)
-        await asyncio.get_running_loop().run_in_executor(self._sampler, self._let_go)
+        """Wait for all steps that were given, also those that wait for another's token; then let go of memory and
+        weights. No step comes after."""
+        self._is_closed = True
+        loop = asyncio.get_running_loop()
+        if self._listening is loop:
+            await self._idle.wait()
+        await loop.run_in_executor(self._sampler, self._let_go)
         self._sampler.shutdown(wait=False)
 
     def _let_go(self) -> None:
+        """Nobody puts anything any more: there is no work, or the loop of those who gave it is closed."""
         for work in self._works:
             if work.is_put:
                 self._library.baton_line_wait(self._line, work.job)
@@ -291,9 +300,11 @@ class HostRunner:
         if self._works:
             if not self._works[0].is_put:
                 self._complete(self._works[0])
-        elif self._listening is not None:
+        else:
+            assert self._listening is not None
             self._listening.remove_reader(self._line_fd)
             self._listening = None
+            self._idle.set()
 
     def _complete(self, work: _Work) -> None:
         """Put what has no other before it. It breaks with the step whose token it needs."""

@@ -47,17 +47,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return convert(home / "llama", home / "cache")
 
 
-@contextlib.contextmanager
-def opened(
+def new_runner(
     files: ModelFiles, num_blocks: int, *, threads: int = 1, rubbish: int = 0xFF, **engine: Any
-) -> Iterator[tuple[HostRunner, Bytes]]:
-    """A runner, and its memory, which begins as rubbish that would be seen: not a number in every float format."""
+) -> tuple[HostRunner, Bytes]:
+    """And its memory, which begins as rubbish that would be seen: not a number in every float format."""
     chosen = EngineConfig.model_validate({"backend": "host", "quantization": "fp32", **engine})
     backend = choose_backend(chosen, files.spec.head_dim)
     layout = files.spec.layout(BLOCK_SIZE, backend.kv_dtype)
     memory = library.aligned(num_blocks * layout.block_bytes)
     memory[:] = rubbish
-    runner = HostRunner(files, memory.data, layout, threads, backend)
+    return HostRunner(files, memory.data, layout, threads, backend), memory
+
+
+@contextlib.contextmanager
+def opened(files: ModelFiles, num_blocks: int, **how: Any) -> Iterator[tuple[HostRunner, Bytes]]:
+    """new_runner, closed in the end."""
+    runner, memory = new_runner(files, num_blocks, **how)
     try:
         yield runner, memory
     finally:
@@ -353,6 +358,45 @@ def test_a_caller_who_leaves_does_not_stop_the_step_that_the_next_one_stands_on(
         wanted = executed(runner, Step(0, (chunk(TOKENS[:32], 0, (0, 1)),)))
     with opened(files, 2) as (runner, _):
         assert asyncio.run(left(runner)) == wanted
+
+
+def steps_in_a_row() -> list[Step]:
+    """The first one's token is chosen in Python; the others are put when the one before has a result."""
+    sampling = SamplingParams(temperature=0.0, presence_penalty=1.0)
+    first = dataclasses.replace(chunk([1, 2, 3], 0, (0,), sampling), history=(1, 2, 3), num_prompt_tokens=3)
+    return [Step(0, (first,)), *(
+        Step(n, (dataclasses.replace(first, token_ids=(-1,), start=2 + n, token_from=0),)) for n in (1, 2))]
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_who_closes_at_any_moment_waits_for_every_step_also_for_one_that_waits_for_a_token(
+    leave: bool, files: ModelFiles
+) -> None:
+    async def run(turns: int) -> list[StepResult]:
+        runner, _ = new_runner(files, 1, threads=2)
+        given = [asyncio.ensure_future(runner.execute(step)) for step in steps_in_a_row()]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if leave:
+            for one in given:
+                one.cancel()
+        await runner.close()
+        assert not runner._works, "closed with a step under way"
+        return [one.result() for one in given if not one.cancelled()]
+
+    results = [asyncio.run(run(turns)) for turns in range(0, 200, 4)]
+    assert leave or all(result == results[0] for result in results)
+
+
+def test_who_closes_in_another_loop_waits_for_what_the_line_has_alone(files: ModelFiles) -> None:
+    """Nobody can go on with the others."""
+    async def left(runner: HostRunner) -> None:
+        for step in steps_in_a_row():
+            runner.execute(step)
+
+    for _ in range(10):
+        with opened(files, 2) as (runner, _):
+            asyncio.run(left(runner))
 
 
 def test_one_row_gives_every_choice_its_own_token(files: ModelFiles) -> None:
