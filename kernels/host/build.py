@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,19 +40,33 @@ class BuildError(RuntimeError):
     """The compiler failed; the message is its own."""
 
 
-def find_compiler(wanted: str | None) -> str | None:
-    """`wanted` (a command, perhaps $CXX), else the first compiler on the path; None where there is none."""
-    return next((found for name in ((wanted,) if wanted else COMPILERS) if (found := shutil.which(name))), None)
+Command = tuple[str, ...]
+
+
+def find_compiler(wanted: str | None) -> Command | None:
+    """`wanted` (perhaps $CXX: a command and its options, as a shell reads them), else the first compiler on the path;
+    None where there is none."""
+    for words in ([_words(wanted)] if wanted else [[name] for name in COMPILERS]):
+        if words and (found := shutil.which(words[0])):
+            return (found, *words[1:])
+    return None
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        return []
 
 
 def source_files() -> list[Path]:
     return sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
 
 
-def digest(*more: str) -> str:
-    """Names what a library is made of: sources, flags, and `more`. 16 hex digits."""
+def digest() -> str:
+    """Names what a library is made of: sources, flags and the family of CPUs. 16 hex digits."""
     flags = repr((COMMON_FLAGS, LINK_FLAGS, ISA_FLAGS, platform.machine()))
-    return digest_of((path.name for path in source_files()), flags, *more)
+    return digest_of((path.name for path in source_files()), flags)
 
 
 def digest_of(names: Iterable[str], *more: str) -> str:
@@ -69,11 +84,17 @@ def packaged_name() -> str:
     return f"libbaton_host-{digest()}.so"
 
 
-def version(compiler: str) -> str:
-    return _run([compiler, "--version"])
+def cached_name(compiler: Command | None) -> str:
+    """Of a library's directory in the cache; without a compiler a pattern, of all that were made of these sources."""
+    which = "*" if compiler is None else hashlib.sha256(repr((compiler, _version(compiler))).encode()).hexdigest()[:16]
+    return f"host-{digest()}-{which}"
 
 
-def compile_library(compiler: str, target: Path) -> None:
+def _version(compiler: Command) -> str:
+    return _run([*compiler, "--version"])
+
+
+def compile_library(compiler: Command, target: Path) -> None:
     """Write the library to `target`, whose folder must exist; object files lie beside it meanwhile.
 
     Raises BuildError with the compiler's words."""
@@ -84,25 +105,26 @@ def compile_library(compiler: str, target: Path) -> None:
         jobs = list(_jobs(compiler, known, objects))
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             list(pool.map(_run, jobs))
-        _run([compiler, *LINK_FLAGS, "-o", str(target), *(job[-1] for job in jobs)])
+        _run([*compiler, *LINK_FLAGS, "-o", str(target), *(job[-1] for job in jobs)])
     finally:
         shutil.rmtree(objects)
 
 
-def _jobs(compiler: str, known: Mapping[str, tuple[str, ...]], objects: Path) -> Iterator[list[str]]:
+def _jobs(compiler: Command, known: Mapping[str, tuple[str, ...]], objects: Path) -> Iterator[list[str]]:
     """One command per source file; its last word is the object file."""
     for path in sorted(SOURCES.glob("*.cpp")):
         isa = path.stem.rpartition("_")[2]
         if isa in ISA_FLAGS and isa not in known:
             continue
-        yield [compiler, *COMMON_FLAGS, *known.get(isa, ()), "-c", str(path), "-o", str(objects / f"{path.stem}.o")]
+        flags = (*COMMON_FLAGS, *known.get(isa, ()))
+        yield [*compiler, *flags, "-c", str(path), "-o", str(objects / f"{path.stem}.o")]
 
 
-def _knows(compiler: str, flags: tuple[str, ...]) -> bool:
+def _knows(compiler: Command, flags: tuple[str, ...]) -> bool:
     if flags and platform.machine() not in X86:
         return False
     try:
-        _run([compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull])
+        _run([*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull])
     except BuildError:
         return False
     return True

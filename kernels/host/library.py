@@ -5,7 +5,8 @@ Owns the way to the library file and the mirrors of the C structures. Does not k
 Life of the library file:
 1. A wheel that was built where a compiler was holds it, named by the digest of its sources: it is found first.
 2. Otherwise it is compiled on first use (seconds) into the cache directory, keyed by sources, flags and compiler;
-   one process compiles, the others wait.
+   one process compiles, the others wait. Where no compiler is, what any other made of the same sources is taken: an
+   image for running has none, and a cache from where one was.
 3. No library and no compiler: SetupError. Whoever asked chooses what then (engine/host_runner.py).
 """
 
@@ -143,15 +144,17 @@ def find_or_build(progress: Callable[[str], None] = lambda _: None) -> Path:
     packaged = Path(build.__file__).with_name(build.packaged_name())
     if packaged.exists():
         return packaged
-    wanted = config.compiler()
+    wanted, cache = config.compiler(), config.cache_dir() / "kernels"
     compiler = build.find_compiler(wanted)
     if compiler is None:
+        if there := [*cache.glob(f"{build.cached_name(None)}/{LIBRARY_NAME}")]:
+            return max(there, key=lambda path: path.stat().st_mtime)
         what = f"$CXX is {wanted!r}, which is no command" if wanted else "there is no C++ compiler"
         raise SetupError(f"the host library cannot be compiled: {what}. Install g++ or clang++, or set "
                          "engine.backend=torch.")
     try:
-        key = build.digest(build.version(compiler))
-        directory = config.cache_dir() / "kernels" / f"host-{key}"
+        directory = cache / build.cached_name(compiler)
+
         def compile_it(building: Path) -> None:
             progress("compiling the host kernels")
             build.compile_library(compiler, building / LIBRARY_NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     log, script = tmp_path / "compiled", tmp_path / "compiler"
-    script.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo "$*" >> {log};; esac\nexec {COMPILER} -O0 "$@" -O0\n')
+    real, logged = shlex.join(COMPILER), f'case "$*" in *" -c "*) echo "$*" >> {log};; esac'
+    script.write_text(f'#!/bin/sh\n{logged}\nexec {real} -O0 "$@" -O0\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     return log
@@ -51,16 +53,59 @@ def test_many_processes_compile_once_and_all_get_the_library(cache: Path, counte
     assert not [*cache.rglob("*.o")], "object files are not kept"
 
 
+def named(directory: Path, version: str) -> build.Command:
+    """A compiler that says its version and nothing else."""
+    script = directory / "named"
+    script.write_text(f"#!/bin/sh\necho {version}\n")
+    script.chmod(0o755)
+    return (str(script),)
+
+
 def test_the_library_has_another_name_when_a_source_or_the_compiler_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = build.digest("gcc 12")
-    assert build.digest("gcc 13") != before
+    before = build.cached_name(named(tmp_path, "gcc 12"))
+    assert build.cached_name(named(tmp_path, "gcc 13")) != before
+    assert build.cached_name((*named(tmp_path, "gcc 12"), "-m32")) != before
     monkeypatch.setattr(build, "SOURCES", Path(shutil.copytree(build.SOURCES, tmp_path / "csrc")))
-    assert build.digest("gcc 12") == before
+    assert build.cached_name(named(tmp_path, "gcc 12")) == before
     changed = tmp_path / "csrc/team.h"
     changed.write_text(changed.read_text() + "\n")
-    assert build.digest("gcc 12") != before
+    assert build.cached_name(named(tmp_path, "gcc 12")) != before
+
+
+def test_without_a_compiler_a_cached_library_of_the_same_sources_is_found(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cache / "kernels" / build.cached_name(named(tmp_path, "gcc 12")) / library.LIBRARY_NAME
+    of_other_sources = cache / "kernels" / "host-0123456789abcdef-0123456789abcdef" / library.LIBRARY_NAME
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    of_other_sources.parent.mkdir(parents=True)
+    of_other_sources.touch()
+    with pytest.raises(SetupError, match=r"there is no C\+\+ compiler"):
+        library.find_or_build()
+    made.parent.mkdir()
+    made.touch()
+    assert library.find_or_build() == made
+
+
+def test_cxx_may_have_options_and_a_program_in_front() -> None:
+    env = shutil.which("env")
+    assert build.find_compiler("env -- 'a compiler' -pipe") == (env, "--", "a compiler", "-pipe")
+    assert build.find_compiler("nowhere++ -pipe") is None
+    assert build.find_compiler("env 'no end") is None
+    assert build.find_compiler(" ") is None
+
+
+def test_every_command_begins_with_all_words_of_cxx(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = cache / "front"
+    script.write_text(f'#!/bin/sh\necho "$*" >> {cache}/said\nexit 3\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{script} g++ -pipe")
+    with pytest.raises(SetupError, match="front g"):
+        library.find_or_build()
+    assert (cache / "said").read_text() == "g++ -pipe --version\n"
 
 
 def test_what_a_wheel_brought_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +145,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(cache: P
     script.write_text(f'#!/bin/sh\ncase "$*" in *amx*) exit 1;; esac\nexec {os.environ["CXX"]} "$@"\n')
     script.chmod(0o755)
     target = cache / library.LIBRARY_NAME
-    build.compile_library(str(script), target)
+    build.compile_library((str(script),), target)
     compiled = counted.read_text()
     assert "gemm_scalar.cpp" in compiled
     assert "_amx.cpp" not in compiled

@@ -19,7 +19,7 @@ def run_stress(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]
         pytest.skip("no C++ compiler")
     program = directory / "team_stress"
     sources = [str(STRESS), str(build.SOURCES / "team.cpp")]
-    command = [compiler, *build.COMMON_FLAGS, *flags, f"-I{build.SOURCES}", *sources, "-pthread", "-o", str(program)]
+    command = [*compiler, *build.COMMON_FLAGS, *flags, f"-I{build.SOURCES}", *sources, "-pthread", "-o", str(program)]
     compiled = subprocess.run(command, capture_output=True, text=True)
     if compiled.returncode and flags:
         pytest.skip(f"the compiler does not know {flags}: {compiled.stderr}")
