@@ -15,6 +15,7 @@
       RequestQuarantined    two workers crashed under this request      500  INTERNAL
       SetupError            this machine or configuration cannot start  (exit code 2)
         ConfigError         a setting is wrong
+        NotWritable         what is made once and kept cannot be kept
 
 Bugs are not here: they assert. A message says what, why, and what to do.
 """
@@ -94,6 +95,10 @@ class SetupError(BatonError):
 
 class ConfigError(SetupError):
     code = "config"
+
+
+class NotWritable(SetupError):
+    code = "not_writable"
 
 
 def _tree(root: type[BatonError]) -> dict[str, type[BatonError]]:

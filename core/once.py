@@ -17,27 +17,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from baton.core.errors import SetupError
+from baton.core.errors import NotWritable, SetupError
 
 LOCK_TIMEOUT_S = 900.0
+SETTING = "model.cache_dir"
+"""Where most of it is kept."""
 _LOCK_POLL_S = 0.1
 
 Files = TypeVar("Files")
 
 
 def made_once(
-    directory: Path, opened: Callable[[Path], Files | None], build: Callable[[Path], None], what: str
+    directory: Path, opened: Callable[[Path], Files | None], build: Callable[[Path], None], what: str,
+    setting: str = SETTING,
 ) -> Files:
     """What `opened` finds in `directory`; if nothing, `build` makes it first, in a directory that is then renamed.
 
-    `what` says what is done, as in "convert a.gguf". Safe to call from many processes at once. Raises SetupError if
-    it cannot be written."""
+    `what` says what is done, as in "convert a.gguf", and `setting` how to choose another place. Safe to call from many
+    processes at once. Raises NotWritable, or SetupError if others take too long."""
     files = opened(directory)
     if files is not None:
         return files
     # Not with_suffix: names such as `SmolLM2-135M.Q4_1-0a1b` have dots of their own.
     lock, building = (directory.with_name(directory.name + suffix) for suffix in (".lock", ".building"))
-    with locked(lock, f"another process to {what}"):
+    with locked(lock, f"another process to {what}", setting=setting):
         files = opened(directory)
         if files is not None:
             return files
@@ -48,7 +51,7 @@ def made_once(
             build(building)
             building.rename(directory)
         except OSError as e:
-            raise SetupError(f"cannot {what} in {building}: {e}. Set model.cache_dir.") from e
+            raise NotWritable(f"cannot {what} in {building}: {e}. Set {setting}.") from e
         finally:
             shutil.rmtree(building, ignore_errors=True)
     files = opened(directory)
@@ -57,13 +60,16 @@ def made_once(
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting_for: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Hold a lock file; it is released when its process dies. Raises SetupError when others hold it too long."""
+def locked(
+    path: Path, waiting_for: str, timeout_s: float = LOCK_TIMEOUT_S, setting: str = SETTING
+) -> Iterator[None]:
+    """Hold a lock file; it is released when its process dies. Raises NotWritable, or SetupError when others hold it
+    too long."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as e:
-        raise SetupError(f"cannot write to {path.parent}: {e}. Set model.cache_dir.") from e
+        raise NotWritable(f"cannot write to {path.parent}: {e}. Set {setting}.") from e
     never = threading.Event()  # flock has no deadline of its own: try, wait, try again
     try:
         for _ in range(max(1, int(timeout_s / _LOCK_POLL_S))):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from baton.core.config import EngineConfig
-from baton.core.errors import ConfigError, SetupError
+from baton.core.errors import ConfigError, NotWritable, SetupError
 from baton.core.layout import KVLayout
 
 if TYPE_CHECKING:
@@ -94,7 +94,10 @@ def prepare(engine: EngineConfig, files: ModelFiles, progress: Callable[[str], N
     if backend.name == "host":
         from baton.models.packed import packed_file
 
-        packed_file(files, backend.quantization, progress)
+        try:
+            packed_file(files, backend.quantization, progress)
+        except NotWritable as e:
+            progress(f"packed weights are not kept, and every start of a worker packs them: {e.message}")
 
 
 def _has_torch() -> bool:

@@ -8,7 +8,8 @@ process so touches only the rows it looks up.
 Life of an arena:
 1. `packed_file` finds the file, or packs it matrix by matrix, from a mapping of the fp32 file. int4 is taken from a
    GGUF file's own nibbles where it has such; anything else is quantised from fp32.
-2. The worker reads it into huge pages of its own (see `PackedWeights`).
+2. The worker reads it into huge pages of its own (see `PackedWeights`). Where no file can be written, as in a model's
+   directory that is mounted read-only, it packs into them, at every start anew.
 3. `close` gives the memory back; nobody may compute with it any more.
 """
 
@@ -16,21 +17,25 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import mmap
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from baton.core.errors import SetupError
+from baton.core.errors import NotWritable, SetupError
 from baton.core.once import made_once
 from baton.kernels.host import library
 from baton.models.checkpoint import Checkpoint, Int4
 from baton.models.convert import ModelFiles, Progress, fingerprint
 from baton.models.spec import ModelSpec
 from baton.models.weights import Array, Weight, map_arrays, weights_of
+
+log = logging.getLogger(__name__)
 
 ARENA = "arena.bin"
 GROUP = 32
@@ -55,12 +60,8 @@ class PackedWeights:
     read through 4 KB pages, and a batch-1 step is nothing but reading. SmolLM2 on one Sapphire Rapids core: 19.1 ms
     of bf16 against 21.2 ms shared, 10.2 of int8 against 11.0."""
 
-    def __init__(self, path: Path, matrices: Mapping[str, PackedMatrix]) -> None:
-        self.matrices = matrices
-        self._memory = _huge_memory(path.stat().st_size)
-        with path.open("rb") as file:
-            if file.readinto(self._memory) != len(self._memory):
-                raise SetupError(f"{path} was cut short while it was read. Delete it and start again.")
+    def __init__(self, memory: mmap.mmap, matrices: Mapping[str, PackedMatrix]) -> None:
+        self.matrices, self._memory = matrices, memory
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
     def close(self) -> None:
@@ -74,15 +75,25 @@ def _huge_memory(size: int) -> mmap.mmap:
 
 
 def open_packed(files: ModelFiles, quantization: str) -> PackedWeights:
-    """The arena of a converted model in memory, packed if it is not there yet."""
-    return PackedWeights(packed_file(files, quantization), plan(files.spec, quantization))
+    """The arena of a converted model in memory, packed if it is not there yet. Raises SetupError."""
+    matrices = plan(files.spec, quantization)
+    memory = _huge_memory(_size(matrices))
+    try:
+        path = packed_file(files, quantization)
+    except NotWritable as e:
+        log.warning("packed weights are not kept, and every start packs them: %s", e.message)
+        _write(memory, files, quantization)
+    else:
+        with path.open("rb") as file:
+            if file.readinto(memory) != len(memory):
+                raise SetupError(f"{path} was cut short while it was read. Delete it and start again.")
+    return PackedWeights(memory, matrices)
 
 
 def packed_file(files: ModelFiles, quantization: str, progress: Progress = lambda _: None) -> Path:
-    """The arena's file, made if it is not there yet. Safe to call from many processes at once. Raises SetupError if it
-    cannot be written, or the source of its 4-bit weights is gone."""
-    matrices = plan(files.spec, quantization)
-    size = max(m.offset + m.num_bytes for m in matrices.values())
+    """The arena's file, made if it is not there yet. Safe to call from many processes at once. Raises NotWritable, or
+    SetupError if the source of its 4-bit weights is gone."""
+    size = _size(plan(files.spec, quantization))
     directory = files.directory / f"packed-{quantization}-{library.pack_digest()}"
 
     def opened(directory: Path) -> Path | None:
@@ -91,8 +102,8 @@ def packed_file(files: ModelFiles, quantization: str, progress: Progress = lambd
 
     def build(building: Path) -> None:
         progress(f"packing weights as {quantization}")
-        read_int4 = _source(files).read_int4 if quantization == "int4" and _is_gguf(files) else lambda part: None
-        _write(building / ARENA, files, matrices, read_int4)
+        with (building / ARENA).open("wb") as out:
+            _write(out, files, quantization)
         for stale in files.directory.glob(f"packed-{quantization}-*/"):  # of older code; who uses it has it in memory
             if stale.suffix != ".building":
                 shutil.rmtree(stale, ignore_errors=True)
@@ -113,6 +124,10 @@ def plan(spec: ModelSpec, quantization: str) -> dict[str, PackedMatrix]:
         matrices[name] = PackedMatrix(n, k, form, offset, size)
         offset += size
     return matrices
+
+
+def _size(matrices: Mapping[str, PackedMatrix]) -> int:
+    return max(m.offset + m.num_bytes for m in matrices.values())
 
 
 def _is_gguf(files: ModelFiles) -> bool:
@@ -136,17 +151,18 @@ def _source(files: ModelFiles) -> Checkpoint:
     return checkpoint
 
 
-def _write(path: Path, files: ModelFiles, matrices: Mapping[str, PackedMatrix], read_int4: ReadInt4) -> None:
+def _write(out: BinaryIO | mmap.mmap, files: ModelFiles, quantization: str) -> None:
+    """The matrices of `plan`, which lie without a gap."""
+    read_int4 = _source(files).read_int4 if quantization == "int4" and _is_gguf(files) else lambda part: None
     arrays, weights = map_arrays(files.directory / "weights.safetensors"), weights_of(files.spec)
-    with path.open("wb") as out:
-        for name, matrix in matrices.items():
-            panels = library.aligned(matrix.num_bytes)
-            if matrix.format == "int4":
-                four = _int4(weights[name], arrays[name], read_int4)
-                library.pack_int4(four.nibbles, four.scale, four.minimum, panels)
-            else:
-                library.pack(arrays[name], matrix.format, panels)
-            out.write(panels.data)
+    for name, matrix in plan(files.spec, quantization).items():
+        panels = library.aligned(matrix.num_bytes)
+        if matrix.format == "int4":
+            four = _int4(weights[name], arrays[name], read_int4)
+            library.pack_int4(four.nibbles, four.scale, four.minimum, panels)
+        else:
+            library.pack(arrays[name], matrix.format, panels)
+        out.write(panels.data)
 
 
 def _int4(weight: Weight, array: Array, read_int4: ReadInt4) -> Int4:

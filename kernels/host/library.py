@@ -4,9 +4,9 @@ Owns the way to the library file and the mirrors of the C structures. Does not k
 
 Life of the library file:
 1. A wheel that was built where a compiler was holds it, named by the digest of its sources: it is found first.
-2. Otherwise it is compiled on first use (seconds) into the cache directory, keyed by sources, flags and compiler;
-   one process compiles, the others wait. Where no compiler is, what any other made of the same sources is taken: an
-   image for running has none, and a cache from where one was.
+2. Otherwise it is compiled on first use (seconds) into $BATON_CACHE, whichever model is served, keyed by sources, flags
+   and compiler; one process compiles, the others wait. Where no compiler is, what any other made of the same sources is
+   taken: an image for running has none, and a cache from where one was.
 3. No library and no compiler: SetupError. Whoever asked chooses what then (engine/host_runner.py).
 """
 
@@ -159,7 +159,7 @@ def find_or_build(progress: Callable[[str], None] = lambda _: None) -> Path:
             progress("compiling the host kernels")
             build.compile_library(compiler, building / LIBRARY_NAME)
 
-        return made_once(directory, _opened, compile_it, "compile the host library")
+        return made_once(directory, _opened, compile_it, "compile the host library", "BATON_CACHE")
     except build.BuildError as e:
         raise SetupError(f"the host library cannot be compiled: {e}. Set CXX to another compiler, or "
                          "engine.backend=torch.") from e

@@ -90,6 +90,16 @@ def test_without_a_compiler_a_cached_library_of_the_same_sources_is_found(
     assert library.find_or_build() == made
 
 
+def test_a_cache_that_cannot_be_written_names_the_variable_that_chooses_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is no model's: model.cache_dir says nothing about it."""
+    (cache / "kernels").touch()
+    monkeypatch.setenv("CXX", shlex.join(named(cache, "gcc 12")))
+    with pytest.raises(SetupError, match=r"cannot write to .*Set BATON_CACHE\."):
+        library.find_or_build()
+
+
 def test_cxx_may_have_options_and_a_program_in_front() -> None:
     env = shutil.which("env")
     assert build.find_compiler("env -- 'a compiler' -pipe") == (env, "--", "a compiler", "-pipe")

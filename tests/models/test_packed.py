@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from baton.kernels.host import library
 from baton.models.checkpoint import Int4
 from baton.models.convert import ModelFiles, convert, read_checkpoint
 from baton.models.gguf_int4 import unpack
-from baton.models.packed import ARENA, open_packed, quantise_int4
+from baton.models.packed import ARENA, open_packed, packed_file, quantise_int4
 from baton.models.weights import Array
 from tests.models.gguf_writer import Quant, write_gguf
 from tests.models.reference import TinyLlama, chunk, every_logit, open_runner, shuffled_tables, write_tiny_llama
@@ -111,6 +112,26 @@ def test_an_arena_is_made_once_and_one_cut_short_is_made_again(files: ModelFiles
     open_packed(files, "bf16").close()
     assert arena.read_bytes() == content
     assert [p for p in files.directory.glob("packed-*") if p.is_dir()] == [arena.parent], "nothing stale stays"
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int4"])
+def test_where_nothing_can_be_written_the_same_weights_are_packed_into_memory(
+    files: ModelFiles, quantization: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A directory in the lock file's place keeps everybody from it, root too."""
+    in_the_way = files.directory / f"packed-{quantization}-{library.pack_digest()}.lock"
+    in_the_way.mkdir()
+    said: list[str] = []
+    prepare(EngineConfig(quantization=quantization), files, said.append)
+    assert any("not kept" in line and "Set model.cache_dir" in line for line in said)
+    packed = open_packed(files, quantization)
+    assert "every start packs them" in caplog.text
+    assert not [*files.directory.glob(f"**/{ARENA}")]
+    size = max(m.offset + m.num_bytes for m in packed.matrices.values())
+    content = ctypes.string_at(packed.address, size)
+    packed.close()
+    in_the_way.rmdir()
+    assert packed_file(files, quantization).read_bytes() == content
 
 
 def test_what_workers_would_make_at_their_start_is_prepared_once_and_said(files: ModelFiles) -> None:
