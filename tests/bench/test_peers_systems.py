@@ -31,6 +31,8 @@ from tests.bench.test_load_host import BURN
 from tests.models.reference import TinyLlama, write_tiny_llama
 
 TINY = TinyLlama(head_dim=16, tied=True)
+MARK = "BATON_TEST_STARTED_BY"
+"""In the environment of all that a test starts."""
 SERVER = """
 import http.server, subprocess, sys
 subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -228,7 +230,7 @@ def test_baton_is_started_asked_and_ended_and_every_figure_is_written(tmp_path: 
         [sys.executable, "-m", "baton.cli.main", "bench", "peers", "--threads", "1", "--rounds", "2", "--quick",
          "--attempts", "1", "--only", "baton,bf16,decode_1,start,memory", "--skip", "limits,1P+1D",
          "--json", str(tmp_path / "peers.json")],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, MARK: str(tmp_path)},
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert "| baton bf16 |" in told.stdout
@@ -236,4 +238,5 @@ def test_baton_is_started_asked_and_ended_and_every_figure_is_written(tmp_path: 
     seen = [(s["round"], s["system"], s["row"]) for s in report["samples"]]
     assert seen == [(n, "baton bf16", row) for n in (0, 1) for row in ("start", "decode_1", "memory")]
     assert all(s["value"] and s["value"] > 0 for s in report["samples"])
-    assert not [process for process in psutil.Process().children() if process.is_running()]
+    environs = [process.info["environ"] or {} for process in psutil.process_iter(["environ"])]
+    assert not [environ for environ in environs if environ.get(MARK) == str(tmp_path)], "all that it started has ended"
