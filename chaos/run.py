@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ Say = Callable[[str], None]
 async def run_chaos(plan: Plan, say: Say) -> Findings:
     """Raises only if the stack cannot be started or a fault cannot be played; what else goes wrong is in the findings,
     and then the logs stay."""
-    logs = private_dir("log")
+    logs, before = private_dir("log"), family_of({os.getpid()})
     findings: Findings | None = None
     try:
         async with open_stack(plan, logs) as stack:
@@ -58,7 +58,7 @@ async def run_chaos(plan: Plan, say: Say) -> Findings:
         for name, kept in stack.kept.items():
             findings.crashes += [f"{name} {end}" for end in kept.crashes]
             findings.tracebacks += [f"{name}: {what}" for what in kept.tracebacks()]
-        findings.leftovers = await _leftovers()
+        findings.leftovers = await _leftovers(before)
         if any(violations(findings)):
             say(f"logs in {_kept(logs, plan)}")
         else:
@@ -181,7 +181,8 @@ def _command(pid: int) -> str:
     return "(gone)"
 
 
-async def _leftovers() -> list[str]:
-    """The stack is closed."""
-    found = [f"process {pid} is left: {_command(pid)}" for pid in family_of({os.getpid()}) - {os.getpid()}]
+async def _leftovers(before: Collection[int]) -> list[str]:
+    """The stack is closed. `before`: processes that were there when the run began."""
+    left = family_of({os.getpid()}).difference(before)
+    found = [f"process {pid} is left: {_command(pid)}" for pid in left]
     return found + [f"namespace {name} is left" for name in await namespaces_of(os.getpid())]
