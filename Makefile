@@ -1,7 +1,7 @@
 # make run          set up, start a stack on this machine with a real model, answer one question, serve until Ctrl-C
 # make run ONCE=1   the same, and exit after the answer
 # make test         set up and run every test
-# make quick        the tests to run all day (< 60 s once set up)
+# make quick        the tests to run all day (about 100 s on two cores, once set up)
 # make check        ruff, mypy --strict, the house rules, lines per room
 #
 # Set-up is a stamp file in .venv, made again when pyproject.toml changes. Running needs less than testing, so that

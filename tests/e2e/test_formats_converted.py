@@ -131,8 +131,12 @@ def test_a_converted_sequence_that_is_preempted_is_computed_anew_and_cached_like
     async def run() -> int:
         config = config_of("bf16", "int8", "engine.num_blocks=16")
         async with open_pair(files, config) as pair:
-            await asyncio.gather(*(pair.generate(p, NEW_TOKENS, ignore_eos=True) for p in prompts))
-            assert pair.decode.parts.metrics.value("baton_preemptions_total") > 0
+            metrics = pair.decode.parts.metrics
+            for _ in range(30):  # whether all are there at once, and one must go, is chance
+                await asyncio.gather(*(pair.generate(p, 50, ignore_eos=True) for p in prompts))
+                if metrics.value("baton_preemptions_total"):
+                    break
+            assert metrics.value("baton_preemptions_total") > 0
             assert pair.decode.parts.metrics.value("baton_converted_bytes_total") > 0
             return len(pair.decode.parts.pool.snapshot().hashes)
 
