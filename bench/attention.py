@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from baton.bench.linear import huge_memory, quick_s, read_bandwidth
+from baton.core.layout import KVLayout
 from baton.kernels.host import library
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, BLOCK_TOKENS = 9, 3, 64, 30, 16
 """Of SmolLM2-135M."""
 SPIN_US = 20
 READ_MB = 128
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,13 @@ class Pool:
     """Random K and V of many sequences of `num_tokens`, and a call for each sequence and layer."""
 
     def __init__(self, kv: str, num_tokens: int, num_bytes: int) -> None:
-        token_bytes = HEAD_DIM * ELEMENT_BYTES[kv] + (4 if kv == "int8" else 0)
-        block_bytes = LAYERS * KV_HEADS * 2 * BLOCK_TOKENS * token_bytes
+        layout = KVLayout(LAYERS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS, kv)
         each = -(-num_tokens // BLOCK_TOKENS)
-        self.num_sequences = max(1, num_bytes // (each * block_bytes))
-        self._memory = huge_memory(self.num_sequences * each * block_bytes)
+        self.num_sequences = max(1, num_bytes // (each * layout.block_bytes))
+        self._memory = huge_memory(self.num_sequences * each * layout.block_bytes)
         rng = np.random.default_rng(0)
         self._fill(rng, kv)
-        self.num_bytes = each * BLOCK_TOKENS * KV_HEADS * 2 * token_bytes
+        self.num_bytes = each * KV_HEADS * 2 * layout.run_bytes
         """That one call reads."""
         tables = rng.permutation(self.num_sequences * each).astype(np.int32).reshape(self.num_sequences, each)
         self.tables = tables

@@ -93,7 +93,7 @@ def weight_bytes(spec: ModelSpec, form: str) -> int:
 
 def kv_bytes_per_token(spec: ModelSpec) -> int:
     """In bf16 or fp16."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 2
+    return spec.layout(1, "bf16").block_bytes
 
 
 def _reading_s(spec: ModelSpec, limits: Limits, form: str, kv_tokens: float) -> float:

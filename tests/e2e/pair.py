@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
 
 from baton.core.config import Config, load
 from baton.core.errors import RetryRoute, from_code
 from baton.core.messages import Hello, Submit, TakeFrom, TokenChunk, UpMessage
-from baton.core.request import Choice, FinishReason, Request, SamplingParams
+from baton.core.request import Choice, FinishReason, Request, SamplingParams, TokenLogprob
 from baton.core.services import Dial, WorkerService
 from baton.core.worker import Role, Route, WorkerInfo
 from baton.decode_node.policy import decode_policy
@@ -169,6 +170,34 @@ async def running_node(
         node = await open_node(files, config, name or role.value, policy, dial, stack)
         await stack.enter_async_context(background(node.run()))
         yield node
+
+
+def said(answer: Answer, num_tokens: int) -> list[tuple[int, TokenLogprob]]:
+    """Each token and its log-prob; all of the answer that was asked for."""
+    logprobs = [p for c in answer.chunks for p in c.logprobs]
+    assert len(logprobs) == len(answer.tokens) == num_tokens
+    return list(zip(answer.tokens, logprobs, strict=True))
+
+
+async def said_every_way(
+    pair: Pair, prompts: Sequence[Sequence[int]], num_tokens: int, moved_at: int, **sampling: Any
+) -> list[list[tuple[int, TokenLogprob]]]:
+    """What each prompt is answered, computed anew each time: apart, together, and moved to the third node at token
+    `moved_at`. All three must be the same."""
+    assert pair.other is not None
+    answers = []
+    for prompt in prompts:
+        apart = said(await pair.generate(prompt, num_tokens, **sampling), num_tokens)
+        forget_cache(pair.decode)
+        together = said(await pair.generate(prompt, num_tokens, local=True, **sampling), num_tokens)
+        forget_cache(pair.decode)
+        moved = said(await pair.moved(prompt, num_tokens, pair.other, moved_at, **sampling), num_tokens)
+        forget_cache(pair.decode)
+        assert apart == together == moved, f"{len(prompt)} prompt tokens"
+        answers.append(apart)
+    for node in (pair.decode, pair.other.decode):
+        assert node.parts.metrics.value("baton_fallbacks_total") == 0
+    return answers
 
 
 def forget_cache(node: WorkerNode) -> None:

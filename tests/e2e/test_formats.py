@@ -16,7 +16,7 @@ from baton.core.request import TokenLogprob
 from baton.core.worker import Role
 from baton.engine.backend import NUMERICS_VERSION
 from baton.models.convert import ModelFiles, convert
-from tests.e2e.pair import Answer, forget_cache, open_pair, pair_config, running_node
+from tests.e2e.pair import open_pair, pair_config, running_node, said, said_every_way
 from tests.models.reference import TinyLlama, write_tiny_llama
 
 FORMATS = [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "int8"), ("int8", "bf16"), ("int8", "int8"), ("int4", "bf16")]
@@ -37,12 +37,6 @@ def config_of(weights: str, kv: str, *more: str) -> Config:
     return pair_config(*chosen, "prefill.max_chunk_tokens=32", "decode.max_chunk_tokens=16", *more)
 
 
-def said(answer: Answer) -> list[tuple[int, TokenLogprob | None]]:
-    logprobs = [p for c in answer.chunks for p in c.logprobs]
-    assert len(logprobs) == len(answer.tokens) == NEW_TOKENS
-    return list(zip(answer.tokens, logprobs, strict=True))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "kv"), FORMATS)
 def test_apart_together_moved_and_preempted_give_the_same_tokens_and_log_probs(
@@ -52,30 +46,17 @@ def test_apart_together_moved_and_preempted_give_the_same_tokens_and_log_probs(
     prompts = [[rng.randrange(3, 64) for _ in range(n)] for n in (1, 15, 33, 70, 100)]
     sampling: dict[str, Any] = {"logprobs": 2, "temperature": 0.8, "seed": 9, "ignore_eos": True}
 
-    async def one_by_one() -> list[list[tuple[int, TokenLogprob | None]]]:
-        answers = []
+    async def one_by_one() -> list[list[tuple[int, TokenLogprob]]]:
         config = config_of(weights, kv, "engine.threads=2")
         async with open_pair(files, config, other=config_of(weights, kv)) as pair:
-            assert pair.other is not None
-            for prompt in prompts:
-                apart = await pair.generate(prompt, NEW_TOKENS, **sampling)
-                forget_cache(pair.decode)
-                together = await pair.generate(prompt, NEW_TOKENS, local=True, **sampling)
-                forget_cache(pair.decode)
-                moved = await pair.moved(prompt, NEW_TOKENS, pair.other, MOVED_AT, **sampling)
-                forget_cache(pair.decode)
-                assert said(apart) == said(together) == said(moved), f"{len(prompt)} prompt tokens"
-                answers.append(said(apart))
-            for node in (pair.decode, pair.other.decode):
-                assert node.parts.metrics.value("baton_fallbacks_total") == 0
-        return answers
+            return await said_every_way(pair, prompts, NEW_TOKENS, MOVED_AT, **sampling)
 
-    async def at_once() -> list[list[tuple[int, TokenLogprob | None]]]:
+    async def at_once() -> list[list[tuple[int, TokenLogprob]]]:
         async with open_pair(files, config_of(weights, kv, "engine.num_blocks=16")) as pair:
             calls = [pair.generate(prompt, NEW_TOKENS, local=True, **sampling) for prompt in prompts]
             answers = await asyncio.gather(*calls)
             assert pair.decode.parts.metrics.value("baton_preemptions_total") > 0
-        return [said(answer) for answer in answers]
+        return [said(answer, NEW_TOKENS) for answer in answers]
 
     alone = asyncio.run(one_by_one())
     assert asyncio.run(at_once()) == alone

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from baton.core.config import Config
-from baton.core.request import TokenLogprob
 from baton.models.convert import ModelFiles
-from tests.e2e.pair import Answer, forget_cache, open_pair, pair_config
+from tests.e2e.pair import open_pair, pair_config, said, said_every_way
 from tests.e2e.test_tokens import prompts
 
 pytestmark = pytest.mark.model
@@ -21,10 +20,6 @@ MOVED_AT = 5
 TOO_FEW_BLOCKS = 7
 """The first two prompts fit, and then their answers do not: one of the two is preempted."""
 SAMPLING: dict[str, Any] = {"logprobs": 1, "temperature": 0.8, "seed": 9, "ignore_eos": True}
-
-
-def said(answer: Answer) -> list[tuple[int, TokenLogprob]]:
-    return list(zip(answer.tokens, [p for c in answer.chunks for p in c.logprobs], strict=True))
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
@@ -43,23 +38,11 @@ def test_apart_together_chunked_moved_and_preempted_on_one_to_three_threads(
 
     async def run() -> None:
         async with open_pair(model_files, config(2), other=config(3)) as pair:
-            assert pair.other is not None
-            alone = []
-            for prompt in cases:
-                apart = await pair.generate(prompt, NEW_TOKENS, **SAMPLING)
-                forget_cache(pair.decode)
-                together = await pair.generate(prompt, NEW_TOKENS, local=True, **SAMPLING)
-                forget_cache(pair.decode)
-                moved = await pair.moved(prompt, NEW_TOKENS, pair.other, MOVED_AT, **SAMPLING)
-                forget_cache(pair.decode)
-                assert said(apart) == said(together) == said(moved), f"{len(prompt)} prompt tokens"
-                alone.append(said(apart))
-            for node in (pair.decode, pair.other.decode):
-                assert node.parts.metrics.value("baton_fallbacks_total") == 0
+            alone = await said_every_way(pair, cases, NEW_TOKENS, MOVED_AT, **SAMPLING)
         async with open_pair(model_files, config(1, TOO_FEW_BLOCKS)) as pair:
             calls = (pair.generate(p, NEW_TOKENS, local=True, **SAMPLING) for p in cases[:2])
             answers = await asyncio.gather(*calls)
             assert pair.decode.parts.metrics.value("baton_preemptions_total") > 0
-        assert [said(answer) for answer in answers] == alone[:2]
+        assert [said(answer, NEW_TOKENS) for answer in answers] == alone[:2]
 
     asyncio.run(run())
