@@ -1,7 +1,7 @@
 """One request from arrival to its last token, whatever happens to the workers on the way.
 
 Owns admission, and what follows a refusal or a loss: attempts, the retry budget, poison, deadlines. Does not know text,
-how a price is made (policy.py), how a stream works (link.py) or what makes delivery exact (run.py, delivery.py).
+how a price is made (cost.py), how a stream works (link.py) or what makes delivery exact (run.py, delivery.py).
 
 Life of a request:
 

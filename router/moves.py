@@ -1,6 +1,6 @@
 """Planned moves: requests leave a worker that drains, KV and all, while they run.
 
-Owns when a request moves and how many at once. Does not know prices (policy.py), nor what a move's chunks mean
+Owns when a request moves and how many at once. Does not know prices (cost.py), nor what a move's chunks mean
 (run.py).
 
 Life of a move: its worker drains, it has a first token, a place among MAX_AT_ONCE is free and somebody has room ->

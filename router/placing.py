@@ -21,8 +21,9 @@ from baton.core.block_hash import extend
 from baton.core.config import RouterConfig
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
 from baton.core.worker import Role, Route, WorkerInfo
+from baton.router.cost import price_move
 from baton.router.fleet import Fleet, context_limit
-from baton.router.policy import Candidate, Candidates, Facts, Policy, price_move
+from baton.router.policy import Candidate, Candidates, Facts, Policy
 from baton.router.run import Run
 from baton.router.waiting import WaitingLine
 

@@ -32,13 +32,13 @@ from baton.core.config import Config, load
 from baton.core.errors import ConfigError, InternalError, SetupError
 from baton.core.metrics import Metrics
 from baton.core.worker import Role, WorkerInfo
+from baton.router.cost import CostPolicy
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.generation import Generation
 from baton.router.grpc_front import AdminFront, Identity, InferenceFront
 from baton.router.http import Front, create_app
 from baton.router.listen import HttpServer
-from baton.router.policy import CostPolicy
 from baton.router.text import TextCodec
 from baton.wire.client import GrpcDial
 from baton.wire.server import GrpcServer, start_router_server

@@ -14,9 +14,9 @@ from baton.core.config import Config
 from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import Request
+from baton.router.cost import CostPolicy
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
-from baton.router.policy import CostPolicy
 from baton.router.trace import TraceLog, TraceRecord
 from baton.sim.loop import SimProcess
 from baton.sim.machine import STOP_POLL_S, Site, clock_origin, leaf

@@ -32,10 +32,11 @@ from baton.core.metrics import Metrics
 from baton.core.request import Choice, FinishReason, Request, SamplingParams
 from baton.core.services import WorkerService
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
+from baton.router.cost import CostPolicy
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.link import Subscription
-from baton.router.policy import CostPolicy, Policy
+from baton.router.policy import Policy
 from baton.sim.loop import SimLoop, run
 
 EOS = 999

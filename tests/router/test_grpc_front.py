@@ -18,10 +18,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from baton.core.config import load
 from baton.core.errors import Overloaded
+from baton.router.cost import CostPolicy
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.grpc_front import AdminFront, Identity, InferenceFront
-from baton.router.policy import CostPolicy
 from baton.wire.client import GrpcDial
 from baton.wire.server import start_router_server
 from tests.router.front_world import EOS, MAX_MODEL_LEN, MODEL, EchoDispatcher, FrontWorld, open_front, scored

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from baton.core.config import RouterConfig
 from baton.core.layout import CONVERT_KV, difference
 from baton.core.worker import Role, Route, WorkerInfo, WorkerLoad
-from baton.router.policy import Candidate, Candidates, CostPolicy, Facts, Policy, RoundRobin, price_move
+from baton.router.baselines import RoundRobin
+from baton.router.cost import CostPolicy, price_move
+from baton.router.policy import Candidate, Candidates, Facts, Policy
 from tests.router.fake_fleet import BLOCK, capability
 
 POLICIES: list[Callable[[RouterConfig], Policy]] = [lambda c: CostPolicy(c, random.Random(5)), RoundRobin]
