@@ -6,7 +6,8 @@ Does not know: text, tokens, workers (generation.py), what fields mean (openai.p
 
 Life of a generation:
  1. The body is read: at most max_body_bytes, within BODY_TIMEOUT_S. Bad requests end here with a 4xx.
- 2. One task prepares, runs and writes; another waits for the client to hang up. Whichever ends first ends the other.
+ 2. Prepared, run and written by one task, until it is done, the client has hung up or takes nothing, or the router
+    stops.
  3. Nothing is sent before the first news from a worker, so that an error then still has its own status. Later ones
     are an event in the stream.
 """
@@ -16,17 +17,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from baton.core.config import RouterConfig
 from baton.core.errors import BatonError, InternalError, InvalidRequest, NotFound, Overloaded, PeerLost
@@ -34,6 +34,7 @@ from baton.router import replies
 from baton.router.exposition import CONTENT_TYPE, Told, exposition
 from baton.router.generation import Generation, Job, new_request_id, shown
 from baton.router.openai import Call, Endpoint, parse
+from baton.router.until import Stopping, Until
 
 BODY_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 30.0
@@ -74,17 +75,29 @@ class Front:
     """None: a request could be served now."""
     unix_time: Callable[[], float]
     """For `created`, which nothing here reads again."""
-    stopping: asyncio.Event
+    stopping: Stopping
     """Set: the router ends now, and what still runs ends with an error."""
     statuses: Callable[[], Awaitable[Told]]
     """What the workers count, for /metrics."""
 
 
-def create_app(front: Front) -> Starlette:
+def create_app(front: Front) -> ASGIApp:
+    """Generations are not sent through Starlette's middleware: they answer for their errors themselves, and there each
+    of their events would pass two more functions."""
+    generations = {endpoint.value: _Generations(front, endpoint) for endpoint in Endpoint}
+    rest = _rest(front, generations)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        generation = generations.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (generation or rest)(scope, receive, send)
+
+    return app
+
+
+def _rest(front: Front, generations: Mapping[str, ASGIApp]) -> Starlette:
     app = Starlette(
         routes=[
-            Route(Endpoint.CHAT.value, _Generations(front, Endpoint.CHAT), methods=["POST"]),
-            Route(Endpoint.COMPLETIONS.value, _Generations(front, Endpoint.COMPLETIONS), methods=["POST"]),
+            *(Route(path, generation, methods=["POST"]) for path, generation in generations.items()),
             Route("/v1/models", _models(front), methods=["GET"]),
             Route("/v1/models/{model_id:path}", _model(front), methods=["GET"]),
             Route("/livez", _livez, methods=["GET"]),
@@ -111,11 +124,11 @@ class _Generations:
         request_id = new_request_id("chatcmpl" if self._endpoint is Endpoint.CHAT else "cmpl")
         exchange = _Exchange(send, request_id)
         try:
-            if self._front.stopping.is_set():
+            if self._front.stopping.is_set:
                 raise _stopping()
             call = await self._read(Request(scope, receive))
-            ends = _gone(receive), _stopped(self._front.stopping), exchange.stalled()
-            await _unless(self._answer(call, exchange), *ends)
+            with self._bounded(receive, exchange):
+                await self._answer(call, exchange)
         except ClientDisconnect:
             log.debug("request %s: its client left", request_id)
         except BatonError as e:
@@ -123,6 +136,20 @@ class _Generations:
         except Exception:
             log.exception("request %s failed", request_id)
             await exchange.fail(InternalError(f"internal error. The router's log says more under {request_id}."))
+
+    @contextmanager
+    def _bounded(self, receive: Receive, exchange: _Exchange) -> Iterator[None]:
+        """Until the client goes, it takes nothing any more, or the router stops."""
+        with Until() as until:
+            going = asyncio.create_task(_gone(receive, until))
+            stalling = _Stalling(exchange, until)
+            self._front.stopping.ends(until, _stopping())
+            try:
+                yield
+            finally:
+                going.cancel()
+                stalling.cancel()
+                self._front.stopping.spares(until)
 
     async def _read(self, request: Request) -> Call:
         with self._front.generation.refusals_counted():
@@ -171,16 +198,8 @@ class _Exchange:
         self.started = False
         self._ended = False
         self._send = send
-        self._sending_since: float | None = None
-
-    async def stalled(self) -> NoReturn:
-        """Raises when a send has taken SEND_TIMEOUT_S, and a little. One look now and then costs less than a timer for
-        each of thousands of sends."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(SEND_TIMEOUT_S / 10)
-            if self._sending_since is not None and loop.time() - self._sending_since > SEND_TIMEOUT_S:
-                raise ClientDisconnect
+        self.sending_since: float | None = None
+        """When the send under way began (the loop's time)."""
 
     async def whole(self, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         await self._start(status, b"application/json", ((b"content-length", str(len(body)).encode()), *headers))
@@ -214,35 +233,42 @@ class _Exchange:
         await self._pass({"type": "http.response.body", "body": data, "more_body": not last})
 
     async def _pass(self, message: Message) -> None:
-        self._sending_since = asyncio.get_running_loop().time()
+        self.sending_since = asyncio.get_running_loop().time()
         try:
             await self._send(message)
         except OSError:
             raise ClientDisconnect from None
-        self._sending_since = None
+        self.sending_since = None
 
 
-async def _unless(work: Coroutine[Any, Any, None], *ends: Coroutine[Any, Any, NoReturn]) -> None:
-    """Do `work` until it is done or one of `ends` raises; then all of them have ended, and the error leaves."""
-    tasks = [asyncio.create_task(c) for c in (work, *ends)]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        (tasks[0] if tasks[0] in done else done.pop()).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+class _Stalling:
+    """Ends an exchange when one of its sends has taken SEND_TIMEOUT_S, and a little. One look now and then costs less
+    than a timer for each of thousands of sends."""
+
+    def __init__(self, exchange: _Exchange, until: Until) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._exchange = exchange
+        self._until = until
+        self._look_again()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _look_again(self) -> None:
+        self._timer = self._loop.call_later(SEND_TIMEOUT_S / 10, self._look)
+
+    def _look(self) -> None:
+        since = self._exchange.sending_since
+        if since is not None and self._loop.time() - since > SEND_TIMEOUT_S:
+            self._until.end(ClientDisconnect())
+        else:
+            self._look_again()
 
 
-async def _gone(receive: Receive) -> NoReturn:
+async def _gone(receive: Receive, until: Until) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    raise ClientDisconnect
-
-
-async def _stopped(stopping: asyncio.Event) -> NoReturn:
-    await stopping.wait()
-    raise _stopping()
+    until.end(ClientDisconnect())
 
 
 def _stopping() -> PeerLost:

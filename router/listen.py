@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from baton.core.errors import SetupError
 
@@ -24,6 +25,28 @@ STALL_MS = 30_000
 rest, and the connection, for as long as the client stays. One that vanished without a word is cut off by then too:
 after 5 s of silence the kernel asks for it every 5 s."""
 PROBE_S = 5
+
+
+class _Protocol(HttpToolsProtocol):
+    """llhttp sets no limit to the head of a request; a client that never ends it would fill our memory."""
+
+    _in_head = False
+    _head_bytes = 0
+    """Received since there was last no head under way."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The head of the request has more than {MAX_HEADER_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
 
 
 class _Server(uvicorn.Server):
@@ -55,9 +78,9 @@ class HttpServer:
         `stop_timeout_s` to end after `stop`."""
         listener = bind(host, port)
         server = _Server(uvicorn.Config(
-            app, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=stop_timeout_s,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES, backlog=BACKLOG))
+            app, http=_Protocol, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=stop_timeout_s,
+            backlog=BACKLOG))
         task = asyncio.create_task(server.serve([listener]), name="http server")
         listening = asyncio.create_task(server.listening.wait())
         await asyncio.wait((task, listening), return_when=asyncio.FIRST_COMPLETED)

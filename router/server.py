@@ -40,6 +40,7 @@ from baton.router.grpc_front import AdminFront, Identity, InferenceFront
 from baton.router.http import Front, create_app
 from baton.router.listen import HttpServer
 from baton.router.text import TextCodec
+from baton.router.until import Stopping
 from baton.wire.client import GrpcDial
 from baton.wire.server import GrpcServer, start_router_server
 
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 class Router:
     """A router that serves. Whoever started it stops it."""
 
-    def __init__(self, identity: Identity, stopping: asyncio.Event, tasks: tuple[asyncio.Task[None], ...],
+    def __init__(self, identity: Identity, stopping: Stopping, tasks: tuple[asyncio.Task[None], ...],
                  stack: contextlib.AsyncExitStack) -> None:
         self.identity = identity
         self._stopping = stopping
@@ -81,7 +82,7 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
     for a model directory that cannot be read or a port that cannot be had; then nothing is left behind."""
     codec = TextCodec(model_dir, datetime.now)
     served_name = name_for_clients(config, codec.card.name)
-    metrics, dial, stopping = Metrics(), GrpcDial(), asyncio.Event()
+    metrics, dial, stopping = Metrics(), GrpcDial(), Stopping()
     router_id = f"router-{secrets.token_hex(4)}"
     fleet = Fleet(_of_model(registry, codec.card.fingerprint), dial, config, metrics, router_id)
     dispatcher = Dispatcher(fleet, CostPolicy(config.router, random.Random(secrets.randbits(64))), config, metrics)

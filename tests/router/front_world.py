@@ -26,6 +26,7 @@ from baton.router.generation import Generation
 from baton.router.http import Front, create_app
 from baton.router.listen import HttpServer
 from baton.router.text import TextCodec
+from baton.router.until import Stopping
 
 MODEL = "echo"
 MAX_MODEL_LEN = 256
@@ -157,7 +158,7 @@ class FrontWorld:
     generation: Generation
     source: EchoDispatcher
     metrics: Metrics
-    stopping: asyncio.Event
+    stopping: Stopping
     not_ready: list[str]
     told: list[tuple[WorkerInfo, WorkerStatus | None]]
 
@@ -166,7 +167,7 @@ class FrontWorld:
 async def open_front(
     directory: Path, source: EchoDispatcher | None = None, *overrides: str, template: str | None = TEMPLATE
 ) -> AsyncIterator[FrontWorld]:
-    source, metrics, stopping = source or EchoDispatcher(), Metrics(), asyncio.Event()
+    source, metrics, stopping = source or EchoDispatcher(), Metrics(), Stopping()
     config = load({}, overrides).router
     generation = Generation(make_codec(directory, template), source, config, metrics, MODEL)
     not_ready: list[str] = []

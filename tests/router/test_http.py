@@ -15,7 +15,7 @@ import pytest
 
 from baton.core.errors import InternalError, Overloaded, PeerLost, SetupError
 from baton.core.worker import Role, WorkerInfo
-from baton.router.listen import HttpServer
+from baton.router.listen import MAX_HEADER_BYTES, HttpServer
 from tests.router.fake_fleet import capability
 from tests.router.front_world import MODEL, EchoDispatcher, FrontWorld, make_codec, open_front
 
@@ -332,6 +332,21 @@ def test_one_log_line_per_request_and_never_its_text(tmp_path: Path, caplog: pyt
     assert len([line for line in lines if line.startswith("request chatcmpl-") and "outcome=stop" in line]) == 1
     ours = [r.getMessage() for r in caplog.records if not r.name.startswith(("httpx", "httpcore"))]
     assert not any("canary" in line for line in ours), ours
+
+
+@pytest.mark.parametrize("head", [b"POST /v1/completions HTTP/1.1\r\nx-long: ", b"GET /"])
+def test_a_request_whose_head_never_ends_is_refused_and_cut_off(tmp_path: Path, head: bytes) -> None:
+    async def scenario() -> None:
+        async with open_front(tmp_path) as world:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(world.url.rpartition(":")[2]))
+            writer.write(head + b"a" * (MAX_HEADER_BYTES + 1 - len(head)))  # no byte more: unread ones reset the line
+            async with asyncio.timeout(30):
+                told = await reader.read()
+            assert told.startswith(b"HTTP/1.1 400 "), told
+            writer.close()
+            assert (await httpx.AsyncClient().get(world.url + "/livez")).status_code == 200
+
+    asyncio.run(scenario())
 
 
 def test_a_taken_port_is_one_clear_sentence(tmp_path: Path) -> None:
