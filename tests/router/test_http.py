@@ -344,7 +344,8 @@ def test_a_request_whose_head_never_ends_is_refused_and_cut_off(tmp_path: Path, 
                 told = await reader.read()
             assert told.startswith(b"HTTP/1.1 400 "), told
             writer.close()
-            assert (await httpx.AsyncClient().get(world.url + "/livez")).status_code == 200
+            async with httpx.AsyncClient() as client:
+                assert (await client.get(world.url + "/livez")).status_code == 200
 
     asyncio.run(scenario())
 
