@@ -38,13 +38,15 @@ class Delivery:
     later one finds cached, we had computed."""
     spans: tuple[Span, ...] = ()
     _counted_epoch: int | None = None
+    _num_open: int = 0
 
     def __post_init__(self) -> None:
         self.answers = {c.index: Answer(c.index, list(c.delivered)) for c in self.request.choices}
+        self._num_open = len(self.answers)
 
     @property
     def is_open(self) -> bool:
-        return any(a.finish is None for a in self.answers.values())
+        return self._num_open > 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -100,7 +102,8 @@ class Delivery:
         known = have - chunk.first_index
         fresh = chunk.token_ids[known:]
         answer.tokens.extend(fresh)
-        answer.finish = chunk.finish
+        if chunk.finish is not None:
+            self._end(answer, chunk.finish)
         if self._counted_epoch in (None, chunk.epoch):
             self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
             self._counted_epoch = chunk.epoch if fresh else self._counted_epoch
@@ -116,9 +119,13 @@ class Delivery:
         before it could say so."""
         for answer in self.answers.values():
             if answer.finish is None and (finish := self._natural_end(answer.tokens, capability)) is not None:
-                answer.finish = finish
+                self._end(answer, finish)
                 yield TokenChunk(self.request.request_id, epoch, len(answer.tokens), (), finish, answer.index,
                                  cached_tokens=self.cached_tokens, spans=self.spans)
+
+    def _end(self, answer: Answer, finish: FinishReason) -> None:
+        answer.finish = finish
+        self._num_open -= 1
 
     def how_it_ended(self) -> str:
         """Without an error: as its worker said of the last choice, else by its reader, who had enough (a stop string)

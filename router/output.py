@@ -20,8 +20,11 @@ from baton.router.detokenize import Detokenizer, StopMatcher
 from baton.router.text import TextCodec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
+    """As of one delta. Nobody changes one, or a Delta; they are not frozen because there is one of each for every
+    token, and frozen ones take four times as long to make."""
+
     prompt_tokens: int
     """Once, however many answers it has."""
     cached_tokens: int
@@ -39,7 +42,7 @@ class ShownToken:
     logprob: TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """News of one choice."""
 
