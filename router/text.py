@@ -73,7 +73,7 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Control tokens written out in the text become control tokens."""
-        return list(self._tokenizer.encode_batch([text])[0].ids)  # encode_batch lets other threads run
+        return _ids(self._tokenizer, text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The templated conversation. Control tokens come from the template alone."""
@@ -82,7 +82,7 @@ class TextCodec:
         texts = [text for message in messages for text in message.values()]
         if not any(self._special_text.search(text) for text in texts):
             rendered = self._template.render(messages)
-            return list(self._tokenizer.encode_batch([rendered], add_special_tokens=False)[0].ids)
+            return _ids(self._tokenizer, rendered, add_special_tokens=False)
         return self._encode_guarded(messages, "".join(texts))
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
@@ -124,7 +124,7 @@ class TextCodec:
         position = 0
         for control in [*self._special_text.finditer(rendered), None]:
             plain = rendered[position : control.start() if control else len(rendered)].replace(guard, "")
-            ids += self._plain.encode_batch([plain], add_special_tokens=False)[0].ids
+            ids += _ids(self._plain, plain, add_special_tokens=False)
             if control:
                 ids.append(self._specials[control[0]])
                 position = control.end()
@@ -154,6 +154,11 @@ class TextCodec:
         ids = {"bos_token": self.card.bos_token_id, "eos_token": next(iter(self.card.eos_token_ids), None)}
         tokens = {name: self._tokenizer.id_to_token(i) or "" for name, i in ids.items() if i is not None}
         return ChatTemplate(path.read_text(), tokens, today)
+
+
+def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """As a batch, which lets other threads run meanwhile; `fast` counts no offsets, a fifth of the time."""
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 def _load(path: Path) -> Any:

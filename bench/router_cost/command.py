@@ -77,8 +77,9 @@ async def _rounds(chosen: Sequence[System], num_rounds: int, core: int) -> Found
                     for row in (r for r in ROWS if r.paced == paced):
                         cost = await measure(up.port, up.pid, up.model, row)
                         found[system.name][row.name].append(cost)
-                        say(f"round {number + 1}, {system.name}, {row.name}: "
-                            f"{cost.per_request_s * 1e6:.0f} us a request, {cost.num_requests / cost.wall_s:.0f} requests/s")
+                        rate = cost.num_requests / cost.wall_s
+                        say(f"round {number + 1}, {system.name}, {row.name}: {cost.per_request_s * 1e6:.0f} us a "
+                            f"request, {rate:.0f} requests/s")
     return found
 
 
