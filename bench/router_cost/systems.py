@@ -79,7 +79,7 @@ async def _mocks(paced: bool) -> AsyncIterator[tuple[int, ...]]:
     ports = tuple(free_port() for _ in range(NUM_WORKERS))
     gap_s = GAP_S if paced else 0.0
     words = (sys.executable, "-m", "baton.bench.router_cost.mock", "--gap-s", str(gap_s), *map(str, ports[1:]))
-    async with child(lambda port: (*words, str(port)), "/health", dict(os.environ)) as (url, _):
+    async with child(lambda port: (*words, str(port)), "/health", environment(1)) as (url, _):
         yield (int(url.rpartition(":")[2]), *ports[1:])
 
 
