@@ -28,6 +28,8 @@ from baton.core.request import Request
 from baton.core.worker import Route
 from baton.router.attempt import Attempt
 from baton.router.budget import RetryBudget
+from baton.router.decisions import Decider
+from baton.router.dice import Dice
 from baton.router.fleet import Fleet
 from baton.router.moves import Moves
 from baton.router.placing import REFUSED_WAIT_S, Placing
@@ -44,8 +46,10 @@ class Dispatcher:
     """Turns requests into token chunks. One loop; `generate` may run many times at once."""
 
     def __init__(
-        self, fleet: Fleet, policy: Policy, config: Config, metrics: Metrics, traces: TraceLog | None = None
+        self, fleet: Fleet, policy: Policy, config: Config, metrics: Metrics, traces: TraceLog | None = None,
+        dice: Dice | None = None,
     ) -> None:
+        """`dice`: what the policy breaks ties with, if its decisions shall be repeatable."""
         router, handoff = config.router, config.handoff
         self.traces = traces or TraceLog()
         self._fleet = fleet
@@ -53,7 +57,7 @@ class Dispatcher:
         self._metrics = metrics
         self._live: dict[str, Run] = {}
         self._line = WaitingLine()
-        self._placing = Placing(fleet, policy, self._line, router)
+        self._placing = Placing(fleet, Decider(policy, router, dice), self._line)
         self._budget = RetryBudget(router.retry_ratio, router.retry_per_s, metrics)
         self._quarantine = Quarantine(router.quarantine_s, metrics)
         self._moves = Moves(fleet, metrics, self._live.values, self._start_move)
@@ -249,6 +253,7 @@ class Dispatcher:
                 run.ttft_s,
                 total_s,
                 tuple(run.records),
+                tuple(run.decisions),
                 timeline(run.records, delivery.spans, run.ttft_s, total_s),
             )
         )

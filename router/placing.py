@@ -18,12 +18,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from baton.core.block_hash import extend
-from baton.core.config import RouterConfig
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
 from baton.core.worker import Role, Route, WorkerInfo
-from baton.router.cost import price_move
+from baton.router.decisions import Decider
 from baton.router.fleet import Fleet, context_limit
-from baton.router.policy import Candidate, Candidates, Facts, Policy
+from baton.router.policy import Candidate, Candidates, Facts
 from baton.router.run import Run
 from baton.router.waiting import WaitingLine
 
@@ -41,11 +40,10 @@ class NobodyReady(PeerLost):
 
 
 class Placing:
-    def __init__(self, fleet: Fleet, policy: Policy, line: WaitingLine, config: RouterConfig) -> None:
+    def __init__(self, fleet: Fleet, decider: Decider, line: WaitingLine) -> None:
         self._fleet = fleet
-        self._policy = policy
+        self._decider = decider
         self._line = line
-        self._config = config
 
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
@@ -89,11 +87,12 @@ class Placing:
         facts = _facts(run, run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)
         everybody = self._candidates(run, self.held_blocks(run))
         others = [d for d in everybody.decode if d.info.worker_id not in run.move_elsewhere]
-        route = price_move(facts, self._config, source, dataclasses.replace(everybody, decode=others))
-        if route is None and run.move_elsewhere:
+        decision = self._decider.choose_move(facts, source, dataclasses.replace(everybody, decode=others))
+        if decision.route is None and run.move_elsewhere:
             run.move_elsewhere.clear()
-            route = price_move(facts, self._config, source, everybody)
-        return route
+            decision = self._decider.choose_move(facts, source, everybody)
+        run.decisions.append(decision)
+        return decision.route
 
     def work(self, run: Run, route: Route) -> dict[str, int]:
         """Prefill tokens that the route gives to each worker; 0: a sequence that comes to decode there."""
@@ -119,9 +118,10 @@ class Placing:
         return held
 
     def _price(self, run: Run) -> Route | None:
-        return self._policy.price(
-            _facts(run, run.delivery.num_shared_tokens), self._candidates(run, self.held_blocks(run))
-        )
+        facts = _facts(run, run.delivery.num_shared_tokens)
+        decision = self._decider.choose(facts, self._candidates(run, self.held_blocks(run)))
+        run.decisions.append(decision)
+        return decision.route
 
     def _candidates(self, run: Run, held: Mapping[str, int]) -> Candidates:
         longest = run.delivery.longest

@@ -23,6 +23,8 @@ class Facts:
     num_tokens: int
     """Tokens whose KV the decode worker must have: the prompt, and what was delivered of an only choice."""
     num_choices: int = 1
+    turn: int = 0
+    """Decisions that this router made before: policies remember none, who goes in turns goes by this."""
 
 
 @dataclass(frozen=True, slots=True)
