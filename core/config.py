@@ -140,6 +140,7 @@ class RouterConfig(_Tree):
     quarantine_s: Seconds = Field(600.0, description="A request aboard two crashed workers is failed, and its like refused for this long.")
     fetch_min_tokens: Annotated[int, Field(ge=0)] = Field(256, description="A worker pulls a prompt's cached prefix from another holder when that one has at least so many tokens more.")
     heartbeat_s: Seconds = Field(0.5, description="Workers report at least this often.")
+    orphan_window_s: Seconds = Field(5.0, description="A worker works on for so long for a router whose stream broke, and remembers for so long what ended: the router, or another one, may go on from there.")
     suspect_s: Seconds = Field(1.5, description="A silent worker gets no new requests after this.")
     dead_s: Seconds = Field(3.0, description="A silent worker is dead after this; its requests go elsewhere.")
     policy: PolicyName = Field(
