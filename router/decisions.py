@@ -1,5 +1,5 @@
-"""Every decision of a router, written down as it is made: what the policy was asked, with what it broke ties, and what it
-chose. Enough to say why afterwards, and to make the same decision again (recorded.py).
+"""Every decision of a router, written down as it is made: what the policy was asked, what it chose, and the dice that
+broke ties. Enough to say why afterwards, and to make the same decision again (recorded.py).
 
 A decision refers to the frozen objects that the policy saw, so writing it down costs no copy; it becomes text only when
 somebody asks.

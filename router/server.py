@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import logging
-import random
 import secrets
 import signal
 import sys
@@ -32,7 +31,8 @@ from baton.core.config import Config, load
 from baton.core.errors import ConfigError, InternalError, SetupError
 from baton.core.metrics import Metrics
 from baton.core.worker import Role, WorkerInfo
-from baton.router.cost import CostPolicy
+from baton.router.choose import make_policy
+from baton.router.dice import Dice
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.generation import Generation
@@ -84,7 +84,8 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
     metrics, dial, stopping = Metrics(), GrpcDial(), asyncio.Event()
     router_id = f"router-{secrets.token_hex(4)}"
     fleet = Fleet(_of_model(registry, codec.card.fingerprint), dial, config, metrics, router_id)
-    dispatcher = Dispatcher(fleet, CostPolicy(config.router, random.Random(secrets.randbits(64))), config, metrics)
+    dice = Dice(secrets.randbits(64))
+    dispatcher = Dispatcher(fleet, make_policy(config.router, dice), config, metrics, dice=dice)
     generation = Generation(codec, dispatcher, config.router, metrics, served_name)
     front = Front(generation, config.router, functools.partial(why_not_ready, fleet), unix_time, stopping,
                   fleet.statuses)
