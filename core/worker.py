@@ -96,6 +96,11 @@ class Span:
     start_s: float
     end_s: float
     detail: str = ""
+    worker: str = ""
+    """Whose time it was, by worker_id; empty: the router's."""
+    marks: tuple[float, ...] = ()
+    """Moments in it, in seconds since its start: of decode, each token; of a prompt's last chunk, each publish of
+    layers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""Random numbers of which the whole state is one integer: what a policy breaks ties with, and cheap to write down before
-each decision, so that the decision can be made again."""
+"""Random numbers of which the whole state is one integer: what a policy breaks ties with, and cheap to write down
+before each decision, so that the decision can be made again."""
 
 from __future__ import annotations
 

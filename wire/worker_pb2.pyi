@@ -271,16 +271,20 @@ class Route(_message.Message):
     def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Union[WorkerInfo, _Mapping]] = ..., spares: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ..., cost_s: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Span(_message.Message):
-    __slots__ = ("name", "start_s", "end_s", "detail")
+    __slots__ = ("name", "start_s", "end_s", "detail", "worker", "marks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     START_S_FIELD_NUMBER: _ClassVar[int]
     END_S_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     start_s: float
     end_s: float
     detail: str
-    def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
+    worker: str
+    marks: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., detail: _Optional[str] = ..., worker: _Optional[str] = ..., marks: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LeaseCall(_message.Message):
     __slots__ = ("lease_id", "release")
