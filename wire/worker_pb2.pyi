@@ -325,10 +325,32 @@ class WorkerStatus(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("router_id",)
+    __slots__ = ("router_id", "running")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     router_id: str
-    def __init__(self, router_id: _Optional[str] = ...) -> None: ...
+    running: _containers.RepeatedCompositeFieldContainer[Resume]
+    def __init__(self, router_id: _Optional[str] = ..., running: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ...) -> None: ...
+
+class NextIndex(_message.Message):
+    __slots__ = ("choice", "index")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    index: int
+    def __init__(self, choice: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("request_id", "epoch", "asked", "next_indexes")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    asked: bytes
+    next_indexes: _containers.RepeatedCompositeFieldContainer[NextIndex]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., asked: _Optional[bytes] = ..., next_indexes: _Optional[_Iterable[_Union[NextIndex, _Mapping]]] = ...) -> None: ...
 
 class TakeFrom(_message.Message):
     __slots__ = ("worker", "epoch")
@@ -363,14 +385,16 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class UpMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel")
+    __slots__ = ("hello", "submit", "cancel", "resume")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
     __slots__ = ("request_id", "epoch", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "spans", "choice", "logprobs", "lost_lenders")

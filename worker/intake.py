@@ -41,10 +41,10 @@ from baton.worker.answer import Answer
 from baton.worker.arrival import Arrival
 from baton.worker.fetch import fetch_prefix
 from baton.worker.handoff import Handoff
-from baton.worker.outbox import Outbox
 from baton.worker.parts import WorkerParts
 from baton.worker.spans import Spans
 from baton.worker.taking import Taken, take_over
+from baton.worker.token_log import TokenLog
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,12 @@ class Intake:
     """From submit to the last chunk. `begin` starts it; `end` may be called at any moment, once or often."""
 
     def __init__(
-        self, parts: WorkerParts, submit: Submit, leader: SequenceState, outbox: Outbox, ended: Callable[[Intake], None]
+        self, parts: WorkerParts, submit: Submit, leader: SequenceState, log: TokenLog, ended: Callable[[Intake], None]
     ) -> None:
         """`leader`: what all choices begin with; of an only choice, its sequence. `ended` is called once, when nothing
         is held any more."""
         self.submit = submit
-        self.outbox = outbox
+        self.log = log
         self.life = Life(DECODE_REQUEST)
         self._parts = parts
         self.leader = leader
@@ -115,7 +115,7 @@ class Intake:
 
     def end(self, error: BatonError | None = None, event: str = "end") -> None:
         """The one path for end, cancel, deadline, lost router and bugs: everything held goes back, and the router
-        hears the last word (unless its stream is closed)."""
+        hears the last word (now, or if it comes back for it)."""
         if self.life.ended:
             return
         self.life.on(event)
@@ -326,7 +326,7 @@ class Intake:
             self._parts.steps.add(seq, self._on_progress_of(answer))
             if came.output[answer.sent :]:
                 self._say(answer, came.output[answer.sent :], answer.logprobs_from(answer.sent))
-        self.outbox.flush()
+        self.log.flush()
 
     # ---- planned move: from here to a peer (worker/giving.py) ----------------------------------------------------
 
@@ -382,14 +382,14 @@ class Intake:
             self.leader.tokens.append(event.token.token_id)
         self._first(answer, event.token)
         self._parts.steps.wake()
-        self.outbox.flush()
+        self.log.flush()
 
     def state_came(self, state: HandoffState, called_s: float) -> None:
         """The lender's bars, moved to our time line by when we called, and what it had cached beyond our own."""
         self._spans.add_lent(state.spans, called_s)
         self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
         self._say_finished()  # an answer may be complete; only its KV still moves
-        self.outbox.flush()
+        self.log.flush()
 
     def span(self, name: str, start_s: float, detail: str = "") -> None:
         """Record a bar from loop time `start_s` until now."""
@@ -451,10 +451,10 @@ class Intake:
         finish: FinishReason | None = None, error: BatonError | None = None,
     ) -> None:
         is_last_word = finish is not None and (error is not None or all(a.said_last for a in self.answers.values()))
-        self.outbox.put(
+        self.log.say(
             TokenChunk(
                 self.submit.request.request_id,
-                self.submit.epoch,
+                self.log.epoch,
                 answer.sent,
                 token_ids,
                 finish,
@@ -490,7 +490,7 @@ class Intake:
             self._say(left[0], (), (), finish, error)
             for answer in left:
                 answer.said_last = True
-        self.outbox.flush()
+        self.log.flush()
 
     def _cached_tokens(self) -> int:
         held = self._num_held * self._parts.pool.block_size

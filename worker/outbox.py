@@ -2,7 +2,7 @@
 heartbeat when there is nothing.
 
 A router that reads slowly gets fewer, larger messages: what is pending is merged, and past `MAX_PENDING` entries the
-stream is closed (the router has stopped draining; its requests are worth more elsewhere).
+stream is closed (the router has stopped draining): it may come back, and resume its requests, or another one may.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Outbox:
 
     def _limit(self) -> None:
         if len(self._chunks) + len(self._events) > MAX_PENDING:
-            log.warning("a router reads nothing any more: its stream is closed, its requests end")
+            log.warning("a router reads nothing any more: its stream is closed")
             self._chunks.clear()
             self._events.clear()
             self.close()
