@@ -103,10 +103,13 @@ class Fleet:
         self._metrics = metrics
         stall_s = config.handoff.stall_timeout_s
         self._around = Surroundings(
-            dial, self.index, config.router, metrics, router_id, self._notify, self._note_crash, stall_s
+            dial, self.index, config.router, metrics, router_id, self._notify, self._note_crash, stall_s,
+            lambda: self.on_report(),
         )
         self.on_change: Callable[[], None] = lambda: None
         """Called, on the loop, whenever some worker's state changed."""
+        self.on_report: Callable[[], None] = lambda: None
+        """Called, on the loop, with every word of a worker: it may have got room."""
         self._links: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._differences: dict[tuple[str, str], str | None] = {}

@@ -156,6 +156,8 @@ class Surroundings:
     crashed: Callable[[str], None]
     """Called with the boot id of a worker that is now known to have crashed."""
     stall_timeout_s: float
+    reported: Callable[[], None]
+    """Called after everything that one message said was taken in."""
 
 
 class Link:
@@ -322,6 +324,7 @@ class Link:
             self._follow(message.kv_events)
         if self.state is not before:
             self._around.changed()
+        self._around.reported()
 
     def _follow_state(self) -> None:
         """What its newest load says of its state."""

@@ -5,7 +5,7 @@ Owns the waits before an attempt. Does not know what becomes of it.
 
 Life of a placing:
 
-1. its turn: behind those that were refused before (waiting.py)
+1. its turn: when a worker has room (admission.py), and behind those that were refused before (waiting.py)
 2. priced among ready workers that have not refused or failed it; chosen, or
 3. everybody asked has said no: a pause, then all of them may be asked again; nobody is ready: until somebody is
 4. bounded: by PLACE_WAIT_S without a ready worker, REFUSED_WAIT_S without a place, and always by the deadline
@@ -18,11 +18,16 @@ import dataclasses
 from collections.abc import Mapping
 
 from baton.core.block_hash import extend
+from baton.core.config import Config
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
+from baton.core.metrics import Metrics
 from baton.core.worker import Role, Route, WorkerInfo
+from baton.router.admission import Admission
 from baton.router.decisions import Decider
 from baton.router.fleet import Fleet, context_limit
+from baton.router.health import Health
 from baton.router.policy import Candidate, Candidates, Facts
+from baton.router.room import Room
 from baton.router.run import Run
 from baton.router.waiting import WaitingLine
 
@@ -40,10 +45,13 @@ class NobodyReady(PeerLost):
 
 
 class Placing:
-    def __init__(self, fleet: Fleet, decider: Decider, line: WaitingLine) -> None:
+    def __init__(self, fleet: Fleet, decider: Decider, line: WaitingLine, config: Config, metrics: Metrics) -> None:
+        self.health = Health(metrics)
+        self.admission = Admission(config.router, metrics, self._is_open)
         self._fleet = fleet
         self._decider = decider
         self._line = line
+        self._room = Room(config, self.health)
 
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
@@ -59,7 +67,7 @@ class Placing:
             )
 
     async def place(self, run: Run) -> Route:
-        """The next attempt's route. Waits up to PLACE_WAIT_S for somebody to take it, and for its turn."""
+        """The next attempt's route. Waits for its turn, and then up to PLACE_WAIT_S for somebody to take it."""
         loop = asyncio.get_running_loop()
         await self._turn(run)
         give_up = min(run.deadline, loop.time() + PLACE_WAIT_S)
@@ -81,6 +89,8 @@ class Placing:
                     f"no decode worker can take request {run.request.request_id}: {self._roll_call()}. "
                     "Try again later; `baton status` shows the workers."
                 )
+            else:
+                await self._turn(run)
 
     def place_move(self, run: Run, source: WorkerInfo) -> Route | None:
         """Where it moves to from a worker that drains; None: nobody has room, or fits. Never waits."""
@@ -119,9 +129,17 @@ class Placing:
 
     def _price(self, run: Run) -> Route | None:
         facts = _facts(run, run.delivery.num_shared_tokens)
-        decision = self._decider.choose(facts, self._candidates(run, self.held_blocks(run)))
+        candidates = self._room.narrowed(self._candidates(run, self.held_blocks(run)))
+        decision = self._decider.choose(facts, candidates)
         run.decisions.append(decision)
         return decision.route
+
+    def _is_open(self, run: Run) -> bool:
+        """Could it be sent now, and begin soon? Also if nobody is ready: `place` knows how long to wait for that."""
+        if self._line.somebody_waits:
+            return False
+        candidates = self._candidates(run, self.held_blocks(run))
+        return not candidates.decode or self._room.is_open(_facts(run, run.delivery.num_shared_tokens), candidates)
 
     def _candidates(self, run: Run, held: Mapping[str, int]) -> Candidates:
         longest = run.delivery.longest
@@ -136,7 +154,10 @@ class Placing:
         return Candidates(able(Role.DECODE), able(Role.PREFILL), self._fleet.fits, self._fleet.holders(held))
 
     async def _turn(self, run: Run) -> None:
-        """Let those go first who were refused before. Who was running goes on at once: he has waited already."""
+        """Let those go first who came or were refused before. Who was running goes on at once: he has waited already.
+        Once it is its turn, nothing waits before it is sent."""
+        if run.attempt is None:
+            await self.admission.turn(run)
         give_up = min(run.deadline, (run.refused_since or run.arrived) + REFUSED_WAIT_S)
         if run.num_failures or await self._line.turn(run.request.request_id, give_up):
             return
