@@ -100,11 +100,14 @@ def summary(answer: FleetStatus, columns: int | None) -> Iterator[str]:
 
 
 def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
-    from baton.wire.worker_pb2 import Role  # protobuf is loaded by the commands that speak it
+    from baton.wire.codec import MODEL  # protobuf is loaded by the commands that speak it
+    from baton.wire.worker_pb2 import Role
 
     rows = []
     for w in answer.workers:
         led = w.ledger
+        model, num_rows = MODEL.decode(w.load.model), max(1, w.load.num_running)
+        measured = model.num_prefill_steps + model.num_decode_steps
         blocks = f"{led.active}/{led.lent}/{led.cached}/{led.free}/{led.quarantined}" if w.HasField("ledger") else "-"
         rows.append({
             "worker": w.info.worker_id,
@@ -113,8 +116,8 @@ def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
             "address": w.info.address,
             "requests": str(w.in_flight),
             "active/lent/cached/free/quarantined": blocks,
-            "prefill tok/s": f"{w.load.prefill_tokens_per_s:.0f}",
-            "step": f"{w.load.decode_step_s * 1e3:.1f} ms",
+            "prefill tok/s": f"{model.tokens_per_s(w.load.chunk_tokens):.0f}" if model.num_prefill_steps else "-",
+            "step": f"{model.decode_step_s(num_rows, w.load.context_tokens) * 1e3:.1f} ms" if measured else "-",
         })
     return rows
 

@@ -120,6 +120,8 @@ class StepMessage:
     snapshot: KVSnapshot | None = None
     ledger: Ledger | None = None
     """With heartbeats only."""
+    taken: tuple[int, ...] = ()
+    """Epochs of this router's attempts whose work here `load` covers from now on: it shows it, or it is over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ TABLE = (
     _g("baton_queued_requests", "Requests that wait in the router for a worker with room."),
     _g("baton_workers", "Workers by role and state.", "role", "state"),
     _g("baton_index_blocks", "Distinct block hashes in the prefix index."),
+    _c("baton_index_dropped_total", "(worker, block) pairs that the prefix index dropped because it was full."),
     _g("baton_worker_up", "1: the worker told its counters for this scrape; 0: it did not in time.", "worker", "role"),
     # worker
     _c("baton_steps_total", "Engine steps."),

@@ -136,9 +136,8 @@ class StepFit:
         """As of all steps observed."""
         if not self._solved:
             self._solved = True
-            shares = self._shares()
-            coefficients = [share * unit for share, unit in zip(shares, self._unit, strict=True)]
-            self._model = StepModel(*coefficients, self._num_steps[True], self._num_steps[False])
+            base, token, pair, row, context = (s * unit for s, unit in zip(self._shares(), self._unit, strict=True))
+            self._model = StepModel(base, token, pair, row, context, self._num_steps[True], self._num_steps[False])
         return self._model
 
     def _clipped(self, prefills: bool, counts: tuple[int, ...], duration_s: float) -> float:

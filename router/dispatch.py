@@ -39,6 +39,7 @@ from baton.router.budget import RetryBudget
 from baton.router.decisions import Decider
 from baton.router.dice import Dice
 from baton.router.fleet import Fleet
+from baton.router.link import Work
 from baton.router.moves import Moves
 from baton.router.placing import REFUSED_WAIT_S, Placing
 from baton.router.policy import Policy
@@ -167,9 +168,10 @@ class Dispatcher:
         if route is None:
             return False
         move = self._attempt(run, route)
+        submit = self._submit(run, move, TakeFrom(source.decode, source.epoch))
+        work = {route.decode: Work(context_tokens=run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)}
         try:
-            move.open(self._submit(run, move, TakeFrom(source.decode, source.epoch)), {route.decode: 0}, run.hear,
-                      run.lose)
+            move.open(submit, work, run.hear, run.lose)
         except PeerLost as e:
             log.info("request %s cannot move to %s: %s", run.request.request_id, route.decode, e.message)
             move.close("lose")

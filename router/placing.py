@@ -21,11 +21,13 @@ from baton.core.block_hash import extend
 from baton.core.config import Config
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
 from baton.core.metrics import Metrics
+from baton.core.step_model import pairs
 from baton.core.worker import Role, Route, WorkerInfo
 from baton.router.admission import Admission
 from baton.router.decisions import Decider
 from baton.router.fleet import Fleet, context_limit
 from baton.router.health import Health
+from baton.router.link import Work
 from baton.router.policy import Candidate, Candidates, Facts
 from baton.router.room import Room
 from baton.router.run import Run
@@ -55,7 +57,7 @@ class Placing:
 
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
-        return max((context_limit(c) for c in self._fleet.capabilities()), default=0)
+        return self._fleet.max_model_len()
 
     def check_length(self, run: Run) -> None:
         limit = self.max_model_len()
@@ -104,14 +106,18 @@ class Placing:
         run.decisions.append(decision)
         return decision.route
 
-    def work(self, run: Run, route: Route) -> dict[str, int]:
-        """Prefill tokens that the route gives to each worker; 0: a sequence that comes to decode there."""
+    def work(self, run: Run, route: Route) -> dict[str, Work]:
+        """What the route gives to each worker."""
         computing = route.prefill or self._fleet.info(route.decode)
         assert computing is not None, f"{route.decode} was offered and is not known"
         held = self.held_blocks(run)
         best = max(held.get(w.worker_id, 0) for w in (computing, route.holder) if w is not None)
-        tokens = run.delivery.num_shared_tokens - best * computing.capability.layout.block_size
-        return {computing.worker_id: max(1, tokens)} | ({route.decode: 0} if route.prefill is not None else {})
+        total = run.delivery.num_shared_tokens
+        left = max(1, total - best * computing.capability.layout.block_size)
+        num_pairs = pairs(total - left, left)
+        if route.prefill is None:
+            return {route.decode: Work(left, num_pairs, total)}
+        return {computing.worker_id: Work(left, num_pairs), route.decode: Work(context_tokens=total)}
 
     def held_blocks(self, run: Run) -> dict[str, int]:
         """Leading blocks on each worker. Hashed once per request and way of hashing (one, in a fleet of one model);

@@ -62,5 +62,7 @@ class Room:
         return max(FEW, math.ceil(share * pool.max_sequences)) + (SLACK if share == 1.0 else 0)
 
     def _queue_s(self, candidate: Candidate) -> float:
-        rate = candidate.load.prefill_tokens_per_s or self.config.router.assumed_prefill_tokens_per_s
-        return candidate.queued_prefill_tokens / rate
+        model = candidate.load.model
+        if not model.num_prefill_steps:
+            model = replace(model, token_s=1 / self.config.router.assumed_prefill_tokens_per_s)
+        return candidate.queue_s(model)

@@ -224,7 +224,7 @@ class Intake:
         parts = self._parts
         call = PrefillCall(
             self.request, self.submit.epoch, parts.worker_id, arrival.num_held, parts.handoff.lease_ttl_s,
-            holder=self.submit.route.holder,
+            holder=self.submit.route.holder, router_id=self.log.outbox.router_id,
         )
         handoff = Handoff(parts, lender, call, arrival, self)
         try:

@@ -122,10 +122,14 @@ class LentSequence:
 
 
 class ComputeLending:
-    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
+    def __init__(
+        self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease, taken: Callable[[], None]
+    ) -> None:
+        """`taken` is called once, when our load shows the work, or it is over."""
         self._parts = parts
         self._call = call
         self._seq = seq
+        self._taken = taken
         self._out = LentSequence(parts, call, seq, lease)
         self._events: asyncio.Queue[Iterable[PrefillEvent] | BatonError] = asyncio.Queue()
         """What is to be said, in order."""
@@ -160,6 +164,7 @@ class ComputeLending:
             timer.cancel()
             if fetching is not None:
                 fetching.cancel()
+            self._tell_taken()
             parts.steps.remove(self._seq.request_id)
             self._out.life.on("hand" if handed else "end")
             if not handed:
@@ -173,6 +178,11 @@ class ComputeLending:
 
     def _begin(self) -> None:
         self._parts.steps.add(self._seq, self._on_progress, self._on_layers)
+        self._tell_taken()
+
+    def _tell_taken(self) -> None:
+        taken, self._taken = self._taken, lambda: None
+        taken()
 
     async def _fetch_and_begin(self, holder: WorkerInfo) -> None:
         await fetch_prefix(self._parts, self._call.request, self._call.epoch, holder)

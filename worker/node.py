@@ -173,7 +173,12 @@ class WorkerNode:
         if call.mode is LendMode.CACHED:
             return CachedLending(parts, call, seq)
         lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, parts.clock())
-        return ComputeLending(parts, call, seq, lease)
+        return ComputeLending(parts, call, seq, lease, lambda: self._tell_taken(call))
+
+    def _tell_taken(self, call: PrefillCall) -> None:
+        for outbox in self._outboxes:
+            if outbox.router_id == call.router_id:
+                outbox.take(call.epoch)
 
     def _running_intake(self, call: PrefillCall) -> Intake:
         running = call.running
@@ -235,6 +240,7 @@ class WorkerNode:
             outbox.close()
 
     def _submit(self, submit: Submit, outbox: Outbox) -> None:
+        outbox.take(submit.epoch)
         request, log = submit.request, TokenLog(submit, outbox)
         try:
             if self._intake(request.request_id, outbox.router_id, submit.epoch) is not None:
@@ -339,24 +345,30 @@ class WorkerNode:
         chunks: tuple[TokenChunk, ...],
         kv_events: tuple[KVEvents, ...],
         snapshot: KVSnapshot | None,
+        taken: tuple[int, ...],
         heartbeat: bool,
     ) -> StepMessage:
         if heartbeat:
             self._gauge_ledger()
         ledger = self.parts.pool.ledger() if heartbeat or snapshot is not None else None
-        return StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, ledger)
+        return StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, ledger, taken)
 
     def load(self) -> WorkerLoad:
         s, pool = self.parts.scheduler, self.parts.pool
+        num_tokens, num_pairs = s.queued_prefill()
+        intakes = [i for i in self._intakes.values() if not i.life.ended]
+        arriving = [i.leader.num_tokens for i in intakes if not i.life.at("running", "moving_out")]
         return WorkerLoad(
-            queued_prefill_tokens=s.queued_prefill_tokens,
+            queued_prefill_tokens=num_tokens,
+            queued_prefill_pairs=num_pairs,
+            chunk_tokens=min(s.limits.max_step_tokens, s.limits.max_chunk_tokens),
             num_running=s.num_running,
             num_waiting=s.num_waiting,
-            context_tokens=s.context_tokens,
+            num_arriving=len(arriving),
+            context_tokens=s.context_tokens + sum(arriving),
             available_blocks=pool.num_available,
             total_blocks=pool.num_blocks,
-            prefill_tokens_per_s=self._steps.prefill_tokens_per_s,
-            decode_step_s=self._steps.decode_step_s,
+            model=self._steps.model,
             steps=self._steps.steps,
             oldest_waiting_s=s.oldest_waiting_s(asyncio.get_running_loop().time()),
             draining=self._draining,

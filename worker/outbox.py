@@ -22,11 +22,13 @@ class Outbox:
     """Created with a stream, closed with it. Single event loop."""
 
     def __init__(self, compose: Callable[..., StepMessage]) -> None:
-        """`compose(chunks=, kv_events=, snapshot=, heartbeat=)` adds what only the worker knows (boot id, load)."""
+        """`compose(chunks=, kv_events=, snapshot=, taken=, heartbeat=)` adds what only the worker knows: boot id,
+        load."""
         self._compose = compose
         self._chunks: list[TokenChunk] = []
         self._events: list[KVEvents] = []
         self._snapshot: KVSnapshot | None = None
+        self._taken: list[int] = []
         self._ready = asyncio.Event()
         self.router_id = ""
         """Who reads it, once it said so."""
@@ -51,6 +53,10 @@ class Outbox:
         if self.greeted and not self.closed:
             self._events.extend(events)
             self._limit()
+
+    def take(self, epoch: int) -> None:
+        """The load covers this attempt from now on: said with the next message, whatever brings that about."""
+        self._taken.append(epoch)
 
     def _limit(self) -> None:
         if len(self._chunks) + len(self._events) > MAX_PENDING:
@@ -82,4 +88,5 @@ class Outbox:
         chunks, self._chunks = tuple(self._chunks), []
         events, self._events = tuple(self._events), []
         snapshot, self._snapshot = self._snapshot, None
-        return self._compose(chunks=chunks, kv_events=events, snapshot=snapshot, heartbeat=heartbeat)
+        taken, self._taken = tuple(self._taken), []
+        return self._compose(chunks=chunks, kv_events=events, snapshot=snapshot, taken=taken, heartbeat=heartbeat)

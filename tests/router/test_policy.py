@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from baton.core.config import PolicyName, RouterConfig
 from baton.core.layout import CONVERT_KV, difference
+from baton.core.step_model import StepModel
 from baton.core.worker import Role, Route, WorkerInfo, WorkerLoad
 from baton.router.choose import make_policy
 from baton.router.cost import CostPolicy, price_move
@@ -41,11 +42,16 @@ def worker(
     queued: int = 0,
     sequences: int = 0,
     bandwidth: dict[str, float] | None = None,
-    **load: float,
+    prefill_tokens_per_s: float = 0.0,
+    decode_step_s: float = 0.0,
+    **load: int,
 ) -> Candidate:
+    """Speeds of 0 are not measured. A step costs nothing but its tokens, or but its rows."""
+    rate = prefill_tokens_per_s
+    model = StepModel(0.0, 1 / rate if rate else 0.0, 0.0, decode_step_s, 0.0, int(rate > 0), int(decode_step_s > 0))
     role = Role.PREFILL if worker_id.startswith("p") else Role.DECODE
     info = WorkerInfo(worker_id, f"{worker_id}-boot", role, "x:1", capability(model_fingerprint=model))
-    return Candidate(info, WorkerLoad(**load), held, queued, sequences, bandwidth or {})  # type: ignore[arg-type]
+    return Candidate(info, WorkerLoad(model=model, **load), held, queued, sequences, bandwidth or {})  # type: ignore[arg-type]
 
 
 def fleet(*workers: Candidate, draining: tuple[Candidate, ...] = ()) -> Candidates:
