@@ -3,7 +3,7 @@ and text on the other; errors leave as BatonErrors, which wire/server.py turns i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from baton.router.dispatch import Dispatcher
 from baton.router.exposition import worker_samples
 from baton.router.fleet import Fleet, WorkerView
 from baton.router.generation import GenerateCall, Generation, Prompt, new_request_id, shown
+from baton.router.limits import account_of
 from baton.router.link import WorkerState
 from baton.router.output import Delta, Usage
 from baton.router.trace import TraceRecord
@@ -46,7 +47,7 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
                        context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
         with self._generation.refusals_counted():
             self._check_model(request.model)
-            call = _call(request, context.time_remaining())
+            call = _call(request, context.time_remaining(), dict(context.invocation_metadata() or ()))
         request_id = request.request_id or new_request_id("gen")
         job = await self._generation.prepare(call, request_id)
         async with aclosing(self._generation.run(job)) as deltas:
@@ -90,7 +91,8 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
             self._generation.check_model(name)
 
 
-def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None) -> GenerateCall:
+def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None,
+          metadata: Mapping[str, Any]) -> GenerateCall:
     which = request.WhichOneof("prompt")
     if which is None:
         raise InvalidRequest("the request has no prompt. Set text or token_ids.", "prompt")
@@ -103,6 +105,7 @@ def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None)
     return GenerateCall(
         prompt, sampling, wire.max_tokens if wire.HasField("max_tokens") else None,
         default_max_tokens=DEFAULT_MAX_TOKENS, stop=tuple(wire.stop), tenant=request.tenant,
+        account=account_of(request.tenant, metadata.get("authorization", "")),
         timeout_s=min(deadlines, default=None), n=wire.n if wire.HasField("n") else 1)
 
 
