@@ -286,6 +286,7 @@ class Dispatcher:
                 len(run.request.prompt),
                 delivery.num_output_tokens,
                 delivery.cached_tokens,
+                run.arrived,
                 run.ttft_s,
                 total_s,
                 tuple(run.records),

@@ -3,6 +3,7 @@ and text on the other; errors leave as BatonErrors, which wire/server.py turns i
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from baton.router.generation import GenerateCall, Generation, Prompt, new_reques
 from baton.router.limits import account_of
 from baton.router.link import WorkerState
 from baton.router.output import Delta, Usage
+from baton.router.recorded import document
 from baton.router.trace import TraceRecord
 from baton.wire import admin_pb2, admin_pb2_grpc, codec, inference_pb2, inference_pb2_grpc
 
@@ -146,12 +148,22 @@ class AdminFront(admin_pb2_grpc.AdminServicer):
             in_flight=self._dispatcher.num_inflight, counters=counters)
 
     async def Trace(self, request: admin_pb2.TraceRequest, context: Any) -> admin_pb2.RequestTrace:
+        return _trace(self._record(request.request_id))
+
+    async def Newest(self, request: admin_pb2.NewestRequest, context: Any) -> admin_pb2.NewestTraces:
+        return admin_pb2.NewestTraces(traces=map(_trace, self._dispatcher.traces.recent(request.count)))
+
+    async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.RequestRecord:
+        return admin_pb2.RequestRecord(json=json.dumps(document(self._record(request.request_id))))
+
+    def _record(self, request_id: str) -> TraceRecord:
+        """Of that request; empty: the newest."""
         traces = self._dispatcher.traces
-        record = traces.get(request.request_id) if request.request_id else next(iter(traces.recent(1)), None)
+        record = traces.get(request_id) if request_id else next(iter(traces.recent(1)), None)
         if record is None:
-            asked = f"request {shown(request.request_id)}" if request.request_id else "any request"
+            asked = f"request {shown(request_id)}" if request_id else "any request"
             raise NotFound(f"no trace of {asked}: only the newest finished ones are kept.", "request_id")
-        return _trace(record)
+        return record
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainProgress:
         views = {view.info.worker_id: view for view in self._fleet.workers()}
@@ -202,4 +214,5 @@ def _trace(record: TraceRecord) -> admin_pb2.RequestTrace:
     return admin_pb2.RequestTrace(
         request_id=record.request_id, attempts=attempts, spans=[codec.SPAN.encode(s) for s in record.timeline.spans],
         prompt_tokens=record.num_prompt_tokens, cached_tokens=record.cached_tokens,
-        output_tokens=record.num_output_tokens, finished=True)
+        output_tokens=record.num_output_tokens, finished=True, arrived_s=record.arrived_s, zero_s=record.zero_s,
+        total_s=record.total_s)

@@ -38,6 +38,8 @@ class TraceRecord:
     num_prompt_tokens: int
     num_output_tokens: int
     cached_tokens: int
+    arrived_s: float
+    """When it came, on the router's own clock."""
     ttft_s: float | None
     """Seconds from arrival at the router to its first token; None if there was none."""
     total_s: float
@@ -50,6 +52,11 @@ class TraceRecord:
     def route(self) -> Route | None:
         """Of the last attempt."""
         return self.attempts[-1].route if self.attempts else None
+
+    @property
+    def zero_s(self) -> float:
+        """Zero of the timeline, in seconds since the arrival: the last dispatch."""
+        return self.attempts[-1].start_s if self.attempts else 0.0
 
     @property
     def num_bytes(self) -> int:

@@ -26,8 +26,8 @@ class Spans:
         self._spans: list[Span] = []
 
     def add(self, name: str, start_s: float, detail: str = "", times: Sequence[float] = ()) -> None:
-        """A bar until now, with marks at those of `times` that are in it. Of too many, only `decode`, the last of all, is
-        still told."""
+        """A bar until now, with marks at those of `times` that are in it. Of too many bars, only `decode`, the last of
+        all, is still told."""
         if len(self._spans) < MAX_SPANS or name == "decode":
             marks = tuple(at - start_s for at in times if at >= start_s)
             start_s, end_s = start_s - self.began_s, self._clock() - self.began_s

@@ -139,7 +139,7 @@ def record(request_id: str, *decisions: Decision) -> TraceRecord:
     routes = [d.route for d in decisions if d.route is not None]
     attempts = tuple(AttemptRecord(i, r, 0.0, 1.0, "stop") for i, r in enumerate(routes, 1))
     spans = Timeline((Span("decode", 0.0, 1.0),))
-    return TraceRecord(request_id, "stop", 40, 7, 0, 0.1, 1.0, attempts, decisions, spans)
+    return TraceRecord(request_id, "stop", 40, 7, 0, 5.0, 0.1, 1.0, attempts, decisions, spans)
 
 
 def decided(num_workers: int) -> Decision:
