@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from baton.core.config import RouterConfig
 from baton.core.layout import stored_alike
@@ -31,6 +32,8 @@ LLM_D_PREFIX, LLM_D_QUEUE, LLM_D_KV = 3.0, 2.0, 2.0
 class RoundRobin:
     """Workers in turn, blind to load and prefixes."""
 
+    compares_all: ClassVar = True
+
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
 
@@ -42,9 +45,9 @@ class RoundRobin:
         fitting = [p.info for p in _fitting(decode, candidates)]
         if not fitting or facts.num_tokens <= self._config.local_prefill_max_tokens:
             return Route(decode.worker_id, None, reason=f"{decode.worker_id} alone: its turn")
-        # A step aside whenever both have come round, so that pools of related sizes still meet in every pair.
-        rounds = turn // math.lcm(len(fitting), len(candidates.decode))
-        prefill = fitting[(turn + rounds) % len(fitting)]
+        # Pools whose sizes have a divisor in common would meet in some pairs only: a step aside after each round.
+        sizes = len(fitting), len(candidates.decode)
+        prefill = fitting[(turn + turn // math.lcm(*sizes) % math.gcd(*sizes)) % len(fitting)]
         spares = tuple(p for p in fitting if p is not prefill)[:MAX_SPARES]
         return Route(decode.worker_id, prefill, spares, reason=f"{prefill.worker_id} -> {decode.worker_id}: their turn")
 
@@ -53,6 +56,7 @@ class RoundRobin:
 class Ranked:
     """The best worker of each role by a rule; the next best prefill workers are the spares."""
 
+    compares_all: ClassVar = True
     name: str
     config: RouterConfig
     rng: random.Random

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from baton.core.config import RouterConfig
 from baton.core.layout import stored_alike
@@ -63,6 +63,8 @@ class _Option(NamedTuple):
 
 class CostPolicy:
     """The cheapest pair in seconds; ties are broken by `rng`, so that equal routers do not all pick the first."""
+
+    compares_all: ClassVar = False
 
     def __init__(self, config: RouterConfig, rng: random.Random) -> None:
         self._config = config

@@ -50,6 +50,10 @@ class Decider:
         self._dice = dice
         self._turns = itertools.count()
 
+    @property
+    def compares_all(self) -> bool:
+        return self._policy.compares_all
+
     def choose(self, facts: Facts, candidates: Candidates) -> Decision:
         facts = dataclasses.replace(facts, turn=next(self._turns))
         state = self._dice.state if self._dice is not None else None

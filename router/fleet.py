@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ DISCOVER_TIMEOUT_S = 5.0
 STATUS_TIMEOUT_S = 0.5
 """Longest that whoever reads counters waits for one worker."""
 FORGET_S = 60.0
+MANY, OBSERVE_S = 256, 0.1
+"""Of so many workers, all are looked at for the gauges no oftener than this and with each poll of the registry. Of
+fewer, at each change."""
 MAX_PAST_BOOTS = 16
 OFFERED_WHOLE = 32
 """Workers known, of both roles: so many are all offered. Of more, a shortlist (shortlist.py)."""
@@ -130,6 +134,7 @@ class Fleet:
         self._longest: int | None = None
         self._draining: list[WorkerInfo] | None = None
         self._num_dropped = 0
+        self._observed_at = -math.inf
         self._crashes: OrderedDict[str, None] = OrderedDict()
         self._registry_failing = False
 
@@ -168,9 +173,8 @@ class Fleet:
         self, role: Role, held: Mapping[str, int], coming: Mapping[str, int] = NONE_HELD,
         able: Callable[[Candidate], bool] = lambda _: True, has_room: Callable[[Candidate], bool] | None = None,
     ) -> list[Candidate]:
-        """READY workers of a role that are `able`, with load as of now: all of them, or a shortlist if `has_room` (which
-        are preferred?) is given and there are too many. `held`, `coming`: leading blocks of one prompt, by worker and
-        by boot."""
+        """READY workers of a role that are `able`, with load as of now: all of them; or of too many a shortlist, if
+        `has_room` says who is preferred. `held`, `coming`: leading blocks of one prompt, by worker and by boot."""
 
         def offer(link: Link) -> Candidate | None:
             info = link.info
@@ -355,6 +359,8 @@ class Fleet:
         self._draining = None
         self._change.set()
         self._change = asyncio.Event()
+        if len(self._links) < MANY or asyncio.get_running_loop().time() - self._observed_at >= OBSERVE_S:
+            self._observe()
         self.on_change()
 
     def _heard(self, link: Link) -> None:
@@ -376,6 +382,7 @@ class Fleet:
         self._notify()
 
     def _observe(self) -> None:
+        self._observed_at = asyncio.get_running_loop().time()
         counts = {(role, state): 0 for role in Role for state in WorkerState}
         for link in self._links.values():
             counts[link.info.role, link.state] += 1
