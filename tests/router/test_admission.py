@@ -11,6 +11,7 @@ import pytest
 from baton.core.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded
 from baton.core.messages import Submit
 from baton.core.worker import WorkerLoad
+from baton.router.health import OPEN_FIRST_S, TOGETHER_S
 from tests.router.fake_fleet import (
     Act,
     Script,
@@ -119,6 +120,27 @@ def test_a_burst_gives_no_worker_more_than_its_places_before_it_has_reported() -
             assert [len(w.submits) for w in workers] == [3, 3]
             for w in workers:
                 free(w, 60)
+            await asyncio.gather(*tasks)
+
+    simulate(main, range(3))
+
+
+def test_one_place_is_given_once_however_often_it_is_reported() -> None:
+    async def main() -> None:
+        full = worker()
+        async with ScriptedFleet(full) as fleet:
+            tasks = await ask_all(fleet, *(f"r{i}" for i in range(3)))
+            look = fleet.dispatcher._admission.look
+
+            def twice() -> None:
+                look()
+                look()
+
+            fleet.fleet.on_report = twice
+            free(full, 1)
+            await asyncio.sleep(0.01)
+            assert len(full.submits) == 1
+            free(full, 60)
             await asyncio.gather(*tasks)
 
     simulate(main, range(3))
@@ -266,6 +288,26 @@ def test_a_worker_that_breaks_requests_gets_no_more_of_them() -> None:
                     await asyncio.sleep(0.3)
             assert len(broken.submits) < 10
             assert fleet.metrics.value("baton_circuits_opened_total", worker="broken") == 1
+
+    simulate(main)
+
+
+def test_a_worker_whose_circuit_was_open_is_tried_with_one_request() -> None:
+    async def main() -> None:
+        broken, well = worker("broken", free=60, script=refuse("internal")), worker("well", free=60)
+        broken.load = replace(broken.load, num_running=0)
+        async with ScriptedFleet(broken, well) as fleet:
+            for i in range(4):
+                with pytest.raises(InternalError):
+                    await fleet.answer(request(f"r{i}"))
+                await asyncio.sleep(TOGETHER_S)
+            await asyncio.sleep(OPEN_FIRST_S)
+            broken.script, before = after_a_while, len(broken.submits)
+            tasks = await ask_all(fleet, *(f"again-{i}" for i in range(10)))
+            assert len(broken.submits) == before + 1
+            await asyncio.gather(*tasks)
+            await asyncio.gather(*await ask_all(fleet, *(f"well-{i}" for i in range(10))))
+            assert len(broken.submits) > before + 5, "it was well, and is trusted again"
 
     simulate(main)
 

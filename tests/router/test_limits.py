@@ -73,7 +73,7 @@ def test_an_account_over_its_limit_hears_when_to_come_back_and_then_goes() -> No
 
 def test_what_was_estimated_and_not_used_is_given_back_and_a_failure_costs_nothing() -> None:
     async def main() -> None:
-        limited, buckets, _ = limits(tokens_per_min=100, requests_per_min=2)
+        limited, buckets, _ = limits(tokens_per_min=100, requests_per_min=1)
         charge = await limited.charge("a", asks(20, max_tokens=80))
         assert charge is not None
         limited.settle(charge, asks(20), num_output_tokens=5, failed=False)
