@@ -9,6 +9,7 @@ Exit code of --replay: 0 every decision came out the same, 1 one did not.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +20,10 @@ import typer
 from baton.cli.config import ConfigFile, Overrides, read_config
 from baton.cli.status import Address, AsJson, reached, router_address, table
 from baton.core.errors import SetupError
+from baton.core.worker import first_token_s
+from baton.router.policy import Facts
 
 TIMEOUT_S = 10.0
-FIRST_TOKEN_TERMS = ("queue", "prefill", "fetch", "handoff", "transfer")
 MAX_ROWS = 12
 """Workers shown, and other choices."""
 MAX_REASONS = 2
@@ -121,10 +123,9 @@ def explanation(told: Record) -> Iterator[str]:
 
 def who_could(decision: Record) -> Iterator[str]:
     facts = decision["facts"]
-    choices = "1 answer" if facts["num_choices"] == 1 else f"{facts['num_choices']} answers"
-    more = "".join(f", {name} {value}" for name, value in facts.items()
-                   if value and name not in ("num_tokens", "num_choices", "turn"))  # fmt: skip
-    yield f"\n  asked: {facts['num_tokens']} tokens of KV, {choices}{more}; offered:"
+    usual = dataclasses.asdict(Facts(facts["num_tokens"], turn=facts["turn"]))
+    more = "".join(f", {name} {value}" for name, value in facts.items() if value not in (usual[name], str(usual[name])))
+    yield f"\n  asked: {facts['num_tokens']} tokens of KV{more}; offered:"
     rows = [worker_row(c) for role in ("prefill", "decode") for c in decision[role]]
     offered = {row["worker"] for row in rows}
     rows += [worker_row(c) for c in decision["holders"] if c["info"]["worker_id"] not in offered]
@@ -182,37 +183,38 @@ def dearer(chosen: Mapping[str, float], terms: Mapping[str, float]) -> str:
 
 def happened(told: Record, attempt: Record) -> Iterator[str]:
     """Predicted terms beside what was measured of the same thing."""
-    terms, spans = dict(attempt["route"]["terms"]), told["spans"]
-    measured = measures(spans)
-    rows = [
-        {"": name, "predicted": ms(terms[name]), "measured": ms(measured[name])}
-        for name in terms if name in measured
-    ]  # fmt: skip
-    if told["ttft_s"] is not None and terms:
-        predicted = sum(terms[name] for name in terms if name in FIRST_TOKEN_TERMS)
-        since_sent = max(0.0, told["ttft_s"] - attempt["start_s"])
-        rows.append({"": "first token", "predicted": ms(predicted), "measured": ms(since_sent)})
+    terms = dict(attempt["route"]["terms"])
+    first_s = None if told["ttft_s"] is None else max(0.0, told["ttft_s"] - attempt["start_s"])
+    measured = measures(told["spans"], first_s)
+    rows = [(name, terms[name], measured[name]) for name in terms if name in measured]
+    if first_s is not None and terms:
+        rows.append(("first token", first_token_s(attempt["route"]["terms"]), first_s))
     if rows:
         yield "\n  predicted, and what happened:"
-        yield from (f"  {line}" for line in table(rows, None, ()))
+        cells = [{"": name, "predicted": ms(predicted), "measured": ms(came)} for name, predicted, came in rows]
+        yield from (f"  {line}" for line in table(cells, None, ()))
 
 
-def measures(spans: Iterable[Record]) -> dict[str, float]:
-    """Seconds by the term that they answer. What a hand-off hid behind the prefill is not counted, nor priced."""
+def measures(spans: Iterable[Record], first_s: float | None) -> dict[str, float]:
+    """Seconds by the term that they answer (router/prices.py). `first_s`: from when it was sent to its first token."""
     by_name: dict[str, list[Record]] = {}
     for span in spans:
         by_name.setdefault(span["name"].partition(" (")[0], []).append(span)
-    found = {}
-    for term, name in (("queue", "prefill queue"), ("fetch", "fetch prefix")):
-        if name in by_name:
-            found[term] = sum(s["end_s"] - s["start_s"] for s in by_name[name])
-    chunks = by_name.get("prefill chunk")
-    if chunks:
+    named = (("queue", "prefill queue"), ("fetch", "fetch prefix"), ("decode", "decode"))
+    found = {term: sum(map(length_s, by_name[name])) for term, name in named if name in by_name}
+    if chunks := by_name.get("prefill chunk"):
         computed_s = max(s["end_s"] for s in chunks)
         found["prefill"] = computed_s - min(s["start_s"] for s in chunks)
-        if "transfer" in by_name:
-            found["handoff"] = max(0.0, max(s["end_s"] for s in by_name["transfer"]) - computed_s)
+        if transfers := by_name.get("transfer"):
+            found["transfer"] = max(0.0, max(s["end_s"] for s in transfers) - computed_s)
+            if first_s is not None:
+                found["handoff"] = max(0.0, first_s - sum(found.get(t, 0.0) for t in ("queue", "fetch", "prefill")))
     return found
+
+
+def length_s(span: Record) -> float:
+    length: float = span["end_s"] - span["start_s"]
+    return length
 
 
 def picked(route: Record | None) -> str:

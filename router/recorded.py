@@ -14,6 +14,7 @@ A document holds no token of the prompt. Replaying one needs nothing else, and n
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -88,13 +89,15 @@ def decision_document(decision: Decision) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as objects, tuples as arrays; a worker is its name."""
+    """Dataclasses as objects, tuples as arrays; a worker is its name; what JSON has no number for is text."""
     if isinstance(value, WorkerInfo):
         return value.worker_id
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return [plain(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 

@@ -81,9 +81,10 @@ def test_a_forgotten_decision_is_said_to_be_so() -> None:
 
 def test_a_request_that_nobody_could_take_says_who_was_offered() -> None:
     told = recorded(ScriptedWorker("d0"))
-    told["decisions"].append({**told["decisions"][0], "route": None, "decode": []})
+    facts = {"num_tokens": 40, "num_choices": 1, "turn": 3}
+    told["decisions"].append({**told["decisions"][0], "facts": facts, "route": None, "decode": []})
     said = "\n".join(explanation(told)).partition("nobody could take it")[2]
-    assert said.split() == [":", "asked:", "40", "tokens", "of", "KV,", "1", "answer;", "offered:", "nobody"]
+    assert said.split() == [":", "asked:", "40", "tokens", "of", "KV;", "offered:", "nobody"]
 
 
 def test_what_made_another_choice_dearer_is_named_by_its_largest_terms() -> None:
@@ -93,9 +94,18 @@ def test_what_made_another_choice_dearer_is_named_by_its_largest_terms() -> None
     assert dearer(chosen, chosen) == "as good: chance decided"
 
 
-def test_measured_terms_leave_out_what_a_hand_off_hid() -> None:
-    told = measures([{"name": s.name, "start_s": s.start_s, "end_s": s.end_s} for s in SPANS])
-    assert told == {k: pytest.approx(v) for k, v in {"queue": 0.002, "prefill": 0.007, "handoff": 0.002}.items()}
+def test_each_term_is_measured_by_what_it_prices() -> None:
+    spans = [{"name": s.name, "start_s": s.start_s, "end_s": s.end_s} for s in SPANS]
+    told = measures(spans, first_s=0.011)
+    assert told == {
+        "queue": pytest.approx(0.002),
+        "prefill": pytest.approx(0.007),
+        "transfer": pytest.approx(0.002),  # what was pulled before the last chunk was done is hidden
+        "handoff": pytest.approx(0.002),  # of the first token's time, what is none of the others
+        "decode": pytest.approx(0.048),
+    }
+    alone = measures([{"name": "prefill chunk (local)", "start_s": 0.1, "end_s": 0.4}], None)
+    assert alone == {"prefill": pytest.approx(0.3)}
 
 
 def test_a_saved_record_is_made_again_and_a_changed_one_is_seen(
