@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import baton
-from baton.cli import bench, chat, config, drain, model, serve, simulate, status
+from baton.cli import bench, chat, config, drain, explain, model, serve, simulate, status, trace
 from baton.core.errors import BatonError, SetupError
 
 app = typer.Typer(
@@ -44,7 +44,8 @@ def options(
 app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(status.status)
-app.command()(status.trace)
+app.command()(explain.explain)
+app.command()(trace.trace)
 app.command()(drain.drain)
 app.command()(simulate.simulate)
 app.add_typer(bench.app, name="bench")

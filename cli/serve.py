@@ -30,7 +30,7 @@ from baton.cli.config import ConfigFile, Overrides, read_config
 from baton.cli.logs import kept_if_failed
 from baton.cli.progress import say, step
 from baton.cli.question import DEMO, Question
-from baton.cli.status import request_trace, trace_lines
+from baton.cli.trace import request_trace, trace_lines
 from baton.core.config import Config
 from baton.core.errors import BatonError, InternalError, NotFound
 from baton.core.worker import Role

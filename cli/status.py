@@ -1,5 +1,5 @@
-"""`baton status` and `baton trace`: what a running router says of its fleet and of one request, over its admin
-service. The same messages as JSON with --json."""
+"""`baton status`: what a running router says of its fleet, over its admin service. The same message as JSON with
+--json."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
 from baton.cli.config import ConfigFile, Overrides, read_config
-from baton.cli.waterfall import waterfall
 from baton.core.config import Config
 from baton.core.errors import PeerLost, SetupError
-from baton.core.worker import Span
 
 if TYPE_CHECKING:
-    from baton.wire.admin_pb2 import FleetStatus, FleetWorker, RequestTrace
+    from baton.wire.admin_pb2 import FleetStatus, FleetWorker
 
 Answer = TypeVar("Answer", bound=Message)
 Address = Annotated[
@@ -42,36 +40,14 @@ def status(
     print("\n".join(summary(answer, columns)))
 
 
-def trace(
-    request_id: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Default: the newest request.")] = "",
-    router: Address = None,
-    as_json: AsJson = False,
-    config: ConfigFile = None,
-    override: Overrides = None,
-) -> None:
-    """The waterfall of one request, and why it went where it went."""
-    answer = asyncio.run(request_trace(router or router_address(read_config(config, override)), request_id))
-    if as_json:
-        print(MessageToJson(answer, always_print_fields_with_no_presence=True))
-        return
-    print("\n".join(trace_lines(answer)))
-
-
 async def fleet_status(address: str, timeout_s: float = 5.0) -> FleetStatus:
     from baton.wire.client import GrpcAdmin
 
     async with GrpcAdmin(address) as admin:
-        return await _reached(admin.status(timeout_s), address)
+        return await reached(admin.status(timeout_s), address)
 
 
-async def request_trace(address: str, request_id: str = "", timeout_s: float = 5.0) -> RequestTrace:
-    from baton.wire.client import GrpcAdmin
-
-    async with GrpcAdmin(address) as admin:
-        return await _reached(admin.trace(request_id, timeout_s), address)
-
-
-async def _reached(call: Awaitable[Answer], address: str) -> Answer:
+async def reached(call: Awaitable[Answer], address: str) -> Answer:
     try:
         return await call
     except PeerLost as e:
@@ -100,11 +76,14 @@ def summary(answer: FleetStatus, columns: int | None) -> Iterator[str]:
 
 
 def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
-    from baton.wire.worker_pb2 import Role  # protobuf is loaded by the commands that speak it
+    from baton.wire.codec import MODEL  # protobuf is loaded by the commands that speak it
+    from baton.wire.worker_pb2 import Role
 
     rows = []
     for w in answer.workers:
         led = w.ledger
+        model, num_rows = MODEL.decode(w.load.model), max(1, w.load.num_running)
+        measured = model.num_prefill_steps + model.num_decode_steps
         blocks = f"{led.active}/{led.lent}/{led.cached}/{led.free}/{led.quarantined}" if w.HasField("ledger") else "-"
         rows.append({
             "worker": w.info.worker_id,
@@ -113,8 +92,8 @@ def worker_rows(answer: FleetStatus) -> list[dict[str, str]]:
             "address": w.info.address,
             "requests": str(w.in_flight),
             "active/lent/cached/free/quarantined": blocks,
-            "prefill tok/s": f"{w.load.prefill_tokens_per_s:.0f}",
-            "step": f"{w.load.decode_step_s * 1e3:.1f} ms",
+            "prefill tok/s": f"{model.tokens_per_s(w.load.chunk_tokens):.0f}" if model.num_prefill_steps else "-",
+            "step": f"{model.decode_step_s(num_rows, w.load.context_tokens) * 1e3:.1f} ms" if measured else "-",
         })
     return rows
 
@@ -162,23 +141,3 @@ def table(rows: list[dict[str, str]], columns: int | None, spare: tuple[str, ...
             del shown[name]
     for row in ({name: name for name in shown}, *rows):
         yield "  " + "  ".join(row[name].ljust(width) for name, width in shown.items()).rstrip()
-
-
-def trace_lines(answer: RequestTrace) -> Iterator[str]:
-    state = "finished" if answer.finished else "running"
-    yield (
-        f"{answer.request_id} ({state}): {answer.prompt_tokens} prompt tokens, {answer.cached_tokens} of them cached, "
-        f"{answer.output_tokens} output tokens"
-    )
-    for number, attempt in enumerate(answer.attempts, 1):
-        yield f"attempt {number}: {attempt.route.reason}"
-        if attempt.outcome not in ("", "stop", "length"):
-            yield f"  ended: {attempt.outcome}"
-    # The router's own bar carries the reason again, which has been said.
-    reasons = {attempt.route.reason for attempt in answer.attempts}
-    spans = [Span(s.name, s.start_s, s.end_s, "" if s.detail in reasons else s.detail) for s in answer.spans]
-    yield from waterfall(
-        spans,
-        min(shutil.get_terminal_size((100, 24)).columns, 140),
-        ascii_only=not (sys.stdout.encoding or "").lower().startswith("utf"),
-    )

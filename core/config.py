@@ -21,6 +21,9 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 KVDtype = Literal["fp32", "bf16", "int8"]
 TransportName = Literal["shm", "nixl", "tcp", "ucx", "nccl"]
+PolicyName = Literal[
+    "cost", "round_robin", "least_requests", "least_work", "prefix_affinity", "sglang", "llm_d", "dynamo", "lmetric"
+]
 
 
 def _fit_one_process(names: tuple[TransportName, ...]) -> tuple[TransportName, ...]:
@@ -112,6 +115,20 @@ class HandoffConfig(_Tree):
     strict: bool = Field(False, description="Make every fallback an error instead of a counter and a log line.")
 
 
+PRIORITIES = ("high", "normal", "low")
+"""Classes of requests. While one of a higher class waits, none of a lower one goes."""
+
+
+class TenantConfig(_Tree):
+    """One tenant's terms."""
+
+    priority: Literal["high", "normal", "low"] = "normal"
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Its share of tokens against others of its class, while both wait."""
+    requests_per_min: Count | None = None
+    tokens_per_min: Count | None = None
+
+
 class RouterConfig(_Tree):
     host: str = Field("127.0.0.1", description="Address the HTTP and gRPC servers bind.")
     http_port: Annotated[int, Field(ge=0, le=65_535)] = Field(8000, description="HTTP port; 0 takes a free one.")
@@ -123,8 +140,12 @@ class RouterConfig(_Tree):
     quarantine_s: Seconds = Field(600.0, description="A request aboard two crashed workers is failed, and its like refused for this long.")
     fetch_min_tokens: Annotated[int, Field(ge=0)] = Field(256, description="A worker pulls a prompt's cached prefix from another holder when that one has at least so many tokens more.")
     heartbeat_s: Seconds = Field(0.5, description="Workers report at least this often.")
+    orphan_window_s: Seconds = Field(5.0, description="A worker works on for so long for a router whose stream broke, and remembers for so long what ended: the router, or another one, may go on from there.")
     suspect_s: Seconds = Field(1.5, description="A silent worker gets no new requests after this.")
     dead_s: Seconds = Field(3.0, description="A silent worker is dead after this; its requests go elsewhere.")
+    policy: PolicyName = Field(
+        "cost", description="How workers are chosen. cost is Baton's; the others are what it is compared with (docs/routing.md)."
+    )
     local_prefill_max_tokens: Annotated[int, Field(ge=0)] = Field(
         64, description="Uncached suffixes up to this length prefill on the decode worker."
     )
@@ -139,6 +160,12 @@ class RouterConfig(_Tree):
     )
     max_body_bytes: Count = Field(8 << 20, description="Largest HTTP body accepted.")
     max_inflight: Count = Field(512, description="Requests in the router at once; more get 429.")
+    worker_queue_s: Seconds = Field(1.0, description="A request waits in the router, not on a worker, while every worker that could compute its prompt has so many seconds of others' prompts before it.")
+    max_queued: Count = Field(256, description="Requests that may wait in the router for a worker with room; more get 429.")
+    max_queue_wait_s: Seconds = Field(30.0, description="A request that would wait in the router for longer than this, or past its deadline, gets 429 at once.")
+    tenants: dict[str, TenantConfig] = Field(
+        {}, description="Terms by tenant, \"*\" for all others: priority (high, normal, low), weight, requests_per_min, tokens_per_min."
+    )
 
 
 class ClusterConfig(_Tree):

@@ -5,10 +5,12 @@
         NotSupported        a known feature that is not built yet       400  INVALID_ARGUMENT
       NotFound              no such model, request or worker            404  NOT_FOUND
       Overloaded            no credit, no queue place: come back later  429  RESOURCE_EXHAUSTED
+        RateLimited         the tenant has used up its share            429  RESOURCE_EXHAUSTED
       DeadlineExceeded      a wait ended at its deadline                504  DEADLINE_EXCEEDED
       Cancelled             the client or its router went away          499  CANCELLED
       PeerLost              a worker or link died under a call          503  UNAVAILABLE
         RetryRoute          no prefill worker is left: choose again     503  UNAVAILABLE
+        Forgotten           nothing to resume is known there            503  UNAVAILABLE
       Incompatible          two workers store or speak differently      503  FAILED_PRECONDITION
       IntegrityError        pulled bytes are not what was lent          500  DATA_LOSS
       InternalError         a bug; the message is for the log           500  INTERNAL
@@ -54,6 +56,15 @@ class NotFound(BatonError):
 class Overloaded(BatonError):
     code, http_status, grpc_status = "overloaded", 429, "RESOURCE_EXHAUSTED"
 
+    def __init__(self, message: str, param: str | None = None, retry_after_s: float = 1.0) -> None:
+        """`retry_after_s`: when to come back, as far as is known."""
+        super().__init__(message, param)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    code = "rate_limited"
+
 
 class DeadlineExceeded(BatonError):
     code, http_status, grpc_status = "deadline_exceeded", 504, "DEADLINE_EXCEEDED"
@@ -69,6 +80,10 @@ class PeerLost(BatonError):
 
 class RetryRoute(PeerLost):
     code = "retry_route"
+
+
+class Forgotten(PeerLost):
+    code = "forgotten"
 
 
 class RequestQuarantined(BatonError):

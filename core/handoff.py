@@ -92,6 +92,8 @@ class PrefillCall:
     """Set with TAKE_OVER."""
     holder: WorkerInfo | None = None
     """With COMPUTE: who has more of the prompt's KV than the lender, which pulls it from there first."""
+    router_id: str = ""
+    """Whose attempt it is: that router is told when the lender's load shows it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What travels on the one long-lived stream between a router and a worker. Plain values: wire/ turns them into
 protobuf, the simulator carries them as they are.
 
-Up: Hello, then Submit and Cancel. Down: one StepMessage per engine step with the tokens of all requests, KV events
-and load; between steps a StepMessage without tokens is the heartbeat.
+Up: Hello, then Submit, Resume and Cancel. Down: one StepMessage per engine step with the tokens of all requests, KV
+events and load; between steps a StepMessage without tokens is the heartbeat.
 """
 
 from __future__ import annotations
@@ -15,10 +15,26 @@ from baton.core.worker import Ledger, Route, Span, WorkerInfo, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Say the rest of a request, under a new epoch: its stream, or its router, was lost. Answered by chunks of what is
+    known from the next indexes on, then by all that follows; Forgotten if some of it is not known here."""
+
+    request_id: str
+    epoch: int
+    """As in Submit: names the attempt from now on. Of an attempt whose stream came back, the one that it has."""
+    asked: bytes
+    """Request.asked. Whoever does not know the whole question, or is another tenant, gets none of the answer."""
+    next_indexes: tuple[tuple[int, int], ...]
+    """(choice, output tokens that the router has), for each choice that it waits for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """First message of a stream; the worker answers with a StepMessage whose `snapshot` is set."""
 
     router_id: str
+    running: tuple[Resume, ...] = ()
+    """Attempts of an earlier stream that this router still waits for. What else it left at this worker ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +65,7 @@ class Cancel:
     reason: str = "the client went away"
 
 
-UpMessage = Hello | Submit | Cancel
+UpMessage = Hello | Submit | Resume | Cancel
 
 
 @dataclass(slots=True)
@@ -107,6 +123,8 @@ class StepMessage:
     snapshot: KVSnapshot | None = None
     ledger: Ledger | None = None
     """With heartbeats only."""
+    taken: tuple[int, ...] = ()
+    """Epochs of this router's attempts whose work here `load` covers from now on: it shows it, or it is over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,13 +46,17 @@ TABLE = (
     _c(
         "baton_stale_chunks_total", "Token messages dropped: an older epoch, a duplicate, an unknown request.", "reason"
     ),
+    _c("baton_admission_refusals_total", "Requests refused at once, by why.", "reason"),
+    _c("baton_circuits_opened_total", "Workers that got no requests for a while: too many of their requests failed.", "worker"),
     _c("baton_retry_waits_total", "Retries after a loss that waited for the retry budget."),
     _c("baton_moves_total", "Planned moves of requests off a draining worker, by how they ended.", "end"),
     _c("baton_quarantined_requests_total", "Requests failed as poison: aboard two crashes, or like one that was.", "reason"),
     _c("baton_worker_lost_total", "Workers the router lost: silent for too long, or crashed. Who drained first is not counted.", "role"),
     _c("baton_index_resyncs_total", "Prefix index rebuilt from a snapshot after a gap or a new boot."),
+    _g("baton_queued_requests", "Requests that wait in the router for a worker with room."),
     _g("baton_workers", "Workers by role and state.", "role", "state"),
     _g("baton_index_blocks", "Distinct block hashes in the prefix index."),
+    _c("baton_index_dropped_total", "(worker, block) pairs that the prefix index dropped because it was full."),
     _g("baton_worker_up", "1: the worker told its counters for this scrape; 0: it did not in time.", "worker", "role"),
     # worker
     _c("baton_steps_total", "Engine steps."),
@@ -86,6 +90,7 @@ HISTOGRAMS = {
     for h in (
         Histogram("baton_ttft_seconds", "Time to first token, as the router sees it.", _LATENCY_BOUNDS),
         Histogram("baton_itl_seconds", "Gap between two token messages of one request.", _LATENCY_BOUNDS),
+        Histogram("baton_queue_seconds", "Wait in the router for a worker with room, of those that had to.", _LATENCY_BOUNDS),
         Histogram("baton_request_seconds", "Duration of finished requests.", _LATENCY_BOUNDS),
     )
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+from array import array
 from dataclasses import dataclass, field
 
 from baton.core.errors import InvalidRequest
@@ -151,6 +152,12 @@ class Request:
         if self.sampling.seed is not None:
             return self.sampling.seed
         return int.from_bytes(hashlib.sha256(self.request_id.encode()).digest()[:8], "little")
+
+    @property
+    def asked(self) -> bytes:
+        """Names the question, and who asked: equal for all attempts of a request, whoever sends them."""
+        how = repr((self.tenant, self.seeded_sampling)).encode()
+        return hashlib.sha256(len(how).to_bytes(8, "little") + how + array("Q", self.prompt).tobytes()).digest()
 
     @property
     def seeded_sampling(self) -> SamplingParams:

@@ -42,6 +42,8 @@ class SequenceState:
     """Tokens of this sequence inside steps that were scheduled but not committed; one of them may be unknown still."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the prefix map or received: not computed here."""
+    num_expected_blocks: int = 0
+    """Leading blocks that the prefix map had when it was last looked at, while the sequence waited."""
     block_hashes: list[BlockHash] = field(default_factory=list)
     """Of the full blocks of `tokens`, as far as they were needed."""
     converted: bool = False

@@ -20,7 +20,7 @@ class WorkerService(Protocol):
     """What a worker serves: the same five calls for both roles, at the server and at a client of it."""
 
     def stream(self, up: AsyncIterator[UpMessage]) -> AsyncIterator[StepMessage]:
-        """The multiplexed stream of one router. Requests submitted on it outlive neither it nor the worker."""
+        """The multiplexed stream of one router. What was submitted on it outlives it by `router.orphan_window_s`."""
         ...
 
     def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:

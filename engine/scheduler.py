@@ -41,6 +41,7 @@ from baton.core.errors import BatonError, Overloaded
 from baton.core.request import FinishReason, SampledToken
 from baton.core.sequence import SequenceState
 from baton.core.step import UNKNOWN_TOKEN, Progress, ScheduledChunk, Step, StepResult
+from baton.core.step_model import pairs
 from baton.engine.block_pool import BlockPool
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -207,11 +208,27 @@ class Scheduler:
         blocks return."""
         return any(s.request_id not in self._paused for s in self._unfinished())
 
-    @property
-    def queued_prefill_tokens(self) -> int:
-        """Tokens still to be computed, in flight or not, of sequences that need more than a decode step."""
-        left = (s.num_tokens - s.num_computed_tokens for s in self._unfinished())
-        return sum(n for n in left if n > 1)
+    def queued_prefill(self) -> tuple[int, int]:
+        """(tokens, their (query, key) pairs) still to be computed, in flight or not, of sequences that need more than
+        a decode step. What waiting ones find in the prefix map will not be."""
+        tokens = num_pairs = 0
+        for seq in self._unfinished():
+            known = seq.num_computed_tokens
+            if not known and seq.request_id not in self._running:
+                known = self._expected_hit(seq) * self._pool.block_size
+            left = max(1, seq.num_tokens - known)
+            if left > 1:
+                tokens += left
+                num_pairs += pairs(seq.num_tokens - left, left)
+        return tokens, num_pairs
+
+    def _expected_hit(self, seq: SequenceState) -> int:
+        """Leading blocks that the sequence would find now. Looked up from where the last look ended, so that asking
+        again costs one look; evictions meanwhile are seen when it is admitted."""
+        hashes, known = self.hashes(seq), seq.num_expected_blocks
+        if self._pool.match(hashes[known : known + 1]):
+            seq.num_expected_blocks += len(self._pool.match(hashes[known:]))
+        return seq.num_expected_blocks
 
     @property
     def context_tokens(self) -> int:

@@ -19,7 +19,7 @@ from baton.core.messages import Cancel, Submit, TokenChunk
 from baton.core.request import FinishReason
 from baton.core.worker import Route, WorkerInfo
 from baton.router.fleet import Fleet
-from baton.router.link import Subscription
+from baton.router.link import Subscription, Work
 
 
 @dataclass(slots=True, eq=False)
@@ -49,11 +49,11 @@ class Attempt:
         return self.request_id, self.epoch
 
     def open(
-        self, submit: Submit, work: dict[str, int], hear: Callable[[Attempt, TokenChunk], None],
+        self, submit: Submit, work: dict[str, Work], hear: Callable[[Attempt, TokenChunk], None],
         lose: Callable[[Attempt, BatonError], None],
     ) -> None:
-        """Send it. `work`: prefill tokens to count on each worker, 0 for a sequence that comes to decode there. Raises
-        PeerLost without a stream; it must be closed then, too."""
+        """Send it. `work`: what counts on each worker from now on. Raises PeerLost without a stream; it must be closed
+        then, too."""
         self.opened_at = asyncio.get_running_loop().time()
         self.avoid = (self.route.decode,)
         self.life.on("submit")
@@ -62,8 +62,8 @@ class Attempt:
         self._subscription = subscription
         self.fleet.send(self.route.decode, submit)
         self._charged = tuple(work)
-        for worker_id, prefill_tokens in work.items():
-            self.fleet.charge(worker_id, self.key, prefill_tokens)
+        for worker_id, part in work.items():
+            self.fleet.charge(worker_id, self.epoch, part)
 
     def failure(self, chunk: TokenChunk) -> BatonError | None:
         """What the worker ended the attempt with; None if it did not."""
@@ -108,6 +108,6 @@ class Attempt:
 
     def _settle(self) -> None:
         for worker_id in self._charged:
-            self.fleet.settle(worker_id, self.key)
+            self.fleet.settle(worker_id, self.epoch)
         self._charged = ()
 

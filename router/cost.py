@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from baton.core.config import RouterConfig
 from baton.core.layout import stored_alike
@@ -64,6 +64,8 @@ class _Option(NamedTuple):
 class CostPolicy:
     """The cheapest pair in seconds; ties are broken by `rng`, so that equal routers do not all pick the first."""
 
+    compares_all: ClassVar = False
+
     def __init__(self, config: RouterConfig, rng: random.Random) -> None:
         self._config = config
         self._rng = rng
@@ -107,8 +109,8 @@ class _Prices:
 
     @classmethod
     def of(cls, facts: Facts, config: RouterConfig, decode: Sequence[Candidate], candidates: Candidates) -> _Prices:
-        rates = (c.load.prefill_tokens_per_s for c in (*decode, *candidates.prefill))
-        steps = (d.load.decode_step_s for d in decode)
+        rates = (_rate(c) for c in (*decode, *candidates.prefill))
+        steps = (d.load.model.decode_step_s(1, 0) if d.load.model.num_decode_steps else 0.0 for d in decode)
         rate, step_s = _typical(rates, config.assumed_prefill_tokens_per_s), _typical(steps, ASSUMED_STEP_S)
         return cls(facts, config, candidates, rate, step_s)
 
@@ -147,11 +149,11 @@ class _Prices:
         return best
 
     def rate_of(self, worker: Candidate) -> float:
-        return worker.load.prefill_tokens_per_s or self.rate
+        return _rate(worker) or self.rate
 
     def interference_s(self, decode: Candidate) -> float:
         """A step's time for each sequence there: what joining it costs them and us."""
-        return decode.num_sequences * (decode.load.decode_step_s or self.step_s)
+        return decode.num_sequences * (decode.load.model.decode_step_s(1, 0) if decode.load.model.num_decode_steps else self.step_s)
 
     def moved_bytes(self, decode: Candidate) -> int:
         layout = decode.info.capability.layout
@@ -229,6 +231,10 @@ def price_move(facts: Facts, config: RouterConfig, source: WorkerInfo, candidate
     cost_s = sum(seconds for _, seconds in priced[best])
     reason = f"{source.worker_id} drains: moves to {best}, {cost_s:.3f} s for {facts.num_tokens} tokens"
     return Route(best, None, cost_s=cost_s, terms=priced[best], reason=reason)
+
+
+def _rate(c: Candidate) -> float:
+    return c.load.model.tokens_per_s(c.load.chunk_tokens) if c.load.model.num_prefill_steps else 0.0
 
 
 def _alike(one: Candidate, other: Candidate) -> bool:

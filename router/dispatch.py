@@ -21,14 +21,25 @@ import logging
 from collections.abc import AsyncGenerator
 
 from baton.core.config import Config
-from baton.core.errors import BatonError, InvalidRequest, Overloaded, PeerLost
+from baton.core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    IntegrityError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PeerLost,
+)
 from baton.core.messages import Submit, TakeFrom, TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import Request
 from baton.core.worker import Route
 from baton.router.attempt import Attempt
 from baton.router.budget import RetryBudget
+from baton.router.decisions import Decider
+from baton.router.dice import Dice
 from baton.router.fleet import Fleet
+from baton.router.link import Work
 from baton.router.moves import Moves
 from baton.router.placing import REFUSED_WAIT_S, Placing
 from baton.router.policy import Policy
@@ -44,20 +55,26 @@ class Dispatcher:
     """Turns requests into token chunks. One loop; `generate` may run many times at once."""
 
     def __init__(
-        self, fleet: Fleet, policy: Policy, config: Config, metrics: Metrics, traces: TraceLog | None = None
+        self, fleet: Fleet, policy: Policy, config: Config, metrics: Metrics, traces: TraceLog | None = None,
+        dice: Dice | None = None,
     ) -> None:
+        """`dice`: what the policy breaks ties with, if its decisions shall be repeatable."""
         router, handoff = config.router, config.handoff
         self.traces = traces or TraceLog()
         self._fleet = fleet
         self._config = router
         self._metrics = metrics
+        self._mute_s = handoff.stall_timeout_s
+        """A worker that says nothing of a request for so long has failed it."""
         self._live: dict[str, Run] = {}
         self._line = WaitingLine()
-        self._placing = Placing(fleet, policy, self._line, router)
+        self._placing = Placing(fleet, Decider(policy, router, dice), self._line, config, metrics)
+        self._admission, self._health = self._placing.admission, self._placing.health
         self._budget = RetryBudget(router.retry_ratio, router.retry_per_s, metrics)
         self._quarantine = Quarantine(router.quarantine_s, metrics)
         self._moves = Moves(fleet, metrics, self._live.values, self._start_move)
         fleet.on_change = self._moves.look
+        fleet.on_report = self._admission.look
         self._around = Around(
             metrics,
             router.client_buffer_tokens,
@@ -99,12 +116,17 @@ class Dispatcher:
                     await self._after_failure(run, e)
         except BatonError as e:
             outcome = e.code
+            if not isinstance(e, RETRYABLE):
+                self._blame(run, e)
             raise
         finally:
             timer.cancel()
             run.close()
             del self._live[request.request_id]
             self._line.leave(request.request_id)
+            if not run.delivery.is_open:
+                self._admission.ended(run)
+            self._admission.look()
             self._record(run, outcome or run.delivery.how_it_ended())
 
     # ---- admission ----
@@ -112,12 +134,14 @@ class Dispatcher:
     def _admit(self, request: Request) -> Run:
         limit = self._config.max_inflight
         if len(self._live) >= limit:
-            raise Overloaded(f"the router has {limit} requests, its limit (router.max_inflight). Come back later.")
+            raise Overloaded(f"the router has {limit} requests, its limit (router.max_inflight). Come back later.",
+                             retry_after_s=self._admission.retry_after_s(len(request.prompt)))
         if request.request_id in self._live:
             raise InvalidRequest(f"request {request.request_id} is running. Give each request an id.", "request_id")
         self._quarantine.refuse(request)
         run = Run(request, self._around)
         self._placing.check_length(run)
+        self._admission.check(run)
         self._live[request.request_id] = run
         self._budget.admitted()
         return run
@@ -144,9 +168,10 @@ class Dispatcher:
         if route is None:
             return False
         move = self._attempt(run, route)
+        submit = self._submit(run, move, TakeFrom(source.decode, source.epoch))
+        work = {route.decode: Work(context_tokens=run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)}
         try:
-            move.open(self._submit(run, move, TakeFrom(source.decode, source.epoch)), {route.decode: 0}, run.hear,
-                      run.lose)
+            move.open(submit, work, run.hear, run.lose)
         except PeerLost as e:
             log.info("request %s cannot move to %s: %s", run.request.request_id, route.decode, e.message)
             move.close("lose")
@@ -166,6 +191,9 @@ class Dispatcher:
 
     def _on_first_token(self, run: Run, attempt: Attempt) -> None:
         self._line.placed(run.request.request_id)
+        for worker in (attempt.route.decode, attempt.route.prefill and attempt.route.prefill.worker_id):
+            if worker:
+                self._health.succeeded(worker)
         self._moves.look()
 
     # ---- after a failure ----
@@ -177,6 +205,7 @@ class Dispatcher:
         if isinstance(error, Overloaded):
             self._note_refusal(run, error)
         else:
+            self._blame(run, error)
             await self._note_loss(run, attempt, error)
         log.info("request %s is sent again after attempt %d: %s", run.request.request_id, len(run.records),
                  error.message)
@@ -234,6 +263,17 @@ class Dispatcher:
             raise self._quarantine.enter(run.request, crashed)
         self._quarantine.refuse(run.request)
 
+    def _blame(self, run: Run, error: BatonError) -> None:
+        """Counts it against the workers at fault, if it is a worker's: what a client did wrong, a refusal, or a short
+        deadline is not."""
+        attempt, now = run.attempt, asyncio.get_running_loop().time()
+        if attempt is None:
+            return
+        mute = isinstance(error, DeadlineExceeded) and run.ttft_s is None and now - attempt.opened_at >= self._mute_s
+        if mute or isinstance(error, (PeerLost, IntegrityError, InternalError)):
+            for worker_id in attempt.avoid:
+                self._health.failed(worker_id, now)
+
     # ---- the end ----
 
     def _record(self, run: Run, outcome: str) -> None:
@@ -246,9 +286,11 @@ class Dispatcher:
                 len(run.request.prompt),
                 delivery.num_output_tokens,
                 delivery.cached_tokens,
+                run.arrived,
                 run.ttft_s,
                 total_s,
                 tuple(run.records),
+                tuple(run.decisions),
                 timeline(run.records, delivery.spans, run.ttft_s, total_s),
             )
         )

@@ -1,6 +1,7 @@
 """The workers a router knows: discovery, one stream each, and what may be asked of whom.
 
-Owns the links, the prefix index and the list of pairs that do not fit. Does not know prices or retries.
+Owns the links, the prefix index, what is on its way to be held, and the order in which workers are offered. Does not
+know prices or retries. What it is asked for each request costs no more with more workers.
 
 Life of a worker here:
 
@@ -12,22 +13,28 @@ Life of a worker here:
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from baton.core.block_hash import HashScope
 from baton.core.config import Config
 from baton.core.errors import BatonError, PeerLost
-from baton.core.layout import PROTOCOL_VERSION, Capability, difference
+from baton.core.layout import PROTOCOL_VERSION, Capability
 from baton.core.messages import Cancel, Submit, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
+from baton.router.coming import Coming
 from baton.router.index import PrefixIndex
-from baton.router.link import Key, Link, Subscription, Surroundings, WorkerState
+from baton.router.kinds import Kinds
+from baton.router.link import Link, Subscription, Surroundings, Work, WorkerState
 from baton.router.policy import Candidate
+from baton.router.shortlist import Order, shortlist, standing_s
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +42,15 @@ DISCOVER_TIMEOUT_S = 5.0
 STATUS_TIMEOUT_S = 0.5
 """Longest that whoever reads counters waits for one worker."""
 FORGET_S = 60.0
+MANY, OBSERVE_S = 256, 0.1
+"""Of so many workers, all are looked at for the gauges no oftener than this and with each poll of the registry. Of
+fewer, at each change."""
 MAX_PAST_BOOTS = 16
+OFFERED_WHOLE = 32
+"""Workers known, of both roles: so many are all offered. Of more, a shortlist (shortlist.py)."""
+MAX_HOLDERS = 16
+"""Lenders of a prefix offered, those that hold most."""
+NONE_HELD: Mapping[str, int] = MappingProxyType({})
 MAX_CRASHES = 256
 """Crashed boots remembered."""
 
@@ -59,26 +74,24 @@ class WorkerView:
     all."""
 
 
-def _candidate(link: Link, held_blocks: int) -> Candidate:
-    load, in_flight = link.load, link.in_flight
+def _candidate(link: Link, held_blocks: int = 0, expected_blocks: int = 0) -> Candidate:
+    load, sent = link.load, link.in_flight
     return Candidate(
         link.info,
         load,
         held_blocks,
-        load.queued_prefill_tokens + in_flight.queued_prefill_tokens,
-        load.num_running + load.num_waiting + in_flight.num_sequences,
+        load.queued_prefill_tokens + sent.queued_prefill_tokens,
+        load.num_running + load.num_waiting + load.num_arriving + sent.num_sequences,
         link.bandwidth,
+        load.queued_prefill_pairs + sent.queued_prefill_pairs,
+        load.context_tokens + sent.context_tokens,
+        link.silent_s,
+        max(held_blocks, expected_blocks),
     )
 
 
 def _speaks_ours(worker: WorkerInfo) -> bool:
     return PROTOCOL_VERSION in worker.capability.protocol_versions
-
-
-def _in_order(one: WorkerInfo, other: WorkerInfo) -> tuple[WorkerInfo, WorkerInfo]:
-    """Prefill before decode, else by name: a pair is compared, logged and shown one way round."""
-    key = (one.role is not Role.PREFILL, one.worker_id), (other.role is not Role.PREFILL, other.worker_id)
-    return (one, other) if key[0] <= key[1] else (other, one)
 
 
 def context_limit(capability: Capability) -> int:
@@ -98,20 +111,30 @@ class Fleet:
         router_id: str,
     ) -> None:
         self.index = PrefixIndex()
+        self.coming = Coming()
         self._discover = discover
         self._config = config
         self._metrics = metrics
         stall_s = config.handoff.stall_timeout_s
         self._around = Surroundings(
-            dial, self.index, config.router, metrics, router_id, self._notify, self._note_crash, stall_s
+            dial, self.index, config.router, metrics, router_id, self._notify, self._note_crash, stall_s,
+            self._heard,
         )
         self.on_change: Callable[[], None] = lambda: None
         """Called, on the loop, whenever some worker's state changed."""
+        self.on_report: Callable[[], None] = lambda: None
+        """Called, on the loop, with every word of a worker: it may have got room."""
         self._links: dict[str, Link] = {}
+        self._boots: dict[str, Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._differences: dict[tuple[str, str], str | None] = {}
+        self._kinds = Kinds()
+        self._orders: dict[tuple[Role, int], Order] = {}
         self._change = asyncio.Event()
         self._scopes: tuple[tuple[HashScope, int], ...] | None = None
+        self._longest: int | None = None
+        self._draining: list[WorkerInfo] | None = None
+        self._num_dropped = 0
+        self._observed_at = -math.inf
         self._crashes: OrderedDict[str, None] = OrderedDict()
         self._registry_failing = False
 
@@ -125,9 +148,13 @@ class Fleet:
         link = self._links.get(worker_id)
         return link.info if link else None
 
-    def capabilities(self, role: Role = Role.DECODE) -> tuple[Capability, ...]:
-        """Of every known worker of that role, ready or not: limits do not change because a stream broke."""
-        return tuple(link.info.capability for link in self._links.values() if link.info.role is role)
+    def max_model_len(self) -> int:
+        """Most tokens, prompt and output, that any known decode worker holds for one request, ready or not: limits do
+        not change because a stream broke. 0 while none is known."""
+        if self._longest is None:
+            decode = (link.info for link in self._links.values() if link.info.role is Role.DECODE)
+            self._longest = max((context_limit(info.capability) for info in decode), default=0)
+        return self._longest
 
     @property
     def ready(self) -> bool:
@@ -142,29 +169,45 @@ class Fleet:
             self._scopes = tuple(dict.fromkeys((HashScope.of(c), c.layout.block_size) for c in capabilities))
         return self._scopes
 
-    def candidates(self, role: Role, held_blocks: Mapping[str, int]) -> list[Candidate]:
-        """READY workers of a role, with load as of now. `held_blocks`: of one prompt, by worker."""
-        return [
-            _candidate(link, held_blocks.get(worker_id, 0))
-            for worker_id, link in self._links.items()
-            if link.info.role is role and link.state is WorkerState.READY and _speaks_ours(link.info)
-        ]
+    def candidates(
+        self, role: Role, held: Mapping[str, int], coming: Mapping[str, int] = NONE_HELD,
+        able: Callable[[Candidate], bool] = lambda _: True, has_room: Callable[[Candidate], bool] | None = None,
+    ) -> list[Candidate]:
+        """READY workers of a role that are `able`, with load as of now: all of them; or of too many a shortlist, if
+        `has_room` says who is preferred. `held`, `coming`: leading blocks of one prompt, by worker and by boot."""
 
-    def holders(self, held_blocks: Mapping[str, int]) -> list[Candidate]:
+        def offer(link: Link) -> Candidate | None:
+            info = link.info
+            if info.role is not role or link.state is not WorkerState.READY or not _speaks_ours(info):
+                return None
+            candidate = _candidate(link, held.get(info.worker_id, 0), coming.get(info.boot_id, 0))
+            return candidate if able(candidate) else None
+
+        if has_room is None or len(self._links) <= OFFERED_WHOLE:
+            return [c for link in self._links.values() if (c := offer(link)) is not None]
+        orders = [order for (of, _), order in self._orders.items() if of is role]
+        return shortlist(orders, self._having(held, coming), offer, has_room)
+
+    def holders(self, held: Mapping[str, int]) -> list[Candidate]:
         """Workers of either role that can lend what they hold, the one that holds most first. A draining one can."""
-        found = [
-            _candidate(self._links[worker_id], num_blocks)
-            for worker_id, num_blocks in held_blocks.items()
-            if self._links[worker_id].state in (WorkerState.READY, WorkerState.DRAINING)
-        ]
-        return sorted(found, key=lambda c: -c.held_blocks)
+        able = (WorkerState.READY, WorkerState.DRAINING)
+        links = (link for worker_id in held if (link := self._links[worker_id]).state in able)
+        return [_candidate(link, held[link.info.worker_id]) for link in itertools.islice(links, MAX_HOLDERS)]
+
+    def _having(self, held: Mapping[str, int], coming: Mapping[str, int]) -> Iterator[Link]:
+        """Who holds something of the prompt, or will: in turns, most first."""
+        found = map(self._links.get, held), map(self._boots.get, coming)
+        for pair in itertools.zip_longest(*found):
+            yield from (link for link in pair if link is not None)
 
     def draining(self) -> list[WorkerInfo]:
-        return [link.info for link in self._links.values() if link.state is WorkerState.DRAINING]
+        if self._draining is None:
+            self._draining = [link.info for link in self._links.values() if link.state is WorkerState.DRAINING]
+        return self._draining
 
     def fits(self, one: WorkerInfo, other: WorkerInfo) -> bool:
         """May either of them lend to the other?"""
-        return self._difference(one, other) is None
+        return self._kinds.difference(one, other) is None
 
     def crashed(self, boot_id: str, since: float) -> bool | None:
         """Is that boot known to have crashed: its stream broke, and then its address refused or another boot was there?
@@ -221,17 +264,22 @@ class Fleet:
         if link is not None:
             link.unsubscribe(subscription)
 
-    def charge(self, worker_id: str, key: Key, prefill_tokens: int) -> None:
-        """Count dispatched work from now on: `prefill_tokens` to compute there, or (0) a sequence to decode there."""
+    def charge(self, worker_id: str, epoch: int, work: Work) -> None:
+        """Count dispatched work from now on."""
         link = self._links.get(worker_id)
         if link is not None:
-            link.in_flight.add(key, prefill_tokens, asyncio.get_running_loop().time())
+            link.in_flight.add(epoch, work)
+            self._touch(link)
+            if work.hashes:
+                self.coming.expect(link.info.boot_id, epoch, work.hashes)
 
-    def settle(self, worker_id: str, key: Key) -> None:
+    def settle(self, worker_id: str, epoch: int) -> None:
         """The worker's own reports cover this work now, or it is over."""
+        self.coming.settle(epoch)
         link = self._links.get(worker_id)
         if link is not None:
-            link.in_flight.settle(key)
+            link.in_flight.settle(epoch)
+            self._touch(link)
 
     # ---- discovery ----
 
@@ -267,8 +315,10 @@ class Fleet:
                 self._open(Link(info, self._around), tasks)
             elif info.boot_id == known.info.boot_id:
                 if info != known.info:  # the same boot in another role
+                    self._kinds.forget(info.boot_id)
                     known.info = info
                     self._notice(info)
+                    self._touch(known)
             elif info.boot_id not in known.past_boots:
                 known.replaced()
                 past = (*known.past_boots, known.info.boot_id)[-MAX_PAST_BOOTS:]
@@ -284,30 +334,46 @@ class Fleet:
 
     def _open(self, link: Link, tasks: asyncio.TaskGroup) -> None:
         self._notice(link.info)
-        self._links[link.info.worker_id] = link
+        self._links[link.info.worker_id] = self._boots[link.info.boot_id] = link
         self._tasks[link.info.worker_id] = tasks.create_task(link.run(), name=f"stream to {link.info.worker_id}")
 
     def _close(self, worker_id: str) -> None:
         """End a link; its requests fail as soon as its task is cancelled."""
         link = self._links.pop(worker_id)
+        del self._boots[link.info.boot_id]
         self._tasks.pop(worker_id).cancel()
         self.index.drop(worker_id)
         self._notice(link.info)
+        self._kinds.forget(link.info.boot_id)
 
     def _notice(self, info: WorkerInfo) -> None:
         """A worker came, went or changed: what was derived from it is derived again."""
-        self._scopes = None
-        self._differences = {pair: why for pair, why in self._differences.items() if info.boot_id not in pair}
+        self._scopes = self._longest = None
+        for order in self._orders.values():
+            order.forget(info.worker_id)
         self._notify()
 
     # ---- helpers of the above ----
 
     def _notify(self) -> None:
+        self._draining = None
         self._change.set()
         self._change = asyncio.Event()
-        self._observe()
-
+        if len(self._links) < MANY or asyncio.get_running_loop().time() - self._observed_at >= OBSERVE_S:
+            self._observe()
         self.on_change()
+
+    def _heard(self, link: Link) -> None:
+        self._touch(link)
+        self.on_report()
+
+    def _touch(self, link: Link) -> None:
+        """Its load has changed: it stands elsewhere among its like."""
+        if _speaks_ours(link.info):
+            key = link.info.role, self._kinds.of(link.info)
+            if key not in self._orders:
+                self._orders[key] = Order(lambda link: standing_s(_candidate(link)), self._around.router_id)
+            self._orders[key].touch(link)
 
     def _note_crash(self, boot_id: str) -> None:
         self._crashes[boot_id] = None
@@ -316,26 +382,19 @@ class Fleet:
         self._notify()
 
     def _observe(self) -> None:
+        self._observed_at = asyncio.get_running_loop().time()
         counts = {(role, state): 0 for role in Role for state in WorkerState}
         for link in self._links.values():
             counts[link.info.role, link.state] += 1
         for (role, state), count in counts.items():
             self._metrics.set("baton_workers", count, role=role.value, state=state.value)
         self._metrics.set("baton_index_blocks", self.index.num_blocks)
-
-    def _difference(self, one: WorkerInfo, other: WorkerInfo) -> str | None:
-        pair = (one.boot_id, other.boot_id)
-        if pair not in self._differences:
-            first, second = _in_order(one, other)
-            why = difference(first.capability, second.capability)
-            self._differences[pair] = self._differences[pair[::-1]] = why
-            if why is not None:
-                log.warning("%s and %s are never paired: %s", first.worker_id, second.worker_id, why)
-        return self._differences[pair]
+        self._metrics.inc("baton_index_dropped_total", self.index.num_dropped - self._num_dropped)
+        self._num_dropped = self.index.num_dropped
 
     def _view(self, link: Link) -> WorkerView:
         others = (other.info for other in self._links.values() if other is not link)
-        reasons = ((other.worker_id, self._difference(link.info, other)) for other in others)
+        reasons = ((other.worker_id, self._kinds.difference(link.info, other)) for other in others)
         refused = [(name, why) for name, why in reasons if why is not None]
         if not _speaks_ours(link.info):
             theirs = list(link.info.capability.protocol_versions)

@@ -32,13 +32,14 @@ from baton.core.errors import (
 )
 from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
-from baton.core.request import MAX_CHOICES, Choice, Request, SamplingParams
+from baton.core.request import MAX_CHOICES, Choice, FinishReason, Request, SamplingParams
+from baton.router.limits import Charge, RateLimits
 from baton.router.output import Delta, Output, Usage
 from baton.router.text import TextCodec
 
 MAX_STOPS = 8
 MAX_STOP_BYTES = 64
-MAX_REQUEST_ID_CHARS = 128
+MAX_REQUEST_ID_CHARS = MAX_TENANT_CHARS = 128
 INLINE_CHARS = 16_384
 """Longer texts are tokenised in a thread: about 0.5 us a character (tokenizers 0.23, SmolLM2's vocabulary)."""
 
@@ -92,6 +93,8 @@ class GenerateCall:
     """Where max_tokens is None: this, cut to what the context leaves; None: all that it leaves."""
     stop: tuple[str, ...] = ()
     tenant: str = ""
+    account: str = ""
+    """Whose rate limits it counts on."""
     timeout_s: float | None = None
     max_tokens_field: str = "max_tokens"
     """What the client called it."""
@@ -107,16 +110,18 @@ class Job:
     stop: tuple[str, ...]
     arrived_s: float
     """Loop time."""
+    account: str = ""
 
 
 class Generation:
     def __init__(self, codec: TextCodec, tokens: TokenSource, config: RouterConfig, metrics: Metrics,
-                 served_name: str) -> None:
+                 served_name: str, limits: RateLimits) -> None:
         self.codec = codec
         self.served_name = served_name
         self.metrics = metrics
         self._tokens = tokens
         self._config = config
+        self._limits = limits
 
     def max_model_len(self) -> int:
         """Longest prompt + output, in tokens."""
@@ -142,6 +147,8 @@ class Generation:
             raise InvalidRequest(f"n is {shown(call.n)}; it must be between 1 and {MAX_CHOICES}.", "n")
         if len(request_id) > MAX_REQUEST_ID_CHARS:
             raise InvalidRequest(f"request_id may have {MAX_REQUEST_ID_CHARS} characters at most.", "request_id")
+        if len(call.tenant) > MAX_TENANT_CHARS:
+            raise InvalidRequest(f"a tenant's name may have {MAX_TENANT_CHARS} characters at most.", "tenant")
         if call.timeout_s is not None and not 0 < call.timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s is {call.timeout_s!r}; it must be a positive number of seconds.",
                                  "timeout_s")
@@ -150,7 +157,7 @@ class Generation:
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
             tenant=call.tenant,
             deadline_s=min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s))
-        return Job(request, call.stop, arrived_s)
+        return Job(request, call.stop, arrived_s, call.account)
 
     async def tokenize(self, text: str) -> list[int]:
         """As `run` would read the text; any length up to what could be a prompt."""
@@ -166,7 +173,9 @@ class Generation:
         record = _Record(job, self.metrics, asyncio.get_running_loop().time)
         output = Output(self.codec, job.request, job.stop)
         last: Delta | None = None
+        charge: Charge | None = None
         try:
+            charge = await self._limits.charge(job.account, job.request)
             async with aclosing(self._tokens.generate(job.request)) as chunks:
                 async for chunk in chunks:
                     delta = output.take(chunk)
@@ -189,6 +198,8 @@ class Generation:
             raise
         finally:
             record.close()
+            if charge is not None:
+                self._limits.settle(charge, job.request, record.usage.output_tokens, record.failed)
         yield last  # everything is counted and released before the client hears the end
 
     @contextmanager
@@ -262,11 +273,16 @@ class _Record:
         self._job = job
         self._metrics = metrics
         self._now = now
-        self._usage = Usage(len(job.request.prompt), 0, 0)
+        self.usage = Usage(len(job.request.prompt), 0, 0)
         self._ttft_s: float | None = None
         self._latest_s: dict[int, float] = {}
         """By choice."""
         self.outcome = Cancelled.code
+
+    @property
+    def failed(self) -> bool:
+        """It has neither ended nor been given up by its client."""
+        return self.outcome not in (Cancelled.code, *FinishReason)
 
     def saw(self, delta: Delta) -> None:
         now = self._now()
@@ -277,14 +293,14 @@ class _Record:
             self._metrics.observe("baton_itl_seconds", now - self._latest_s[delta.choice])
         if delta.token_ids:
             self._latest_s[delta.choice] = now
-        self._usage = delta.usage
+        self.usage = delta.usage
         if delta.last:
             assert delta.finish is not None, delta
             self.outcome = delta.finish.value
 
     def close(self) -> None:
         total_s = self._now() - self._job.arrived_s
-        usage, metrics = self._usage, self._metrics
+        usage, metrics = self.usage, self._metrics
         metrics.inc("baton_requests_total", outcome=self.outcome)
         metrics.inc("baton_prompt_tokens_total", usage.prompt_tokens)
         metrics.inc("baton_cached_prompt_tokens_total", usage.cached_tokens)

@@ -3,7 +3,8 @@ and text on the other; errors leave as BatonErrors, which wire/server.py turns i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ from baton.router.dispatch import Dispatcher
 from baton.router.exposition import worker_samples
 from baton.router.fleet import Fleet, WorkerView
 from baton.router.generation import GenerateCall, Generation, Prompt, new_request_id, shown
+from baton.router.limits import account_of
 from baton.router.link import WorkerState
 from baton.router.output import Delta, Usage
+from baton.router.recorded import document
 from baton.router.trace import TraceRecord
 from baton.wire import admin_pb2, admin_pb2_grpc, codec, inference_pb2, inference_pb2_grpc
 
@@ -46,7 +49,7 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
                        context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
         with self._generation.refusals_counted():
             self._check_model(request.model)
-            call = _call(request, context.time_remaining())
+            call = _call(request, context.time_remaining(), dict(context.invocation_metadata() or ()))
         request_id = request.request_id or new_request_id("gen")
         job = await self._generation.prepare(call, request_id)
         async with aclosing(self._generation.run(job)) as deltas:
@@ -90,7 +93,8 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
             self._generation.check_model(name)
 
 
-def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None) -> GenerateCall:
+def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None,
+          metadata: Mapping[str, Any]) -> GenerateCall:
     which = request.WhichOneof("prompt")
     if which is None:
         raise InvalidRequest("the request has no prompt. Set text or token_ids.", "prompt")
@@ -103,6 +107,7 @@ def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None)
     return GenerateCall(
         prompt, sampling, wire.max_tokens if wire.HasField("max_tokens") else None,
         default_max_tokens=DEFAULT_MAX_TOKENS, stop=tuple(wire.stop), tenant=request.tenant,
+        account=account_of(request.tenant, metadata.get("authorization", "")),
         timeout_s=min(deadlines, default=None), n=wire.n if wire.HasField("n") else 1)
 
 
@@ -143,12 +148,22 @@ class AdminFront(admin_pb2_grpc.AdminServicer):
             in_flight=self._dispatcher.num_inflight, counters=counters)
 
     async def Trace(self, request: admin_pb2.TraceRequest, context: Any) -> admin_pb2.RequestTrace:
+        return _trace(self._record(request.request_id))
+
+    async def Newest(self, request: admin_pb2.NewestRequest, context: Any) -> admin_pb2.NewestTraces:
+        return admin_pb2.NewestTraces(traces=map(_trace, self._dispatcher.traces.recent(request.count)))
+
+    async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.RequestRecord:
+        return admin_pb2.RequestRecord(json=json.dumps(document(self._record(request.request_id))))
+
+    def _record(self, request_id: str) -> TraceRecord:
+        """Of that request; empty: the newest."""
         traces = self._dispatcher.traces
-        record = traces.get(request.request_id) if request.request_id else next(iter(traces.recent(1)), None)
+        record = traces.get(request_id) if request_id else next(iter(traces.recent(1)), None)
         if record is None:
-            asked = f"request {shown(request.request_id)}" if request.request_id else "any request"
+            asked = f"request {shown(request_id)}" if request_id else "any request"
             raise NotFound(f"no trace of {asked}: only the newest finished ones are kept.", "request_id")
-        return _trace(record)
+        return record
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainProgress:
         views = {view.info.worker_id: view for view in self._fleet.workers()}
@@ -199,4 +214,5 @@ def _trace(record: TraceRecord) -> admin_pb2.RequestTrace:
     return admin_pb2.RequestTrace(
         request_id=record.request_id, attempts=attempts, spans=[codec.SPAN.encode(s) for s in record.timeline.spans],
         prompt_tokens=record.num_prompt_tokens, cached_tokens=record.cached_tokens,
-        output_tokens=record.num_output_tokens, finished=True)
+        output_tokens=record.num_output_tokens, finished=True, arrived_s=record.arrived_s, zero_s=record.zero_s,
+        total_s=record.total_s)

@@ -17,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -33,6 +34,7 @@ from baton.core.errors import BatonError, InternalError, InvalidRequest, NotFoun
 from baton.router import replies
 from baton.router.exposition import CONTENT_TYPE, Told, exposition
 from baton.router.generation import Generation, Job, new_request_id, shown
+from baton.router.limits import account_of
 from baton.router.openai import Call, Endpoint, parse
 from baton.router.until import Stopping, Until
 
@@ -44,7 +46,7 @@ INLINE_BODY_BYTES = 64 << 10
 DISCARD_FACTOR = 4
 """Of a body that is too large, this many times the limit is read and thrown away: most clients only look for the
 answer when they have sent everything."""
-RETRY_AFTER_S = 1
+TENANT_HEADER = "x-baton-tenant"
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +162,9 @@ class _Generations:
             else:
                 call = await asyncio.to_thread(parse, body, self._endpoint)
             self._front.generation.check_model(call.model)
-        return call
+        tenant = request.headers.get(TENANT_HEADER, "")
+        account = account_of(tenant, request.headers.get("authorization", ""))
+        return replace(call, generate=replace(call.generate, tenant=tenant, account=account))
 
     async def _answer(self, call: Call, exchange: _Exchange) -> None:
         generation = self._front.generation
@@ -306,7 +310,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def retry_after(error: BatonError) -> tuple[tuple[bytes, bytes], ...]:
-    return ((b"retry-after", str(RETRY_AFTER_S).encode()),) if isinstance(error, Overloaded) else ()
+    """Whole seconds: HTTP knows no others."""
+    if not isinstance(error, Overloaded):
+        return ()
+    return ((b"retry-after", str(math.ceil(error.retry_after_s)).encode()),)
 
 
 # ---- everything else ---------------------------------------------------------------------------------------------

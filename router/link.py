@@ -21,9 +21,10 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from baton.core.block_hash import BlockHash
 from baton.core.config import RouterConfig
 from baton.core.errors import BatonError, PeerLost
 from baton.core.machines import WORKER, Life
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
-REPORT_LAG_S = 0.05
-"""A load report covers what was dispatched this long before it arrived. Work younger than that is added to it."""
 
 Key = tuple[str, int]
 """(request_id, epoch)."""
@@ -105,41 +104,49 @@ class UpQueue:
         raise StopAsyncIteration
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one attempt brings to one worker."""
+
+    prefill_tokens: int = 0
+    """To compute there. 0: the prompt is computed elsewhere."""
+    prefill_pairs: int = 0
+    """(query, key) pairs of these."""
+    context_tokens: int = 0
+    """Of its sequences, once they decode there. 0: they decode elsewhere."""
+    hashes: Sequence[BlockHash] = ()
+    """Of the blocks it will hold once it has computed the prompt."""
+
+
 @dataclass(slots=True)
 class InFlight:
-    """Work this router dispatched to one worker that the worker's own load does not show yet."""
+    """Work this router dispatched to one worker that the worker's own load does not cover yet. The worker says when it
+    does, attempt by attempt: nothing counts twice, and nothing is lost between."""
 
-    unreported: dict[Key, tuple[float, int]] = field(default_factory=dict)
-    """(when dispatched, prefill tokens), oldest first."""
-    awaited: dict[Key, None] = field(default_factory=dict)
-    """Sequences that a decode worker gets once their prompt was computed elsewhere."""
+    works: dict[int, Work] = field(default_factory=dict)
+    """By epoch."""
     queued_prefill_tokens: int = 0
+    queued_prefill_pairs: int = 0
+    context_tokens: int = 0
 
     @property
     def num_sequences(self) -> int:
-        return len(self.unreported) + len(self.awaited)
+        return len(self.works)
 
-    def add(self, key: Key, prefill_tokens: int, now: float) -> None:
-        """`prefill_tokens` 0: the prompt is computed elsewhere, this worker decodes."""
-        if prefill_tokens:
-            self.unreported[key] = (now, prefill_tokens)
-            self.queued_prefill_tokens += prefill_tokens
-        else:
-            self.awaited[key] = None
+    def add(self, epoch: int, work: Work) -> None:
+        self.works[epoch] = work
+        self._sum(work, 1)
 
-    def settle(self, key: Key) -> None:
-        """Its first token is out, or its attempt ended. Settled work is no error."""
-        self.awaited.pop(key, None)
-        _, tokens = self.unreported.pop(key, (0.0, 0))
-        self.queued_prefill_tokens -= tokens
+    def settle(self, epoch: int) -> None:
+        """The worker's load covers it, its first token is out, or its attempt ended. Settled work is no error."""
+        work = self.works.pop(epoch, None)
+        if work is not None:
+            self._sum(work, -1)
 
-    def reported(self, now: float) -> None:
-        """A load report arrived: it shows what was dispatched up to REPORT_LAG_S ago."""
-        while self.unreported:
-            key = next(iter(self.unreported))
-            if self.unreported[key][0] > now - REPORT_LAG_S:
-                return
-            self.settle(key)
+    def _sum(self, work: Work, sign: int) -> None:
+        self.queued_prefill_tokens += sign * work.prefill_tokens
+        self.queued_prefill_pairs += sign * work.prefill_pairs
+        self.context_tokens += sign * work.context_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,8 @@ class Surroundings:
     crashed: Callable[[str], None]
     """Called with the boot id of a worker that is now known to have crashed."""
     stall_timeout_s: float
+    reported: Callable[[Link], None]
+    """Called after everything that one message said was taken in."""
 
 
 class Link:
@@ -312,7 +321,8 @@ class Link:
             self.bandwidth = {peer: bytes_per_s for peer, _, bytes_per_s in message.load.pair_bandwidth}
         self.load = message.load
         self.ledger = message.ledger or self.ledger
-        self.in_flight.reported(now)
+        for epoch in message.taken:
+            self.in_flight.settle(epoch)
         for chunk in message.chunks:
             self._deliver(chunk)
         if message.snapshot is not None:
@@ -322,6 +332,7 @@ class Link:
             self._follow(message.kv_events)
         if self.state is not before:
             self._around.changed()
+        self._around.reported(self)
 
     def _follow_state(self) -> None:
         """What its newest load says of its state."""

@@ -5,7 +5,7 @@ Owns the waits before an attempt. Does not know what becomes of it.
 
 Life of a placing:
 
-1. its turn: behind those that were refused before (waiting.py)
+1. its turn: when a worker has room (admission.py), and behind those that were refused before (waiting.py)
 2. priced among ready workers that have not refused or failed it; chosen, or
 3. everybody asked has said no: a pause, then all of them may be asked again; nobody is ready: until somebody is
 4. bounded: by PLACE_WAIT_S without a ready worker, REFUSED_WAIT_S without a place, and always by the deadline
@@ -15,15 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from baton.core.block_hash import extend
-from baton.core.config import RouterConfig
+from baton.core.block_hash import BlockHash, HashScope, extend
+from baton.core.config import Config
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
+from baton.core.metrics import Metrics
+from baton.core.step_model import pairs
 from baton.core.worker import Role, Route, WorkerInfo
-from baton.router.cost import price_move
+from baton.router.admission import Admission
+from baton.router.decisions import Decider
 from baton.router.fleet import Fleet, context_limit
-from baton.router.policy import Candidate, Candidates, Facts, Policy
+from baton.router.health import Health
+from baton.router.link import Work
+from baton.router.policy import Candidate, Candidates, Facts
+from baton.router.room import Room
 from baton.router.run import Run
 from baton.router.waiting import WaitingLine
 
@@ -41,15 +47,17 @@ class NobodyReady(PeerLost):
 
 
 class Placing:
-    def __init__(self, fleet: Fleet, policy: Policy, line: WaitingLine, config: RouterConfig) -> None:
+    def __init__(self, fleet: Fleet, decider: Decider, line: WaitingLine, config: Config, metrics: Metrics) -> None:
+        self.health = Health(metrics)
+        self.admission = Admission(config.router, metrics, self._is_open)
         self._fleet = fleet
-        self._policy = policy
+        self._decider = decider
         self._line = line
-        self._config = config
+        self._room = Room(config, self.health)
 
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
-        return max((context_limit(c) for c in self._fleet.capabilities()), default=0)
+        return self._fleet.max_model_len()
 
     def check_length(self, run: Run) -> None:
         limit = self.max_model_len()
@@ -61,7 +69,7 @@ class Placing:
             )
 
     async def place(self, run: Run) -> Route:
-        """The next attempt's route. Waits up to PLACE_WAIT_S for somebody to take it, and for its turn."""
+        """The next attempt's route. Waits for its turn, and then up to PLACE_WAIT_S for somebody to take it."""
         loop = asyncio.get_running_loop()
         await self._turn(run)
         give_up = min(run.deadline, loop.time() + PLACE_WAIT_S)
@@ -83,60 +91,88 @@ class Placing:
                     f"no decode worker can take request {run.request.request_id}: {self._roll_call()}. "
                     "Try again later; `baton status` shows the workers."
                 )
+            else:
+                await self._turn(run)
 
     def place_move(self, run: Run, source: WorkerInfo) -> Route | None:
         """Where it moves to from a worker that drains; None: nobody has room, or fits. Never waits."""
         facts = _facts(run, run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)
-        everybody = self._candidates(run, self.held_blocks(run))
+        everybody = self._candidates(run, facts)
         others = [d for d in everybody.decode if d.info.worker_id not in run.move_elsewhere]
-        route = price_move(facts, self._config, source, dataclasses.replace(everybody, decode=others))
-        if route is None and run.move_elsewhere:
+        decision = self._decider.choose_move(facts, source, dataclasses.replace(everybody, decode=others))
+        if decision.route is None and run.move_elsewhere:
             run.move_elsewhere.clear()
-            route = price_move(facts, self._config, source, everybody)
-        return route
+            decision = self._decider.choose_move(facts, source, everybody)
+        run.decisions.append(decision)
+        return decision.route
 
-    def work(self, run: Run, route: Route) -> dict[str, int]:
-        """Prefill tokens that the route gives to each worker; 0: a sequence that comes to decode there."""
+    def work(self, run: Run, route: Route) -> dict[str, Work]:
+        """What the route gives to each worker."""
         computing = route.prefill or self._fleet.info(route.decode)
         assert computing is not None, f"{route.decode} was offered and is not known"
-        held = self.held_blocks(run)
+        hashes = self._hashes(run)
+        held = self._held(hashes)
         best = max(held.get(w.worker_id, 0) for w in (computing, route.holder) if w is not None)
-        tokens = run.delivery.num_shared_tokens - best * computing.capability.layout.block_size
-        return {computing.worker_id: max(1, tokens)} | ({route.decode: 0} if route.prefill is not None else {})
+        mine = hashes[_scope(run, HashScope.of(computing.capability)), computing.capability.layout.block_size]
+        best = max(best, self._fleet.coming.match(mine).get(computing.boot_id, 0))
+        total = run.delivery.num_shared_tokens
+        left = max(1, total - best * computing.capability.layout.block_size)
+        num_pairs = pairs(total - left, left)
+        if route.prefill is None:
+            return {route.decode: Work(left, num_pairs, total, mine)}
+        return {computing.worker_id: Work(left, num_pairs, hashes=mine), route.decode: Work(context_tokens=total)}
 
-    def held_blocks(self, run: Run) -> dict[str, int]:
-        """Leading blocks on each worker. Hashed once per request and way of hashing (one, in a fleet of one model);
-        workers that hash differently cannot hold each other's hashes."""
-        held: dict[str, int] = {}
+    def _hashes(self, run: Run) -> Mapping[tuple[HashScope, int], Sequence[BlockHash]]:
+        """Of the blocks that all its choices begin with. Hashed once per request and way of hashing (one, in a fleet of
+        one model); workers that hash differently cannot hold each other's hashes."""
         for fleet_scope, block_size in self._fleet.scopes():
-            scope = dataclasses.replace(fleet_scope, tenant_salt=run.request.tenant)
+            scope = _scope(run, fleet_scope)
             hashes = run.hashes.setdefault((scope, block_size), [])
             rest = run.delivery.num_shared_tokens - len(hashes) * block_size
             if rest >= block_size:  # at first the prompt, later what was delivered since
                 parent = hashes[-1] if hashes else scope.root()
                 hashes += extend(parent, run.delivery.remaining(0.0).shared[-rest:], block_size)
-            held |= self._fleet.index.match(hashes)
-        return held
+        return run.hashes
+
+    def _held(self, hashes: Mapping[tuple[HashScope, int], Sequence[BlockHash]]) -> Mapping[str, int]:
+        """Leading blocks on each worker, most first."""
+        return _merged([self._fleet.index.match(chain) for chain in hashes.values()])
 
     def _price(self, run: Run) -> Route | None:
-        return self._policy.price(
-            _facts(run, run.delivery.num_shared_tokens), self._candidates(run, self.held_blocks(run))
-        )
+        facts = _facts(run, run.delivery.num_shared_tokens)
+        candidates = self._room.narrowed(self._candidates(run, facts))
+        decision = self._decider.choose(facts, candidates)
+        run.decisions.append(decision)
+        return decision.route
 
-    def _candidates(self, run: Run, held: Mapping[str, int]) -> Candidates:
-        longest = run.delivery.longest
+    def _is_open(self, run: Run) -> bool:
+        """Could it be sent now, and begin soon? Also if nobody is ready: `place` knows how long to wait for that."""
+        if self._line.somebody_waits:
+            return False
+        facts = _facts(run, run.delivery.num_shared_tokens)
+        candidates = self._candidates(run, facts)
+        return not candidates.decode or self._room.is_open(facts, candidates)
 
-        def able(role: Role) -> list[Candidate]:
-            return [
-                c
-                for c in self._fleet.candidates(role, held)
-                if c.info.worker_id not in run.avoided and context_limit(c.info.capability) > longest
-            ]
+    def _candidates(self, run: Run, facts: Facts) -> Candidates:
+        fleet, longest, hashes = self._fleet, run.delivery.longest, self._hashes(run)
+        held = self._held(hashes)
+        coming = _merged([fleet.coming.match(chain) for chain in hashes.values()])
 
-        return Candidates(able(Role.DECODE), able(Role.PREFILL), self._fleet.fits, self._fleet.holders(held))
+        def able(candidate: Candidate) -> bool:
+            info = candidate.info
+            return info.worker_id not in run.avoided and context_limit(info.capability) > longest
+
+        def offered(role: Role, has_room: Callable[[Candidate], bool]) -> list[Candidate]:
+            return fleet.candidates(role, held, coming, able, None if self._decider.compares_all else has_room)
+
+        decode = offered(Role.DECODE, lambda d: d.has_room(facts))
+        return Candidates(decode, offered(Role.PREFILL, lambda _: True), fleet.fits, fleet.holders(held))
 
     async def _turn(self, run: Run) -> None:
-        """Let those go first who were refused before. Who was running goes on at once: he has waited already."""
+        """Let those go first who came or were refused before. Who was running goes on at once: he has waited already.
+        Once it is its turn, nothing waits before it is sent."""
+        if run.attempt is None:
+            await self.admission.turn(run)
         give_up = min(run.deadline, (run.refused_since or run.arrived) + REFUSED_WAIT_S)
         if run.num_failures or await self._line.turn(run.request.request_id, give_up):
             return
@@ -163,3 +199,15 @@ class Placing:
 
 def _facts(run: Run, num_tokens: int) -> Facts:
     return Facts(num_tokens, len(run.delivery.unfinished))
+
+
+def _scope(run: Run, fleet_scope: HashScope) -> HashScope:
+    return dataclasses.replace(fleet_scope, tenant_salt=run.request.tenant)
+
+
+def _merged(found: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
+    """Of several ways of hashing; each worker knows one of them."""
+    if len(found) == 1:
+        return found[0]
+    together = ((name, num_blocks) for each in found for name, num_blocks in each.items())
+    return dict(sorted(together, key=lambda one: -one[1]))

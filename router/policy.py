@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from baton.core.step_model import StepModel
 from baton.core.worker import Route, WorkerInfo, WorkerLoad
 
 MAX_SPARES = 2
@@ -23,6 +24,8 @@ class Facts:
     num_tokens: int
     """Tokens whose KV the decode worker must have: the prompt, and what was delivered of an only choice."""
     num_choices: int = 1
+    turn: int = 0
+    """Decisions that this router made before: policies remember none, who goes in turns goes by this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,28 @@ class Candidate:
     """Running, waiting, and dispatched since."""
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     """Measured bytes/s from each peer it has pulled from."""
+    queued_prefill_pairs: int = 0
+    """(query, key) pairs of `queued_prefill_tokens`."""
+    context_tokens: int = 0
+    """What its sequences read in a decode step, those dispatched since included."""
+    age_s: float = 0.0
+    """Of the report: the worker has gone on since."""
+    expected_blocks: int = 0
+    """Leading blocks it will hold once it has computed what was sent to it before, if more than `held_blocks`: a prompt
+    that comes behind finds them there, but nobody can pull them yet."""
+
+    def queue_s(self, model: StepModel) -> float:
+        """Until the prompts before a new one are computed, by `model`: what was reported, less what was done since, and
+        what was dispatched since."""
+        load = self.load
+        reported_s = model.queue_s(load.queued_prefill_tokens, load.queued_prefill_pairs, load.chunk_tokens)
+        now_s = model.queue_s(self.queued_prefill_tokens, self.queued_prefill_pairs, load.chunk_tokens)
+        return now_s - min(self.age_s, reported_s)
 
     def uncached(self, num_tokens: int) -> int:
         """Tokens it would have to compute: never less than one, the last is always computed to sample from it."""
-        return max(1, num_tokens - self.held_blocks * self.info.capability.layout.block_size)
+        blocks = max(self.held_blocks, self.expected_blocks)
+        return max(1, num_tokens - blocks * self.info.capability.layout.block_size)
 
     def has_room(self, facts: Facts) -> bool:
         """Each further choice needs a block of its own at once."""
@@ -63,5 +84,8 @@ class Candidates:
 
 class Policy(Protocol):
     """Chooses among candidates; None when no decode worker is offered. Never an unfitting pair, never a wait."""
+
+    compares_all: ClassVar[bool]
+    """It must be offered every worker. Else, of many, those that can be the cheapest (shortlist.py)."""
 
     def price(self, facts: Facts, candidates: Candidates) -> Route | None: ...

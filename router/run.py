@@ -36,11 +36,14 @@ from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import Request
 from baton.router.attempt import Attempt
+from baton.router.decisions import Decision
 from baton.router.delivery import Delivery
 from baton.router.trace import AttemptRecord
 
 RETRYABLE = (Overloaded, PeerLost, Incompatible, IntegrityError)
 """Said by one worker, these may be different at another."""
+MAX_DECISIONS = 8
+"""Kept of one request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Run:
         """The one that speaks for the request; the last one, between two."""
         self.move: Attempt | None = None
         self.records: list[AttemptRecord] = []
+        self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        """Where it was to go, the newest ones: a request may wait through many."""
         self.ttft_s: float | None = None
         # What the dispatcher remembers from one attempt to the next:
         self.avoided: set[str] = set()

@@ -17,7 +17,6 @@ import functools
 import gc
 import json
 import logging
-import random
 import secrets
 import signal
 import sys
@@ -28,17 +27,20 @@ from typing import Any
 
 import uvloop
 
-from baton.cluster.store import RedisRegistry, Registry
+from baton.cluster.rates import Buckets
+from baton.cluster.store import RedisBuckets, RedisRegistry, Registry
 from baton.core.config import Config, load
 from baton.core.errors import ConfigError, InternalError, SetupError
 from baton.core.metrics import Metrics
 from baton.core.worker import Role, WorkerInfo
-from baton.router.cost import CostPolicy
+from baton.router.choose import make_policy
+from baton.router.dice import Dice
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.generation import Generation
 from baton.router.grpc_front import AdminFront, Identity, InferenceFront
 from baton.router.http import Front, create_app
+from baton.router.limits import RateLimits
 from baton.router.listen import HttpServer
 from baton.router.text import TextCodec
 from baton.router.until import Stopping
@@ -78,7 +80,7 @@ class Router:
             drained.cancel()
 
 
-async def serve_router(config: Config, model_dir: Path, registry: Registry) -> Router:
+async def serve_router(config: Config, model_dir: Path, registry: Registry, buckets: Buckets) -> Router:
     """Start to serve and return once both ports listen. Workers may come later: /readyz says when. Raises SetupError
     for a model directory that cannot be read or a port that cannot be had; then nothing is left behind."""
     codec = TextCodec(model_dir, datetime.now)
@@ -86,13 +88,16 @@ async def serve_router(config: Config, model_dir: Path, registry: Registry) -> R
     metrics, dial, stopping = Metrics(), GrpcDial(), Stopping()
     router_id = f"router-{secrets.token_hex(4)}"
     fleet = Fleet(_of_model(registry, codec.card.fingerprint), dial, config, metrics, router_id)
-    dispatcher = Dispatcher(fleet, CostPolicy(config.router, random.Random(secrets.randbits(64))), config, metrics)
-    generation = Generation(codec, dispatcher, config.router, metrics, served_name)
+    dice = Dice(secrets.randbits(64))
+    dispatcher = Dispatcher(fleet, make_policy(config.router, dice), config, metrics, dice=dice)
+    limits = RateLimits(config.router.tenants, buckets, metrics)
+    generation = Generation(codec, dispatcher, config.router, metrics, served_name, limits)
     front = Front(generation, config.router, functools.partial(why_not_ready, fleet), unix_time, stopping,
                   fleet.statuses)
     host = config.router.host
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(dial.close)
+        stack.push_async_callback(limits.close)
         following = asyncio.create_task(fleet.run(), name="fleet")
         stack.push_async_callback(_ended, following)
         http = await HttpServer.start(create_app(front), host, config.router.http_port, int(DRAIN_S) + CLOSE_S)
@@ -190,9 +195,9 @@ async def _process(config: Config, model_dir: Path, redis_url: str) -> None:
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
-    registry = RedisRegistry(redis_url)
+    registry, buckets = RedisRegistry(redis_url), RedisBuckets(redis_url)
     try:
-        router = await serve_router(config, model_dir, registry)
+        router = await serve_router(config, model_dir, registry, buckets)
         try:
             who = router.identity
             print(json.dumps({"router_id": who.router_id, "http": who.http_endpoint, "grpc": who.grpc_endpoint,
@@ -209,6 +214,7 @@ async def _process(config: Config, model_dir: Path, redis_url: str) -> None:
             if isinstance(error, BaseException):
                 raise error
     finally:
+        await buckets.close()
         await registry.close()
 
 

@@ -1,6 +1,7 @@
-"""What became of the last requests: the router's decisions and every span, for `baton trace` and the waterfall.
+"""What became of the last requests: the router's decisions and every span, for `baton explain`, `baton trace` and the
+waterfall.
 
-A ring of finished requests. It knows neither streams nor text.
+A ring of finished requests, bounded in number and bytes. It knows neither streams nor text.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from baton.core.worker import Route, Span, Timeline
+from baton.router.decisions import Decision
 
 CAPACITY = 256
+CAPACITY_BYTES = 16 << 20
+RECORD_BYTES, SPAN_BYTES = 2_000, 300
+"""What a record, and each span of it, keeps alive at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +38,31 @@ class TraceRecord:
     num_prompt_tokens: int
     num_output_tokens: int
     cached_tokens: int
+    arrived_s: float
+    """When it came, on the router's own clock."""
     ttft_s: float | None
     """Seconds from arrival at the router to its first token; None if there was none."""
     total_s: float
     attempts: tuple[AttemptRecord, ...]
+    decisions: tuple[Decision, ...]
+    """The newest ones, those that found nobody too. Of an attempt: the one with its very route."""
     timeline: Timeline
 
     @property
     def route(self) -> Route | None:
         """Of the last attempt."""
         return self.attempts[-1].route if self.attempts else None
+
+    @property
+    def zero_s(self) -> float:
+        """Zero of the timeline, in seconds since the arrival: the last dispatch."""
+        return self.attempts[-1].start_s if self.attempts else 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory, at most."""
+        spans = SPAN_BYTES * len(self.timeline.spans)
+        return RECORD_BYTES * (1 + len(self.attempts)) + spans + sum(d.num_bytes for d in self.decisions)
 
 
 def timeline(
@@ -71,17 +91,22 @@ def timeline(
 
 
 class TraceLog:
-    """The last `capacity` finished requests; the oldest leave first."""
+    """The last finished requests, at most `capacity`, and at most `capacity_bytes` of all but the newest; the oldest
+    leave first."""
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(self, capacity: int = CAPACITY, capacity_bytes: int = CAPACITY_BYTES) -> None:
         self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
         self._records: OrderedDict[str, TraceRecord] = OrderedDict()
+        self.num_bytes = 0
 
     def add(self, record: TraceRecord) -> None:
-        self._records.pop(record.request_id, None)
+        again = self._records.pop(record.request_id, None)
         self._records[record.request_id] = record
-        while len(self._records) > self._capacity:
-            self._records.popitem(last=False)
+        self.num_bytes += record.num_bytes - (again.num_bytes if again is not None else 0)
+        while len(self._records) > (self._capacity if self.num_bytes <= self._capacity_bytes else 1):
+            _, oldest = self._records.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
 
     def get(self, request_id: str) -> TraceRecord | None:
         return self._records.get(request_id)

@@ -36,6 +36,10 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self._seats)
 
+    @property
+    def somebody_waits(self) -> bool:
+        return self._first() is not None
+
     def refused(self, request_id: str) -> None:
         """It keeps or takes its seat, and pauses until it comes for its `turn`."""
         self._seats.setdefault(request_id, _Seat()).asked_at = None

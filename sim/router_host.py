@@ -14,7 +14,8 @@ from baton.core.config import Config
 from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import Request
-from baton.router.cost import CostPolicy
+from baton.router.choose import make_policy
+from baton.router.dice import Dice
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.trace import TraceLog, TraceRecord
@@ -104,9 +105,9 @@ class RouterHost:
             site.registry.at(self.name).list, site.network.dial(self.name), config, metrics,
             f"{self.name}.{self.boots}",
         )
-        rng = random.Random(f"policy {site.loop.seed} {self.name} {self.boots}")
+        dice = Dice(random.Random(f"policy {site.loop.seed} {self.name} {self.boots}").getrandbits(64))
         traces = _ToldTraces(self._told)
-        self.dispatcher = Dispatcher(self.fleet, CostPolicy(config.router, rng), config, metrics, traces)
+        self.dispatcher = Dispatcher(self.fleet, make_policy(config.router, dice), config, metrics, traces, dice)
         site.network.listen(self.name, _Door(self.dispatcher), process)
         try:
             await self.fleet.run()

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from baton.wire import worker_pb2 as baton_dot_wire_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/wire/admin.proto\x12\nbaton.wire\x1a\x17\x62\x61ton/wire/worker.proto\"\x8b\x02\n\x0b\x46leetWorker\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.baton.wire.WorkerInfo\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.baton.wire.WorkerState\x12$\n\x04load\x18\x03 \x01(\x0b\x32\x16.baton.wire.WorkerLoad\x12\"\n\x06ledger\x18\x04 \x01(\x0b\x32\x12.baton.wire.Ledger\x12\x10\n\x08silent_s\x18\x05 \x01(\x01\x12\x11\n\tin_flight\x18\x06 \x01(\x04\x12\x14\n\x0cindex_blocks\x18\x07 \x01(\x04\x12)\n\nkept_apart\x18\x08 \x03(\x0b\x32\x15.baton.wire.KeptApart\"-\n\tKeptApart\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x12\n\ndifference\x18\x02 \x01(\t\"e\n\tFleetPair\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x04 \x01(\x01\x12\x0f\n\x07refused\x18\x05 \x01(\t\"\x14\n\x12\x46leetStatusRequest\"\xe7\x01\n\x0b\x46leetStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x15\n\rhttp_endpoint\x18\x02 \x01(\t\x12\x15\n\rgrpc_endpoint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12(\n\x07workers\x18\x05 \x03(\x0b\x32\x17.baton.wire.FleetWorker\x12$\n\x05pairs\x18\x06 \x03(\x0b\x32\x15.baton.wire.FleetPair\x12\x11\n\tin_flight\x18\x07 \x01(\x04\x12%\n\x08\x63ounters\x18\x08 \x03(\x0b\x32\x13.baton.wire.Counter\"\"\n\x0cTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"P\n\x0cTraceAttempt\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.baton.wire.Route\x12\x0f\n\x07outcome\x18\x03 \x01(\t\"\xc6\x01\n\x0cRequestTrace\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32\x18.baton.wire.TraceAttempt\x12\x1f\n\x05spans\x18\x03 \x03(\x0b\x32\x10.baton.wire.Span\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x15\n\routput_tokens\x18\x06 \x01(\x04\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\"9\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x02on\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x05\n\x03_on\"v\n\rDrainProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x0e\n\x06leases\x18\x04 \x01(\x04\x12\x0f\n\x07\x64rained\x18\x05 \x01(\x08\x12\r\n\x05peers\x18\x06 \x01(\x04*k\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nCONNECTING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0b\n\x07SUSPECT\x10\x03\x12\x08\n\x04\x44\x45\x41\x44\x10\x04\x12\x0c\n\x08\x44RAINING\x10\x05\x32\xc5\x01\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1e.baton.wire.FleetStatusRequest\x1a\x17.baton.wire.FleetStatus\x12;\n\x05Trace\x12\x18.baton.wire.TraceRequest\x1a\x18.baton.wire.RequestTrace\x12<\n\x05\x44rain\x12\x18.baton.wire.DrainRequest\x1a\x19.baton.wire.DrainProgressb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/wire/admin.proto\x12\nbaton.wire\x1a\x17\x62\x61ton/wire/worker.proto\"\x8b\x02\n\x0b\x46leetWorker\x12$\n\x04info\x18\x01 \x01(\x0b\x32\x16.baton.wire.WorkerInfo\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.baton.wire.WorkerState\x12$\n\x04load\x18\x03 \x01(\x0b\x32\x16.baton.wire.WorkerLoad\x12\"\n\x06ledger\x18\x04 \x01(\x0b\x32\x12.baton.wire.Ledger\x12\x10\n\x08silent_s\x18\x05 \x01(\x01\x12\x11\n\tin_flight\x18\x06 \x01(\x04\x12\x14\n\x0cindex_blocks\x18\x07 \x01(\x04\x12)\n\nkept_apart\x18\x08 \x03(\x0b\x32\x15.baton.wire.KeptApart\"-\n\tKeptApart\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x12\n\ndifference\x18\x02 \x01(\t\"e\n\tFleetPair\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x04 \x01(\x01\x12\x0f\n\x07refused\x18\x05 \x01(\t\"\x14\n\x12\x46leetStatusRequest\"\xe7\x01\n\x0b\x46leetStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x15\n\rhttp_endpoint\x18\x02 \x01(\t\x12\x15\n\rgrpc_endpoint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12(\n\x07workers\x18\x05 \x03(\x0b\x32\x17.baton.wire.FleetWorker\x12$\n\x05pairs\x18\x06 \x03(\x0b\x32\x15.baton.wire.FleetPair\x12\x11\n\tin_flight\x18\x07 \x01(\x04\x12%\n\x08\x63ounters\x18\x08 \x03(\x0b\x32\x13.baton.wire.Counter\"\"\n\x0cTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"P\n\x0cTraceAttempt\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12 \n\x05route\x18\x02 \x01(\x0b\x32\x11.baton.wire.Route\x12\x0f\n\x07outcome\x18\x03 \x01(\t\"\xfa\x01\n\x0cRequestTrace\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32\x18.baton.wire.TraceAttempt\x12\x1f\n\x05spans\x18\x03 \x03(\x0b\x32\x10.baton.wire.Span\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x15\n\routput_tokens\x18\x06 \x01(\x04\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12\x11\n\tarrived_s\x18\x08 \x01(\x01\x12\x0e\n\x06zero_s\x18\t \x01(\x01\x12\x0f\n\x07total_s\x18\n \x01(\x01\"\x1e\n\rNewestRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"8\n\x0cNewestTraces\x12(\n\x06traces\x18\x01 \x03(\x0b\x32\x18.baton.wire.RequestTrace\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1d\n\rRequestRecord\x12\x0c\n\x04json\x18\x01 \x01(\t\"9\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x02on\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x05\n\x03_on\"v\n\rDrainProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x0e\n\x06leases\x18\x04 \x01(\x04\x12\x0f\n\x07\x64rained\x18\x05 \x01(\x08\x12\r\n\x05peers\x18\x06 \x01(\x04*k\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x0e\n\nCONNECTING\x10\x01\x12\t\n\x05READY\x10\x02\x12\x0b\n\x07SUSPECT\x10\x03\x12\x08\n\x04\x44\x45\x41\x44\x10\x04\x12\x0c\n\x08\x44RAINING\x10\x05\x32\xc6\x02\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1e.baton.wire.FleetStatusRequest\x1a\x17.baton.wire.FleetStatus\x12;\n\x05Trace\x12\x18.baton.wire.TraceRequest\x1a\x18.baton.wire.RequestTrace\x12=\n\x06Newest\x12\x19.baton.wire.NewestRequest\x1a\x18.baton.wire.NewestTraces\x12@\n\x07\x45xplain\x12\x1a.baton.wire.ExplainRequest\x1a\x19.baton.wire.RequestRecord\x12<\n\x05\x44rain\x12\x18.baton.wire.DrainRequest\x1a\x19.baton.wire.DrainProgressb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.wire.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=1237
-  _globals['_WORKERSTATE']._serialized_end=1344
+  _globals['_WORKERSTATE']._serialized_start=1448
+  _globals['_WORKERSTATE']._serialized_end=1555
   _globals['_FLEETWORKER']._serialized_start=64
   _globals['_FLEETWORKER']._serialized_end=331
   _globals['_KEPTAPART']._serialized_start=333
@@ -49,11 +49,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRACEATTEMPT']._serialized_start=775
   _globals['_TRACEATTEMPT']._serialized_end=855
   _globals['_REQUESTTRACE']._serialized_start=858
-  _globals['_REQUESTTRACE']._serialized_end=1056
-  _globals['_DRAINREQUEST']._serialized_start=1058
-  _globals['_DRAINREQUEST']._serialized_end=1115
-  _globals['_DRAINPROGRESS']._serialized_start=1117
-  _globals['_DRAINPROGRESS']._serialized_end=1235
-  _globals['_ADMIN']._serialized_start=1347
-  _globals['_ADMIN']._serialized_end=1544
+  _globals['_REQUESTTRACE']._serialized_end=1108
+  _globals['_NEWESTREQUEST']._serialized_start=1110
+  _globals['_NEWESTREQUEST']._serialized_end=1140
+  _globals['_NEWESTTRACES']._serialized_start=1142
+  _globals['_NEWESTTRACES']._serialized_end=1198
+  _globals['_EXPLAINREQUEST']._serialized_start=1200
+  _globals['_EXPLAINREQUEST']._serialized_end=1236
+  _globals['_REQUESTRECORD']._serialized_start=1238
+  _globals['_REQUESTRECORD']._serialized_end=1267
+  _globals['_DRAINREQUEST']._serialized_start=1269
+  _globals['_DRAINREQUEST']._serialized_end=1326
+  _globals['_DRAINPROGRESS']._serialized_start=1328
+  _globals['_DRAINPROGRESS']._serialized_end=1446
+  _globals['_ADMIN']._serialized_start=1558
+  _globals['_ADMIN']._serialized_end=1884
 # @@protoc_insertion_point(module_scope)

@@ -106,7 +106,7 @@ class TraceAttempt(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., route: _Optional[_Union[_worker_pb2.Route, _Mapping]] = ..., outcome: _Optional[str] = ...) -> None: ...
 
 class RequestTrace(_message.Message):
-    __slots__ = ("request_id", "attempts", "spans", "prompt_tokens", "cached_tokens", "output_tokens", "finished")
+    __slots__ = ("request_id", "attempts", "spans", "prompt_tokens", "cached_tokens", "output_tokens", "finished", "arrived_s", "zero_s", "total_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,9 @@ class RequestTrace(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_S_FIELD_NUMBER: _ClassVar[int]
+    ZERO_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempts: _containers.RepeatedCompositeFieldContainer[TraceAttempt]
     spans: _containers.RepeatedCompositeFieldContainer[_worker_pb2.Span]
@@ -121,7 +124,34 @@ class RequestTrace(_message.Message):
     cached_tokens: int
     output_tokens: int
     finished: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempts: _Optional[_Iterable[_Union[TraceAttempt, _Mapping]]] = ..., spans: _Optional[_Iterable[_Union[_worker_pb2.Span, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
+    arrived_s: float
+    zero_s: float
+    total_s: float
+    def __init__(self, request_id: _Optional[str] = ..., attempts: _Optional[_Iterable[_Union[TraceAttempt, _Mapping]]] = ..., spans: _Optional[_Iterable[_Union[_worker_pb2.Span, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., finished: _Optional[bool] = ..., arrived_s: _Optional[float] = ..., zero_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
+
+class NewestRequest(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class NewestTraces(_message.Message):
+    __slots__ = ("traces",)
+    TRACES_FIELD_NUMBER: _ClassVar[int]
+    traces: _containers.RepeatedCompositeFieldContainer[RequestTrace]
+    def __init__(self, traces: _Optional[_Iterable[_Union[RequestTrace, _Mapping]]] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class RequestRecord(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("worker_id", "on")

@@ -44,6 +44,16 @@ class AdminStub:
                 request_serializer=baton_dot_wire_dot_admin__pb2.TraceRequest.SerializeToString,
                 response_deserializer=baton_dot_wire_dot_admin__pb2.RequestTrace.FromString,
                 _registered_method=True)
+        self.Newest = channel.unary_unary(
+                '/baton.wire.Admin/Newest',
+                request_serializer=baton_dot_wire_dot_admin__pb2.NewestRequest.SerializeToString,
+                response_deserializer=baton_dot_wire_dot_admin__pb2.NewestTraces.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/baton.wire.Admin/Explain',
+                request_serializer=baton_dot_wire_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=baton_dot_wire_dot_admin__pb2.RequestRecord.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/baton.wire.Admin/Drain',
                 request_serializer=baton_dot_wire_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -64,6 +74,21 @@ class AdminServicer:
     def Trace(self, request, context):
         """The waterfall of one finished or running request, and why it went where it went. NOT_FOUND once the router has
         forgotten it: only the newest ones are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Newest(self, request, context):
+        """The same of the newest requests, at most `count` of those that are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """The whole record of one request: what each of its decisions was made from, what was chosen, what then happened.
+        NOT_FOUND as for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +115,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Trace,
                     request_deserializer=baton_dot_wire_dot_admin__pb2.TraceRequest.FromString,
                     response_serializer=baton_dot_wire_dot_admin__pb2.RequestTrace.SerializeToString,
+            ),
+            'Newest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Newest,
+                    request_deserializer=baton_dot_wire_dot_admin__pb2.NewestRequest.FromString,
+                    response_serializer=baton_dot_wire_dot_admin__pb2.NewestTraces.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=baton_dot_wire_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=baton_dot_wire_dot_admin__pb2.RequestRecord.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -151,6 +186,60 @@ class Admin:
             '/baton.wire.Admin/Trace',
             baton_dot_wire_dot_admin__pb2.TraceRequest.SerializeToString,
             baton_dot_wire_dot_admin__pb2.RequestTrace.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Newest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.wire.Admin/Newest',
+            baton_dot_wire_dot_admin__pb2.NewestRequest.SerializeToString,
+            baton_dot_wire_dot_admin__pb2.NewestTraces.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.wire.Admin/Explain',
+            baton_dot_wire_dot_admin__pb2.ExplainRequest.SerializeToString,
+            baton_dot_wire_dot_admin__pb2.RequestRecord.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -15,12 +16,15 @@ from baton.core.errors import (
     DeadlineExceeded,
     Incompatible,
     InternalError,
+    Overloaded,
     PeerLost,
     from_code,
 )
 
 CODE_KEY: Final = "baton-code"
 PARAM_KEY: Final = "baton-param-bin"
+RETRY_AFTER_KEY: Final = "retry-after"
+"""Seconds, as in HTTP."""
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Far above any real message: a snapshot of 1M blocks is 18 MB, a prompt of 8k tokens 24 kB."""
@@ -60,6 +64,8 @@ async def abort(context: Any, error: BatonError) -> None:
     metadata: list[tuple[str, str | bytes]] = [(CODE_KEY, error.code)]
     if error.param is not None:
         metadata.append((PARAM_KEY, error.param.encode()[:200]))
+    if isinstance(error, Overloaded):
+        metadata.append((RETRY_AFTER_KEY, str(math.ceil(error.retry_after_s))))
     details = error.message.encode()[:_MAX_DETAILS_BYTES].decode(errors="ignore")
     await context.abort(grpc.StatusCode[error.grpc_status], details, tuple(metadata))
 

@@ -209,6 +209,19 @@ class GrpcAdmin:
             answer: admin_pb2.RequestTrace = await self._admin.Trace(request, timeout=timeout_s)
             return answer
 
+    async def newest(self, count: int, timeout_s: float) -> admin_pb2.NewestTraces:
+        async with rebuilt_errors(self._peer):
+            request = admin_pb2.NewestRequest(count=count)
+            answer: admin_pb2.NewestTraces = await self._admin.Newest(request, timeout=timeout_s)
+            return answer
+
+    async def explain(self, request_id: str, timeout_s: float) -> admin_pb2.RequestRecord:
+        """An empty `request_id` is the newest request."""
+        async with rebuilt_errors(self._peer):
+            request = admin_pb2.ExplainRequest(request_id=request_id)
+            answer: admin_pb2.RequestRecord = await self._admin.Explain(request, timeout=timeout_s)
+            return answer
+
     async def drain(self, worker_id: str, on: bool | None, timeout_s: float) -> admin_pb2.DrainProgress:
         """`on` None changes nothing and only asks."""
         async with rebuilt_errors(self._peer):

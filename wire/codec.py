@@ -32,6 +32,7 @@ from google.protobuf.message import Message
 
 from baton.core import handoff, messages, worker
 from baton.core.errors import Incompatible
+from baton.core.step_model import StepModel
 from baton.wire import worker_pb2 as pb
 
 Encode = Callable[[Any], Any]
@@ -234,6 +235,7 @@ PREFILL_EVENT: Codec[handoff.PrefillEvent, pb.PrefillEvent] = Codec(handoff.Pref
 RELEASE_ANSWER: Codec[handoff.ReleaseAnswer, pb.ReleaseAnswer] = Codec(handoff.ReleaseAnswer, pb.ReleaseAnswer)
 # Parts of the admin messages.
 INFO: Codec[worker.WorkerInfo, pb.WorkerInfo] = Codec(worker.WorkerInfo, pb.WorkerInfo)
+MODEL: Codec[StepModel, pb.StepModel] = Codec(StepModel, pb.StepModel)
 LOAD: Codec[worker.WorkerLoad, pb.WorkerLoad] = Codec(worker.WorkerLoad, pb.WorkerLoad)
 LEDGER: Codec[worker.Ledger, pb.Ledger] = Codec(worker.Ledger, pb.Ledger)
 ROUTE: Codec[worker.Route, pb.Route] = Codec(worker.Route, pb.Route)

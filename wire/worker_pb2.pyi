@@ -200,35 +200,57 @@ class PairBandwidth(_message.Message):
     bytes_per_s: float
     def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
+class StepModel(_message.Message):
+    __slots__ = ("step_s", "token_s", "pair_s", "row_s", "context_s", "num_prefill_steps", "num_decode_steps")
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PAIR_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    step_s: float
+    token_s: float
+    pair_s: float
+    row_s: float
+    context_s: float
+    num_prefill_steps: int
+    num_decode_steps: int
+    def __init__(self, step_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., row_s: _Optional[float] = ..., context_s: _Optional[float] = ..., num_prefill_steps: _Optional[int] = ..., num_decode_steps: _Optional[int] = ...) -> None: ...
+
 class WorkerLoad(_message.Message):
-    __slots__ = ("queued_prefill_tokens", "num_running", "num_waiting", "context_tokens", "available_blocks", "total_blocks", "prefill_tokens_per_s", "decode_step_s", "steps", "pair_bandwidth", "oldest_waiting_s", "draining", "num_lent_out")
+    __slots__ = ("queued_prefill_tokens", "num_running", "num_waiting", "context_tokens", "available_blocks", "total_blocks", "steps", "pair_bandwidth", "oldest_waiting_s", "draining", "num_lent_out", "model", "queued_prefill_pairs", "chunk_tokens", "num_arriving")
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
-    DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PAIR_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     OLDEST_WAITING_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     NUM_LENT_OUT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_PREFILL_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ARRIVING_FIELD_NUMBER: _ClassVar[int]
     queued_prefill_tokens: int
     num_running: int
     num_waiting: int
     context_tokens: int
     available_blocks: int
     total_blocks: int
-    prefill_tokens_per_s: float
-    decode_step_s: float
     steps: int
     pair_bandwidth: _containers.RepeatedCompositeFieldContainer[PairBandwidth]
     oldest_waiting_s: float
     draining: bool
     num_lent_out: int
-    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., available_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., steps: _Optional[int] = ..., pair_bandwidth: _Optional[_Iterable[_Union[PairBandwidth, _Mapping]]] = ..., oldest_waiting_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_lent_out: _Optional[int] = ...) -> None: ...
+    model: StepModel
+    queued_prefill_pairs: int
+    chunk_tokens: int
+    num_arriving: int
+    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., available_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., pair_bandwidth: _Optional[_Iterable[_Union[PairBandwidth, _Mapping]]] = ..., oldest_waiting_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_lent_out: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ..., queued_prefill_pairs: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., num_arriving: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
     __slots__ = ("quarantined", "lent", "active", "cached", "free")
@@ -252,8 +274,18 @@ class CostTerm(_message.Message):
     seconds: float
     def __init__(self, name: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
 
+class PricedAlternative(_message.Message):
+    __slots__ = ("name", "cost_s", "terms")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    cost_s: float
+    terms: _containers.RepeatedCompositeFieldContainer[CostTerm]
+    def __init__(self, name: _Optional[str] = ..., cost_s: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ...) -> None: ...
+
 class Route(_message.Message):
-    __slots__ = ("decode", "prefill", "spares", "holder", "cost_s", "terms", "reason")
+    __slots__ = ("decode", "prefill", "spares", "holder", "cost_s", "terms", "reason", "alternatives")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     SPARES_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +293,7 @@ class Route(_message.Message):
     COST_S_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
     decode: str
     prefill: WorkerInfo
     spares: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
@@ -268,19 +301,24 @@ class Route(_message.Message):
     cost_s: float
     terms: _containers.RepeatedCompositeFieldContainer[CostTerm]
     reason: str
-    def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Union[WorkerInfo, _Mapping]] = ..., spares: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ..., cost_s: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+    alternatives: _containers.RepeatedCompositeFieldContainer[PricedAlternative]
+    def __init__(self, decode: _Optional[str] = ..., prefill: _Optional[_Union[WorkerInfo, _Mapping]] = ..., spares: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ..., cost_s: _Optional[float] = ..., terms: _Optional[_Iterable[_Union[CostTerm, _Mapping]]] = ..., reason: _Optional[str] = ..., alternatives: _Optional[_Iterable[_Union[PricedAlternative, _Mapping]]] = ...) -> None: ...
 
 class Span(_message.Message):
-    __slots__ = ("name", "start_s", "end_s", "detail")
+    __slots__ = ("name", "start_s", "end_s", "detail", "worker", "marks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     START_S_FIELD_NUMBER: _ClassVar[int]
     END_S_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     start_s: float
     end_s: float
     detail: str
-    def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
+    worker: str
+    marks: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., detail: _Optional[str] = ..., worker: _Optional[str] = ..., marks: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LeaseCall(_message.Message):
     __slots__ = ("lease_id", "release")
@@ -321,10 +359,32 @@ class WorkerStatus(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., counters: _Optional[_Iterable[_Union[Counter, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("router_id",)
+    __slots__ = ("router_id", "running")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     router_id: str
-    def __init__(self, router_id: _Optional[str] = ...) -> None: ...
+    running: _containers.RepeatedCompositeFieldContainer[Resume]
+    def __init__(self, router_id: _Optional[str] = ..., running: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ...) -> None: ...
+
+class NextIndex(_message.Message):
+    __slots__ = ("choice", "index")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    index: int
+    def __init__(self, choice: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("request_id", "epoch", "asked", "next_indexes")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    asked: bytes
+    next_indexes: _containers.RepeatedCompositeFieldContainer[NextIndex]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., asked: _Optional[bytes] = ..., next_indexes: _Optional[_Iterable[_Union[NextIndex, _Mapping]]] = ...) -> None: ...
 
 class TakeFrom(_message.Message):
     __slots__ = ("worker", "epoch")
@@ -359,14 +419,16 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class UpMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel")
+    __slots__ = ("hello", "submit", "cancel", "resume")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    resume: Resume
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
     __slots__ = ("request_id", "epoch", "first_index", "token_ids", "finish", "error_code", "error_message", "cached_tokens", "spans", "choice", "logprobs", "lost_lenders")
@@ -415,20 +477,22 @@ class KVSnapshot(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class StepMessage(_message.Message):
-    __slots__ = ("boot_id", "load", "chunks", "kv_events", "snapshot", "ledger")
+    __slots__ = ("boot_id", "load", "chunks", "kv_events", "snapshot", "ledger", "taken")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     load: WorkerLoad
     chunks: _containers.RepeatedCompositeFieldContainer[TokenChunk]
     kv_events: _containers.RepeatedCompositeFieldContainer[KVEvents]
     snapshot: KVSnapshot
     ledger: Ledger
-    def __init__(self, boot_id: _Optional[str] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[TokenChunk, _Mapping]]] = ..., kv_events: _Optional[_Iterable[_Union[KVEvents, _Mapping]]] = ..., snapshot: _Optional[_Union[KVSnapshot, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ...) -> None: ...
+    taken: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, boot_id: _Optional[str] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[TokenChunk, _Mapping]]] = ..., kv_events: _Optional[_Iterable[_Union[KVEvents, _Mapping]]] = ..., snapshot: _Optional[_Union[KVSnapshot, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., taken: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LentBlock(_message.Message):
     __slots__ = ("index", "block_id", "generation", "digest", "num_tokens")
@@ -483,7 +547,7 @@ class RunningAttempt(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., epoch: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class PrefillCall(_message.Message):
-    __slots__ = ("request", "epoch", "reader", "held_blocks", "lease_ttl_s", "mode", "running", "holder")
+    __slots__ = ("request", "epoch", "reader", "held_blocks", "lease_ttl_s", "mode", "running", "holder", "router_id")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     READER_FIELD_NUMBER: _ClassVar[int]
@@ -492,6 +556,7 @@ class PrefillCall(_message.Message):
     MODE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     request: Request
     epoch: int
     reader: str
@@ -500,7 +565,8 @@ class PrefillCall(_message.Message):
     mode: LendMode
     running: RunningAttempt
     holder: WorkerInfo
-    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., epoch: _Optional[int] = ..., reader: _Optional[str] = ..., held_blocks: _Optional[int] = ..., lease_ttl_s: _Optional[float] = ..., mode: _Optional[_Union[LendMode, str]] = ..., running: _Optional[_Union[RunningAttempt, _Mapping]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ...) -> None: ...
+    router_id: str
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., epoch: _Optional[int] = ..., reader: _Optional[str] = ..., held_blocks: _Optional[int] = ..., lease_ttl_s: _Optional[float] = ..., mode: _Optional[_Union[LendMode, str]] = ..., running: _Optional[_Union[RunningAttempt, _Mapping]] = ..., holder: _Optional[_Union[WorkerInfo, _Mapping]] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("lease",)

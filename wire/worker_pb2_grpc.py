@@ -65,7 +65,7 @@ class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Stream(self, request_iterator, context):
-        """The multiplexed stream of one router: Hello, then Submit and Cancel up; a snapshot, then one StepMessage per
+        """The multiplexed stream of one router: Hello, then Submit, Resume and Cancel up; a snapshot, then one StepMessage per
         engine step down, and a heartbeat between steps. Cancels never queue behind submits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from baton.core.request import Choice, FinishReason, SampledToken, TokenLogprob
 from baton.core.sequence import SequenceState
+from baton.worker.spans import MAX_MARKS
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,8 @@ class Answer:
     """While it is paused: end the lease under which it is lent."""
     given: bool = False
     """The peer has acknowledged it."""
+    token_times: list[float] = field(default_factory=list)
+    """When its first tokens were sampled, in the loop's time."""
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the tokens sampled since it came here, if asked for."""
     _first_logprob: int = 0
@@ -34,8 +37,10 @@ class Answer:
     def __post_init__(self) -> None:
         self.sent = self._first_logprob = len(self.choice.delivered)
 
-    def sampled(self, token: SampledToken) -> None:
+    def sampled(self, token: SampledToken, now_s: float) -> None:
         """Keep its log-prob: whoever takes over tells it again where the client did not get it."""
+        if len(self.token_times) < MAX_MARKS:
+            self.token_times.append(now_s)
         if token.logprob is not None:
             self._logprobs.append(token.logprob)
 

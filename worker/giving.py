@@ -57,7 +57,7 @@ class Giving:
             if not pausing.result() or self._answer.finish is not None or not self._intake.life.at("moving_out"):
                 raise NotFound(f"request {self._call.request.request_id} has ended on {parts.worker_id}")
             out.life.on("pause")
-            span = Span("paused for its move", 0.0, parts.clock() - arrived_s)
+            span = Span("paused for its move", 0.0, parts.clock() - arrived_s, worker=parts.worker_id)
             for published in out.publish(seq.num_computed_tokens, span, last=True):
                 yield published
             first_told = len(self._call.request.choices[0].delivered)

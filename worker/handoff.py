@@ -254,7 +254,8 @@ class Handoff:
         part = theirs.part_of(event.layers.start, event.layers.end) if event.layers else None
         landings = parts.landings if self._converts else None
         transport = await (landings or parts.puller).connect(self._lender)
-        detail = f"{len(event.blocks)} blocks over {transport}"
+        num_bytes = len(event.blocks) * (theirs.block_bytes if part is None else part[1] - part[0])
+        detail = f"{len(event.blocks)} blocks, {num_bytes / 1e6:.2f} MB from {self._lender.worker_id} over {transport}"
         if event.layers:
             detail += f", layers {event.layers.start} to {event.layers.end}"
         if landings is not None:
@@ -264,8 +265,7 @@ class Handoff:
         else:
             await parts.puller.pull(self._lender, event.lease_id, event.blocks, destination, part)
         self._arrival.verified(event)
-        num_bytes = theirs.block_bytes if part is None else part[1] - part[0]
-        self._verified_bytes += num_bytes * len(event.blocks)
+        self._verified_bytes += num_bytes
         self._listener.span("transfer", started, detail)
 
     async def _renew(self) -> None:

@@ -36,14 +36,15 @@ from baton.core.messages import Submit, TokenChunk
 from baton.core.request import Choice, FinishReason, Request, SampledToken, TokenLogprob
 from baton.core.sequence import SequenceState, fork_sequence
 from baton.core.step import Progress
-from baton.core.worker import Span, WorkerInfo
+from baton.core.worker import WorkerInfo
 from baton.worker.answer import Answer
 from baton.worker.arrival import Arrival
 from baton.worker.fetch import fetch_prefix
 from baton.worker.handoff import Handoff
-from baton.worker.outbox import Outbox
 from baton.worker.parts import WorkerParts
+from baton.worker.spans import Spans
 from baton.worker.taking import Taken, take_over
+from baton.worker.token_log import TokenLog
 
 log = logging.getLogger(__name__)
 
@@ -52,24 +53,23 @@ class Intake:
     """From submit to the last chunk. `begin` starts it; `end` may be called at any moment, once or often."""
 
     def __init__(
-        self, parts: WorkerParts, submit: Submit, leader: SequenceState, outbox: Outbox, ended: Callable[[Intake], None]
+        self, parts: WorkerParts, submit: Submit, leader: SequenceState, log: TokenLog, ended: Callable[[Intake], None]
     ) -> None:
         """`leader`: what all choices begin with; of an only choice, its sequence. `ended` is called once, when nothing
         is held any more."""
         self.submit = submit
-        self.outbox = outbox
+        self.log = log
         self.life = Life(DECODE_REQUEST)
         self._parts = parts
         self.leader = leader
         self._ended = ended
         self.answers = {c.index: Answer(c) for c in submit.request.choices}
         self._arrivals: list[Arrival] = []
-        self._started_s = parts.clock()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         """The request's deadline."""
         self._lost_lenders: list[str] = []
-        self._spans: list[Span] = []
+        self._spans = Spans(parts.worker_id, parts.clock)
         self._num_held = 0
         self._remote_cached: int | None = None
         self._decode_started_s: float | None = None
@@ -101,7 +101,7 @@ class Intake:
     def request(self) -> Request:
         """As others hear of it: with the seed that is used, and what is left of its time."""
         asked = self.submit.request
-        left_s = max(0.001, asked.deadline_s - (self._parts.clock() - self._started_s))
+        left_s = max(0.001, asked.deadline_s - (self._parts.clock() - self._spans.began_s))
         return dataclasses.replace(asked, sampling=asked.seeded_sampling, deadline_s=left_s)
 
     def arrive(self, seq: SequenceState, may_grow: bool = False) -> Arrival:
@@ -115,7 +115,7 @@ class Intake:
 
     def end(self, error: BatonError | None = None, event: str = "end") -> None:
         """The one path for end, cancel, deadline, lost router and bugs: everything held goes back, and the router
-        hears the last word (unless its stream is closed)."""
+        hears the last word (now, or if it comes back for it)."""
         if self.life.ended:
             return
         self.life.on(event)
@@ -156,6 +156,7 @@ class Intake:
     async def _fetch_and_run(self, holder: WorkerInfo) -> None:
         try:
             await fetch_prefix(self._parts, self.request, self.submit.epoch, holder)
+            self.span("fetch prefix", self._spans.began_s, f"from {holder.worker_id}")
             self.life.on("fetched")
             self._run_leader()
         except BatonError as e:
@@ -223,7 +224,7 @@ class Intake:
         parts = self._parts
         call = PrefillCall(
             self.request, self.submit.epoch, parts.worker_id, arrival.num_held, parts.handoff.lease_ttl_s,
-            holder=self.submit.route.holder,
+            holder=self.submit.route.holder, router_id=self.log.outbox.router_id,
         )
         handoff = Handoff(parts, lender, call, arrival, self)
         try:
@@ -325,7 +326,7 @@ class Intake:
             self._parts.steps.add(seq, self._on_progress_of(answer))
             if came.output[answer.sent :]:
                 self._say(answer, came.output[answer.sent :], answer.logprobs_from(answer.sent))
-        self.outbox.flush()
+        self.log.flush()
 
     # ---- planned move: from here to a peer (worker/giving.py) ----------------------------------------------------
 
@@ -381,19 +382,18 @@ class Intake:
             self.leader.tokens.append(event.token.token_id)
         self._first(answer, event.token)
         self._parts.steps.wake()
-        self.outbox.flush()
+        self.log.flush()
 
     def state_came(self, state: HandoffState, called_s: float) -> None:
         """The lender's bars, moved to our time line by when we called, and what it had cached beyond our own."""
-        offset = called_s - self._started_s
-        self._spans += [Span(s.name, s.start_s + offset, s.end_s + offset, s.detail) for s in state.spans]
+        self._spans.add_lent(state.spans, called_s)
         self._remote_cached = max(0, state.cached_tokens - self._num_held * self._parts.pool.block_size)
         self._say_finished()  # an answer may be complete; only its KV still moves
-        self.outbox.flush()
+        self.log.flush()
 
     def span(self, name: str, start_s: float, detail: str = "") -> None:
         """Record a bar from loop time `start_s` until now."""
-        self._spans.append(Span(name, start_s - self._started_s, self._parts.clock() - self._started_s, detail))
+        self._spans.add(name, start_s, detail)
 
     # ---- tokens --------------------------------------------------------------------------------------------------
 
@@ -410,7 +410,7 @@ class Intake:
         if finish is None and len(answer.choice.delivered) + 1 >= self.leader.max_output_tokens:
             finish = FinishReason.LENGTH
         answer.finish, answer.first = finish, (token.token_id,)
-        answer.sampled(token)
+        answer.sampled(token, self._parts.clock())
         self._say(answer, answer.first, (token.logprob,) if token.logprob else ())
 
     def _on_progress_of(self, answer: Answer) -> Callable[[Progress, float], None]:
@@ -421,7 +421,7 @@ class Intake:
                 self._local_chunk(progress, started)
             else:
                 (token,) = progress.new_tokens
-                answer.sampled(token)
+                answer.sampled(token, self._parts.clock())
                 answer.finish = progress.finish
                 logprobs = (token.logprob,) if token.logprob else ()
                 if answer.finish is None:
@@ -451,10 +451,10 @@ class Intake:
         finish: FinishReason | None = None, error: BatonError | None = None,
     ) -> None:
         is_last_word = finish is not None and (error is not None or all(a.said_last for a in self.answers.values()))
-        self.outbox.put(
+        self.log.say(
             TokenChunk(
                 self.submit.request.request_id,
-                self.submit.epoch,
+                self.log.epoch,
                 answer.sent,
                 token_ids,
                 finish,
@@ -464,7 +464,7 @@ class Intake:
                 error_code=error.code if error else "",
                 error_message=error.message if error else "",
                 cached_tokens=self._cached_tokens(),
-                spans=tuple(self._spans) if is_last_word else (),
+                spans=self._spans.told() if is_last_word else (),
             )
         )
         answer.sent += len(token_ids)
@@ -477,7 +477,7 @@ class Intake:
         answer.said_last = True
         if self._decode_started_s is not None:
             steps = answer.sent + len(token_ids) - len(answer.choice.delivered)
-            self.span("decode", self._decode_started_s, f"{steps} tokens")
+            self._spans.add("decode", self._decode_started_s, f"{steps} tokens", answer.token_times)
         self._say(answer, token_ids, logprobs, answer.finish)
 
     def _last_words(self, error: BatonError | None) -> None:
@@ -490,7 +490,7 @@ class Intake:
             self._say(left[0], (), (), finish, error)
             for answer in left:
                 answer.said_last = True
-        self.outbox.flush()
+        self.log.flush()
 
     def _cached_tokens(self) -> int:
         held = self._num_held * self._parts.pool.block_size

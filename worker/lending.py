@@ -122,16 +122,22 @@ class LentSequence:
 
 
 class ComputeLending:
-    def __init__(self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease) -> None:
+    def __init__(
+        self, parts: WorkerParts, call: PrefillCall, seq: SequenceState, lease: Lease, taken: Callable[[], None]
+    ) -> None:
+        """`taken` is called once, when our load shows the work, or it is over."""
         self._parts = parts
         self._call = call
         self._seq = seq
+        self._taken = taken
         self._out = LentSequence(parts, call, seq, lease)
         self._events: asyncio.Queue[Iterable[PrefillEvent] | BatonError] = asyncio.Queue()
         """What is to be said, in order."""
         self._first_start: int | None = None
         self._spans: list[Span] = []
         self._layers_began = False
+        self._layer_times: list[float] = []
+        """When layers of the last chunk were published, as spans count."""
 
     async def events(self) -> AsyncGenerator[PrefillEvent, None]:
         """The Prefill stream. Closing it before HandoffState ends the work and the lease."""
@@ -158,6 +164,7 @@ class ComputeLending:
             timer.cancel()
             if fetching is not None:
                 fetching.cancel()
+            self._tell_taken()
             parts.steps.remove(self._seq.request_id)
             self._out.life.on("hand" if handed else "end")
             if not handed:
@@ -171,9 +178,16 @@ class ComputeLending:
 
     def _begin(self) -> None:
         self._parts.steps.add(self._seq, self._on_progress, self._on_layers)
+        self._tell_taken()
+
+    def _tell_taken(self) -> None:
+        taken, self._taken = self._taken, lambda: None
+        taken()
 
     async def _fetch_and_begin(self, holder: WorkerInfo) -> None:
         await fetch_prefix(self._parts, self._call.request, self._call.epoch, holder)
+        spent_s, who = self._parts.clock() - self._out.arrived_s, self._parts.worker_id
+        self._spans.append(Span("fetch prefix", 0.0, spent_s, f"from {holder.worker_id}", who))
         self._out.life.on("fetched")
         try:
             self._begin()
@@ -195,6 +209,7 @@ class ComputeLending:
             return
         now_s = self._parts.clock() - self._out.arrived_s
         span = Span(f"layers to {num_layers}", now_s, now_s)
+        self._layer_times.append(now_s)
         if not self._layers_began:  # what was cached or computed before is whole
             self._layers_began = True
             self._say(lambda: self._out.publish(chunk.start, span, last=False))
@@ -207,9 +222,12 @@ class ComputeLending:
             return
         if self._first_start is None:
             self._first_start = progress.start
-            self._spans.append(Span("prefill queue", 0.0, start_s))
+            waited_s = self._spans[-1].end_s if self._spans else 0.0
+            self._spans.append(Span("prefill queue", waited_s, start_s, worker=self._parts.worker_id))
         tokens = progress.num_computed_tokens - progress.start
-        span = Span("prefill chunk", start_s, now_s, f"{tokens} tokens from {progress.start}")
+        marks = tuple(at - start_s for at in self._layer_times)
+        detail = f"{tokens} tokens from {progress.start}"
+        span = Span("prefill chunk", start_s, now_s, detail, self._parts.worker_id, marks)
         self._spans.append(span)
         if not progress.new_tokens:
             self._say(lambda: self._out.publish(progress.num_computed_tokens, span, last=False))
@@ -285,7 +303,7 @@ class CachedLending:
         seq.block_table.blocks.extend(blocks)
         try:
             now_s = parts.clock() - self._out.arrived_s
-            span = Span("lend cached", now_s, now_s, f"{len(blocks)} blocks")
+            span = Span("lend cached", now_s, now_s, f"{len(blocks)} blocks", parts.worker_id)
             return self._out.publish(len(blocks) * size, span, last=True)
         finally:
             parts.pool.release(blocks)

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from baton.core.config import Config
-from baton.core.errors import BatonError, Cancelled, InvalidRequest, NotFound, Overloaded
+from baton.core.errors import BatonError, Cancelled, Forgotten, InvalidRequest, NotFound, Overloaded
 from baton.core.handoff import LendMode, PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.messages import (
     Cancel,
     Hello,
     KVEvents,
     KVSnapshot,
+    Resume,
     StepMessage,
     Submit,
     TokenChunk,
@@ -52,6 +53,7 @@ from baton.worker.outbox import Outbox
 from baton.worker.parts import WorkerParts
 from baton.worker.policy import RolePolicy
 from baton.worker.steps import StepLoop
+from baton.worker.token_log import TokenLog, TokenLogs, forgotten
 
 if TYPE_CHECKING:  # a simulated worker has none, and needs no numpy
     from baton.kv_transfer.landing import Landings
@@ -88,7 +90,8 @@ class WorkerNode:
         self.become(policy)
         self._steps = StepLoop(parts.scheduler, parts.runner, parts.metrics, self._after_step)
         self._numbers = itertools.count(1)
-        self._intakes: dict[tuple[Outbox, str, int], Intake] = {}
+        self._intakes: dict[TokenLog, Intake] = {}
+        self._logs = TokenLogs(config.router.orphan_window_s)
         self._outboxes: dict[Outbox, None] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._num_calls = 0
@@ -139,8 +142,7 @@ class WorkerNode:
             reader.cancel()
             self._outboxes.pop(outbox, None)
             outbox.closed = True
-            for intake in [i for i in self._intakes.values() if i.outbox is outbox]:
-                intake.end(Cancelled("the router's stream ended"))
+            asyncio.get_running_loop().call_later(self._config.router.orphan_window_s, self._end_orphans, outbox)
             await asyncio.wait([reader])  # whoever gave us `up` closes it next, and nobody may be inside it then
 
     async def prefill(self, call: PrefillCall) -> AsyncIterator[PrefillEvent]:
@@ -171,14 +173,18 @@ class WorkerNode:
         if call.mode is LendMode.CACHED:
             return CachedLending(parts, call, seq)
         lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, parts.clock())
-        return ComputeLending(parts, call, seq, lease)
+        return ComputeLending(parts, call, seq, lease, lambda: self._tell_taken(call))
+
+    def _tell_taken(self, call: PrefillCall) -> None:
+        for outbox in self._outboxes:
+            if outbox.router_id == call.router_id:
+                outbox.take(call.epoch)
 
     def _running_intake(self, call: PrefillCall) -> Intake:
         running = call.running
-        for (outbox, request_id, epoch), intake in self._intakes.items():
-            if running is not None and (outbox.router_id, request_id, epoch) == (
-                running.router_id, call.request.request_id, running.epoch
-            ):
+        if running is not None:
+            intake = self._intake(call.request.request_id, running.router_id, running.epoch)
+            if intake is not None:
                 return intake
         raise NotFound(f"request {call.request.request_id} does not run on {self.info.worker_id} (any more)")
 
@@ -217,11 +223,14 @@ class WorkerNode:
                     case Hello():
                         self._broadcast_events()
                         outbox.greet(message.router_id, self.parts.pool.snapshot())
+                        self._come_back(message, outbox)
                     case Submit():
                         self._submit(message, outbox)
+                    case Resume():
+                        self._resume(message, outbox)
                     case Cancel():
-                        intake = self._intakes.get((outbox, message.request_id, message.epoch))
-                        if intake is not None:
+                        intake = self._intake(message.request_id, outbox.router_id, message.epoch)
+                        if intake is not None and intake.log.outbox is outbox:
                             intake.end(Cancelled(message.reason))
         except BatonError as e:
             log.info("a router's stream ended: %s", e.message)
@@ -231,17 +240,19 @@ class WorkerNode:
             outbox.close()
 
     def _submit(self, submit: Submit, outbox: Outbox) -> None:
-        request, key = submit.request, (outbox, submit.request.request_id, submit.epoch)
+        outbox.take(submit.epoch)
+        request, log = submit.request, TokenLog(submit, outbox)
         try:
-            if key in self._intakes:
+            if self._intake(request.request_id, outbox.router_id, submit.epoch) is not None:
                 raise InvalidRequest(f"request {request.request_id} attempt {submit.epoch} is already here")
             if self._draining:
                 raise self._drained_away()
             seq = self._sequence(request, submit.epoch, request.sampling.max_tokens)
-            intake = self._intakes[key] = Intake(self._shared, submit, seq, outbox, self._forget)
+            intake = self._intakes[log] = Intake(self._shared, submit, seq, log, self._forget)
             intake.begin()
+            self._logs.open(log)
         except BatonError as e:
-            self._intakes.pop(key, None)
+            self._intakes.pop(log, None)
             if isinstance(e, Overloaded):
                 reason = "draining" if self._draining else "no_credit" if submit.route.prefill else "queue_full"
                 self.parts.metrics.inc("baton_refusals_total", reason=reason)
@@ -272,8 +283,48 @@ class WorkerNode:
         attempt = dataclasses.replace(request, request_id=engine_id, sampling=request.seeded_sampling)
         return new_sequence(attempt, epoch, self.parts.pool.block_size, output)
 
+    def _intake(self, request_id: str, router_id: str, epoch: int) -> Intake | None:
+        log = self._logs.find(request_id, router_id, epoch)
+        return None if log is None else self._intakes.get(log)
+
     def _forget(self, intake: Intake) -> None:
-        self._intakes.pop((intake.outbox, intake.submit.request.request_id, intake.submit.epoch), None)
+        if self._intakes.pop(intake.log, None) is not None:
+            self._logs.ended(intake.log, asyncio.get_running_loop().time())
+
+    # ---- requests that outlive their stream ----------------------------------------------------------------------
+
+    def _come_back(self, hello: Hello, outbox: Outbox) -> None:
+        """A router's stream broke, and here it is again: what it still waits for goes on, the rest has ended there."""
+        for resume in hello.running:
+            log = self._logs.find(resume.request_id, hello.router_id, resume.epoch)
+            try:
+                if log is None:
+                    raise forgotten(resume)
+                log.resume(resume, outbox)
+            except Forgotten as e:
+                self._refuse_to_resume(resume, outbox, e)
+        left = [i for i in self._intakes.values() if i.log.outbox.closed and i.log.outbox.router_id == hello.router_id]
+        for intake in left:
+            intake.end(Cancelled("its router came back and did not ask for it"))
+
+    def _resume(self, resume: Resume, outbox: Outbox) -> None:
+        """Another router, or another life of it, goes on with a request."""
+        try:
+            self._logs.resume(resume, outbox)
+        except Forgotten as e:
+            self._refuse_to_resume(resume, outbox, e)
+
+    @staticmethod
+    def _refuse_to_resume(resume: Resume, outbox: Outbox, error: Forgotten) -> None:
+        choice, index = resume.next_indexes[0]
+        outbox.put(TokenChunk(resume.request_id, resume.epoch, index, (), FinishReason.ERROR, choice,
+                              error_code=error.code, error_message=error.message))
+        outbox.flush()
+
+    def _end_orphans(self, outbox: Outbox) -> None:
+        """Nobody came for what was left on a stream that ended."""
+        for intake in [i for i in self._intakes.values() if i.log.outbox is outbox]:
+            intake.end(Cancelled("no router came back for it"))
 
     # ---- news for the routers ------------------------------------------------------------------------------------
 
@@ -294,24 +345,30 @@ class WorkerNode:
         chunks: tuple[TokenChunk, ...],
         kv_events: tuple[KVEvents, ...],
         snapshot: KVSnapshot | None,
+        taken: tuple[int, ...],
         heartbeat: bool,
     ) -> StepMessage:
         if heartbeat:
             self._gauge_ledger()
         ledger = self.parts.pool.ledger() if heartbeat or snapshot is not None else None
-        return StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, ledger)
+        return StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, ledger, taken)
 
     def load(self) -> WorkerLoad:
         s, pool = self.parts.scheduler, self.parts.pool
+        num_tokens, num_pairs = s.queued_prefill()
+        intakes = [i for i in self._intakes.values() if not i.life.ended]
+        arriving = [i.leader.num_tokens for i in intakes if not i.life.at("running", "moving_out")]
         return WorkerLoad(
-            queued_prefill_tokens=s.queued_prefill_tokens,
+            queued_prefill_tokens=num_tokens,
+            queued_prefill_pairs=num_pairs,
+            chunk_tokens=min(s.limits.max_step_tokens, s.limits.max_chunk_tokens),
             num_running=s.num_running,
             num_waiting=s.num_waiting,
-            context_tokens=s.context_tokens,
+            num_arriving=len(arriving),
+            context_tokens=s.context_tokens + sum(arriving),
             available_blocks=pool.num_available,
             total_blocks=pool.num_blocks,
-            prefill_tokens_per_s=self._steps.prefill_tokens_per_s,
-            decode_step_s=self._steps.decode_step_s,
+            model=self._steps.model,
             steps=self._steps.steps,
             oldest_waiting_s=s.oldest_waiting_s(asyncio.get_running_loop().time()),
             draining=self._draining,
@@ -326,8 +383,10 @@ class WorkerNode:
         interval = self._config.handoff.lease_ttl_s / 10
         while True:
             await asyncio.sleep(interval)
-            if self.parts.leases.expire(asyncio.get_running_loop().time()):
+            now = asyncio.get_running_loop().time()
+            if self.parts.leases.expire(now):
                 self._steps.wake()
+            self._logs.expire(now)
             self._broadcast_events()
 
     async def _watch_ledger(self) -> None:

@@ -2,7 +2,7 @@
 heartbeat when there is nothing.
 
 A router that reads slowly gets fewer, larger messages: what is pending is merged, and past `MAX_PENDING` entries the
-stream is closed (the router has stopped draining; its requests are worth more elsewhere).
+stream is closed (the router has stopped draining): it may come back, and resume its requests, or another one may.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ class Outbox:
     """Created with a stream, closed with it. Single event loop."""
 
     def __init__(self, compose: Callable[..., StepMessage]) -> None:
-        """`compose(chunks=, kv_events=, snapshot=, heartbeat=)` adds what only the worker knows (boot id, load)."""
+        """`compose(chunks=, kv_events=, snapshot=, taken=, heartbeat=)` adds what only the worker knows: boot id,
+        load."""
         self._compose = compose
         self._chunks: list[TokenChunk] = []
         self._events: list[KVEvents] = []
         self._snapshot: KVSnapshot | None = None
+        self._taken: list[int] = []
         self._ready = asyncio.Event()
         self.router_id = ""
         """Who reads it, once it said so."""
@@ -52,9 +54,13 @@ class Outbox:
             self._events.extend(events)
             self._limit()
 
+    def take(self, epoch: int) -> None:
+        """The load covers this attempt from now on: said with the next message, whatever brings that about."""
+        self._taken.append(epoch)
+
     def _limit(self) -> None:
         if len(self._chunks) + len(self._events) > MAX_PENDING:
-            log.warning("a router reads nothing any more: its stream is closed, its requests end")
+            log.warning("a router reads nothing any more: its stream is closed")
             self._chunks.clear()
             self._events.clear()
             self.close()
@@ -82,4 +88,5 @@ class Outbox:
         chunks, self._chunks = tuple(self._chunks), []
         events, self._events = tuple(self._events), []
         snapshot, self._snapshot = self._snapshot, None
-        return self._compose(chunks=chunks, kv_events=events, snapshot=snapshot, heartbeat=heartbeat)
+        taken, self._taken = tuple(self._taken), []
+        return self._compose(chunks=chunks, kv_events=events, snapshot=snapshot, taken=taken, heartbeat=heartbeat)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from baton.core.metrics import Metrics
 from baton.core.sequence import SequenceState
 from baton.core.step import Progress, Runner, ScheduledChunk, Step, StepResult
+from baton.core.step_model import StepFit, StepModel, StepWork
 from baton.engine.scheduler import MAX_STEPS_IN_FLIGHT, Scheduler
 
 Listener = Callable[[Progress, float], None]
@@ -33,9 +34,8 @@ LayerListener = Callable[[ScheduledChunk, int], None]
 
 IDLE_CHECK_S = 0.5
 """An idle loop looks again this often even if nobody woke it: blocks can come back by timers of other rooms."""
-_SMOOTHING = 0.2
-_PREFILL_SHARE = 0.5
-"""Steps with at least this share of prompt tokens measure the prefill rate, steps without any the decode step."""
+MODEL_EVERY = 8
+"""Steps after which the model of them is worked out anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +53,9 @@ class StepLoop:
         """`on_step` is called after each committed step, when all listeners have been told."""
         self.scheduler = scheduler
         self.steps = 0
-        self.prefill_tokens_per_s = 0.0
-        self.decode_step_s = 0.0
+        self.model = StepModel()
+        """Of the steps so far."""
+        self._fit = StepFit()
         self._runner = runner
         self._metrics = metrics
         self._on_step = on_step
@@ -183,21 +184,14 @@ class StepLoop:
 
     def _measure(self, step: Step, duration_s: float) -> None:
         self.steps += 1
-        prompt_tokens = sum(len(c.token_ids) for c in step.chunks if len(c.token_ids) > 1 or not c.choices)
-        decode_tokens = step.num_tokens - prompt_tokens
+        work = StepWork.of(step)
+        self._fit.observe(work, duration_s)
+        if self.steps <= MODEL_EVERY or self.steps % MODEL_EVERY == 0:
+            self.model = self._fit.model
         self._metrics.inc("baton_steps_total")
-        self._metrics.inc("baton_step_tokens_total", prompt_tokens, kind="prefill")
-        self._metrics.inc("baton_step_tokens_total", decode_tokens, kind="decode")
+        self._metrics.inc("baton_step_tokens_total", work.prefill_tokens, kind="prefill")
+        self._metrics.inc("baton_step_tokens_total", work.decode_rows, kind="decode")
         fresh = self.scheduler.num_preemptions - self._preemptions_seen
         if fresh:
             self._preemptions_seen += fresh
             self._metrics.inc("baton_preemptions_total", fresh)
-        if prompt_tokens >= _PREFILL_SHARE * step.num_tokens:
-            if duration_s > 0:
-                self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, step.num_tokens / duration_s)
-        elif not prompt_tokens:
-            self.decode_step_s = _smooth(self.decode_step_s, duration_s)
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if old == 0 else old + _SMOOTHING * (new - old)

@@ -77,7 +77,7 @@ async def _all(them: Iterable[Coroutine[Any, Any, None]]) -> None:
 async def _take(intake: Intake, parts: WorkerParts, answer: Answer, source: TakeFrom) -> Taken:
     request, epoch, ttl_s = _only(intake, answer), intake.submit.epoch, parts.handoff.lease_ttl_s
     arrival = intake.arrive(_sequence(intake, parts, answer), may_grow=True)
-    running = RunningAttempt(intake.outbox.router_id, source.epoch, answer.choice.index)
+    running = RunningAttempt(intake.log.outbox.router_id, source.epoch, answer.choice.index)
     call = PrefillCall(
         request, epoch, parts.worker_id, arrival.num_held, ttl_s, LendMode.TAKE_OVER, running
     )

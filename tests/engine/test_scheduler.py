@@ -386,12 +386,22 @@ def test_a_waiting_sequence_can_be_removed_with_the_blocks_it_brought() -> None:
 def test_load_counts_what_is_left_of_prompts_and_what_decodes_have_to_read() -> None:
     bench = Bench.of(32, limits(max_step_tokens=6, max_chunk_tokens=4))
     bench.add(sequence("a", [0] * 9, 2), sequence("b", [1, 1], 4), sequence("c", [0, 1, 1], 2))
-    assert bench.scheduler.queued_prefill_tokens == 14
+    assert bench.scheduler.queued_prefill() == (14, 45 + 3 + 6)
     step = bench.schedule()
-    assert bench.scheduler.queued_prefill_tokens == 14, "tokens in flight are not computed yet"
+    assert bench.scheduler.queued_prefill() == (14, 45 + 3 + 6), "tokens in flight are not computed yet"
     bench.commit(step)
-    assert bench.scheduler.queued_prefill_tokens == 8
+    assert bench.scheduler.queued_prefill() == (8, 5 + 6 + 7 + 8 + 9 + 6)
     assert bench.scheduler.context_tokens == 6
+
+
+def test_what_waiting_prompts_will_find_in_the_prefix_map_is_no_load() -> None:
+    bench = Bench.of(32, limits(max_sequences=1, max_step_tokens=4, max_chunk_tokens=4))
+    bench.add(sequence("a", [0] * 8, 2), sequence("b", [0] * 9, 2))
+    assert bench.scheduler.queued_prefill()[0] == 8 + 9
+    bench.step()
+    assert bench.scheduler.queued_prefill()[0] == 4 + 5, "b waits, and its first two blocks are there"
+    bench.step()
+    assert bench.scheduler.queued_prefill() == (0, 0), "one token of b is left: no more than a decode step"
 
 
 # ---- a blocked head of the queue -------------------------------------------------------------------------------------

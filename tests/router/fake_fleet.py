@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from random import Random
 
 from baton.core.block_hash import BlockHash
 from baton.core.config import Config, RouterConfig
@@ -33,6 +32,7 @@ from baton.core.request import Choice, FinishReason, Request, SamplingParams
 from baton.core.services import WorkerService
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
 from baton.router.cost import CostPolicy
+from baton.router.dice import Dice
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.link import Subscription
@@ -273,8 +273,9 @@ class ScriptedFleet:
         self.config = Config(router=RouterConfig(**router))  # type: ignore[arg-type]
         self.metrics = Metrics()
         self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, "router-0")
+        dice = Dice(1)
         self.dispatcher = Dispatcher(
-            self.fleet, policy or CostPolicy(self.config.router, Random(1)), self.config, self.metrics
+            self.fleet, policy or CostPolicy(self.config.router, dice), self.config, self.metrics, dice=dice
         )
 
     async def _discover(self) -> Sequence[WorkerInfo]:

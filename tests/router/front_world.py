@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from baton.cluster.rates import MemoryBuckets
 from baton.core.config import load
 from baton.core.errors import BatonError
 from baton.core.messages import TokenChunk, WorkerStatus
@@ -24,6 +25,7 @@ from baton.core.worker import WorkerInfo
 from baton.router.exposition import Told
 from baton.router.generation import Generation
 from baton.router.http import Front, create_app
+from baton.router.limits import RateLimits
 from baton.router.listen import HttpServer
 from baton.router.text import TextCodec
 from baton.router.until import Stopping
@@ -169,7 +171,8 @@ async def open_front(
 ) -> AsyncIterator[FrontWorld]:
     source, metrics, stopping = source or EchoDispatcher(), Metrics(), Stopping()
     config = load({}, overrides).router
-    generation = Generation(make_codec(directory, template), source, config, metrics, MODEL)
+    limits = RateLimits(config.tenants, MemoryBuckets(asyncio.get_running_loop().time), metrics)
+    generation = Generation(make_codec(directory, template), source, config, metrics, MODEL, limits)
     not_ready: list[str] = []
 
     async def statuses() -> Told:

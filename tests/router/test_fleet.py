@@ -12,7 +12,7 @@ from baton.core.messages import Cancel, Hello, KVEvents, Submit, TokenChunk
 from baton.core.worker import Role, Route, WorkerLoad
 from baton.router.fleet import FORGET_S
 from baton.router.grpc_front import _worker
-from baton.router.link import InFlight, UpQueue
+from baton.router.link import InFlight, UpQueue, Work
 from baton.sim.loop import SimLoop, run
 from tests.router.fake_fleet import (
     Listener,
@@ -410,33 +410,35 @@ def test_a_worker_that_does_not_speak_the_router_s_protocol_is_asked_nothing_and
 # ---- work in flight --------------------------------------------------------------------------------------------------
 
 
-def test_dispatched_work_counts_until_a_report_shows_it() -> None:
-    work = InFlight()
-    work.add(("a", 1), 100, now=1.0)
-    work.add(("b", 1), 0, now=1.0)
-    assert (work.queued_prefill_tokens, work.num_sequences) == (100, 2)
-    work.reported(now=1.02)
-    assert work.queued_prefill_tokens == 100, "that report was on its way when the work was dispatched"
-    work.add(("c", 1), 30, now=1.1)
-    work.reported(now=1.12)
-    assert (work.queued_prefill_tokens, work.num_sequences) == (30, 2)
-    work.settle(("b", 1))
-    work.settle(("c", 1))
-    work.settle(("c", 1))
-    assert (work.queued_prefill_tokens, work.num_sequences) == (0, 0)
+def test_dispatched_work_counts_until_the_worker_says_that_it_covers_it() -> None:
+    sent = InFlight()
+    sent.add(1, Work(100, 5050))
+    sent.add(2, Work(context_tokens=70))
+    assert (sent.queued_prefill_tokens, sent.queued_prefill_pairs, sent.context_tokens) == (100, 5050, 70)
+    assert sent.num_sequences == 2
+    sent.settle(1)
+    sent.settle(1)
+    assert (sent.queued_prefill_tokens, sent.queued_prefill_pairs, sent.context_tokens) == (0, 0, 70)
+    assert sent.num_sequences == 1
 
 
 def test_candidates_are_the_ready_ones_with_their_load_and_what_was_sent_since() -> None:
     async def main() -> None:
         load = WorkerLoad(queued_prefill_tokens=10, num_running=1, num_waiting=2, pair_bandwidth=(("p0", "shm", 5e9),))
         async with ScriptedFleet(ScriptedWorker("d0", load=load), ScriptedWorker("d1", down=True)) as fleet:
-            fleet.fleet.charge("d0", ("r", 1), 40)
+            fleet.fleet.charge("d0", 1, Work(40, 820, 60))
             (found,) = fleet.fleet.candidates(Role.DECODE, {"d0": 3})
             assert (found.queued_prefill_tokens, found.num_sequences, found.held_blocks) == (50, 4, 3)
             assert found.bandwidth == {"p0": 5e9}
             await asyncio.sleep(0.6)
             (found,) = fleet.fleet.candidates(Role.DECODE, {})
-            assert (found.queued_prefill_tokens, found.num_sequences) == (10, 3), "a heartbeat came: it tells it all"
+            assert (found.queued_prefill_tokens, found.num_sequences) == (50, 4), "a heartbeat came without a word of it"
+            assert (found.queued_prefill_pairs, found.context_tokens) == (820, 60)
+            assert found.age_s == pytest.approx(0.3)
+            fleet.workers["d0"].say(taken=(1,))
+            await asyncio.sleep(0.01)
+            (found,) = fleet.fleet.candidates(Role.DECODE, {})
+            assert (found.queued_prefill_tokens, found.num_sequences) == (10, 3), "now it is covered"
 
     simulate(main)
 

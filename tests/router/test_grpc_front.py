@@ -39,7 +39,7 @@ class Stranger:
         self._channel: Any = None
 
     def call(self, name: str, timeout: float = 30.0, **fields: Any) -> Any:
-        service = self._admin if name in ("Status", "Trace") else self._service
+        service = self._admin if name in ("Status", "Trace", "Newest", "Explain") else self._service
         method = service.FindMethodByName(name)
         request = message_factory.GetMessageClass(method.input_type)
         reply = message_factory.GetMessageClass(method.output_type)
@@ -244,7 +244,9 @@ def test_status_and_trace_of_an_empty_fleet(tmp_path: Path) -> None:
             status = await stranger.call("Status")
             assert (status.router_id, status.http_endpoint, status.model) == ("router-test", world.url, MODEL)
             assert 'baton_requests_total{outcome="stop"}' in {c.name for c in status.counters}
-            assert (await status_of(stranger.call("Trace", request_id="nobody")))[0] == "NOT_FOUND"
-            assert (await status_of(stranger.call("Trace")))[0] == "NOT_FOUND"
+            for name in ("Trace", "Explain"):
+                assert (await status_of(stranger.call(name, request_id="nobody")))[0] == "NOT_FOUND"
+                assert (await status_of(stranger.call(name)))[0] == "NOT_FOUND"
+            assert not (await stranger.call("Newest", count=3)).traces
 
     asyncio.run(scenario())

@@ -17,11 +17,9 @@ def h(i: int) -> BlockHash:
 
 HASHES = st.lists(st.integers(0, 7), max_size=6).map(lambda ids: tuple(h(i) for i in ids))
 WORKERS = st.sampled_from(["a", "b", "c", "d"])
-ACTIONS = st.one_of(
-    st.tuples(st.just("events"), WORKERS, HASHES, HASHES),
-    st.tuples(st.just("snapshot"), WORKERS, HASHES, HASHES),
-    st.tuples(st.just("drop"), WORKERS, HASHES, HASHES),
-)
+WORD = st.tuples(st.sampled_from(["events", "snapshot", "drop"]), WORKERS, HASHES, HASHES)
+"""(what is said, of whom, stored, removed)."""
+Word = tuple[str, str, tuple[BlockHash, ...], tuple[BlockHash, ...]]
 
 
 def leading(held: set[BlockHash], hashes: tuple[BlockHash, ...]) -> int:
@@ -31,31 +29,111 @@ def leading(held: set[BlockHash], hashes: tuple[BlockHash, ...]) -> int:
     return n
 
 
-@given(st.lists(st.tuples(ACTIONS, HASHES), max_size=30))
-def test_it_answers_like_a_set_of_hashes_per_worker(
-    actions: list[tuple[tuple[str, str, tuple[BlockHash, ...], tuple[BlockHash, ...]], tuple[BlockHash, ...]]],
-) -> None:
-    index = PrefixIndex()
-    held: dict[str, set[BlockHash]] = {}
-    seqs: dict[str, int] = {}
-    for (kind, worker, stored, removed), asked in actions:
+class Naive:
+    """A set of hashes per worker, told the same as an index."""
+
+    def __init__(self, index: PrefixIndex) -> None:
+        self.index = index
+        self.held: dict[str, set[BlockHash]] = {}
+        self._seqs: dict[str, int] = {}
+
+    def say(self, kind: str, worker: str, stored: tuple[BlockHash, ...], removed: tuple[BlockHash, ...]) -> None:
         match kind:
             case "snapshot":
-                held[worker], seqs[worker] = set(stored), len(removed)
-                index.apply_snapshot(worker, "boot", KVSnapshot(seqs[worker], stored))
+                self.held[worker], self._seqs[worker] = set(stored), len(removed)
+                self.index.apply_snapshot(worker, "boot", KVSnapshot(len(removed), stored))
             case "drop":
-                held.pop(worker, None)
-                index.drop(worker)
-            case "events" if worker in held:
-                held[worker] = (held[worker] - set(removed)) | set(stored)
-                seqs[worker] += 1
-                assert index.apply(worker, "boot", KVEvents(seqs[worker], stored, removed))
+                self.held.pop(worker, None)
+                self.index.drop(worker)
+            case "events" if worker in self.held:
+                self.held[worker] = (self.held[worker] - set(removed)) | set(stored)
+                self._seqs[worker] += 1
+                assert self.index.apply(worker, "boot", KVEvents(self._seqs[worker], stored, removed))
             case _:
-                assert not index.apply(worker, "boot", KVEvents(1, stored, removed))
-        naive = {w: leading(hashes, asked) for w, hashes in held.items()}
-        assert index.match(asked) == {w: n for w, n in naive.items() if n}
-        assert index.num_blocks == len(set().union(*held.values()))
-        assert all(index.num_held(w) == len(held.get(w, ())) for w in "abcd")
+                assert not self.index.apply(worker, "boot", KVEvents(1, stored, removed))
+
+    def match(self, hashes: tuple[BlockHash, ...]) -> dict[str, int]:
+        counts = {worker: leading(held, hashes) for worker, held in self.held.items()}
+        return {worker: n for worker, n in counts.items() if n}
+
+
+@given(st.lists(st.tuples(WORD, HASHES), max_size=30))
+def test_it_answers_like_a_set_of_hashes_per_worker(words: list[tuple[Word, tuple[BlockHash, ...]]]) -> None:
+    index = PrefixIndex()
+    naive = Naive(index)
+    for word, asked in words:
+        naive.say(*word)
+        found = index.match(asked)
+        assert found == naive.match(asked)
+        assert list(found.values()) == sorted(found.values(), reverse=True), "most first"
+        assert len(found) == len(list(found))
+        assert index.num_blocks == len(set().union(*naive.held.values()))
+        assert index.num_entries == sum(map(len, naive.held.values()))
+        assert all(index.num_held(w) == len(naive.held.get(w, ())) for w in "abcd")
+
+
+@given(st.lists(st.tuples(WORD, HASHES), max_size=40))
+def test_however_slowly_it_sweeps_nothing_is_said_of_who_is_gone(
+    words: list[tuple[Word, tuple[BlockHash, ...]]],
+) -> None:
+    """Bits are used again, by new workers and by new boots of old ones, while old entries are still there."""
+    index = PrefixIndex(slice_entries=1)
+    naive = Naive(index)
+    for word, asked in words:
+        naive.say(*word)
+        assert index.match(asked) == naive.match(asked)
+        assert index.num_blocks >= len(set().union(*naive.held.values()))
+    for _ in range(100):
+        index.drop("nobody")
+        naive.say("snapshot", "a", (), ())
+    assert index.num_blocks == len(set().union(*naive.held.values())), "in the end all is swept"
+
+
+@given(st.lists(st.tuples(WORD, HASHES), max_size=40), st.integers(1, 12))
+def test_a_full_index_claims_no_block_that_is_not_held_and_counts_what_it_drops(
+    words: list[tuple[Word, tuple[BlockHash, ...]]], limit: int
+) -> None:
+    index = PrefixIndex(max_entries=limit, slice_entries=2)
+    naive = Naive(index)
+    for word, asked in words:
+        before = index.num_dropped
+        naive.say(*word)
+        truth = naive.match(asked)
+        assert all(n <= truth.get(worker, 0) for worker, n in index.match(asked).items())
+        assert index.num_entries <= limit
+        assert all(index.num_held(w) <= len(naive.held.get(w, ())) for w in "abcd")
+        if word[0] == "snapshot" and len(set(word[2])) > limit:
+            assert index.num_dropped > before
+    if sum(map(len, naive.held.values())) > limit:
+        assert index.num_dropped > 0
+
+
+def test_what_prompts_ask_for_outlives_what_nobody_asked_for() -> None:
+    index = PrefixIndex(max_entries=64, slice_entries=8)
+    hot = [h(i) for i in range(4)]
+    index.apply_snapshot("a", "boot", KVSnapshot(0, tuple(h(i) for i in range(64))))
+    for seq in range(1, 200):
+        assert index.match(hot) == {"a": 4}
+        index.apply("a", "boot", KVEvents(seq, stored=(h(1000 + seq),)))
+    assert index.num_dropped >= 100
+
+
+def test_the_worker_that_holds_most_makes_room() -> None:
+    index = PrefixIndex(max_entries=40, slice_entries=4)
+    index.apply_snapshot("few", "boot", KVSnapshot(0, tuple(h(i) for i in range(8))))
+    index.apply_snapshot("many", "boot", KVSnapshot(0, tuple(h(i) for i in range(100, 300))))
+    assert (index.num_held("few"), index.num_held("many")) == (8, 32)
+    assert index.num_dropped == 168
+
+
+def test_a_worker_that_comes_while_another_is_swept_out_has_a_bit_of_its_own() -> None:
+    index = PrefixIndex(slice_entries=1)
+    index.apply_snapshot("a", "boot", KVSnapshot(0, tuple(h(i) for i in range(9))))
+    index.drop("a")
+    assert index.num_blocks == 8, "one was swept at once"
+    index.apply_snapshot("b", "boot", KVSnapshot(0, ()))
+    index.apply_snapshot("a", "boot-2", KVSnapshot(0, (h(0),)))
+    assert index.match([h(i) for i in range(9)]) == {"a": 1}
 
 
 def loaded() -> PrefixIndex:

@@ -13,7 +13,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.core import handoff, messages, request, worker
+from baton.core import handoff, messages, request, step_model, worker
 from baton.core.errors import Incompatible
 from baton.wire import codec
 from baton.wire import worker_pb2 as pb
@@ -24,7 +24,7 @@ HINTS = {
     "UP": messages.UpMessage, "STEP": messages.StepMessage, "STATUS": messages.WorkerStatus,
     "PREFILL_CALL": handoff.PrefillCall, "PREFILL_EVENT": handoff.PrefillEvent,
     "RELEASE_ANSWER": handoff.ReleaseAnswer, "INFO": worker.WorkerInfo, "LOAD": worker.WorkerLoad,
-    "LEDGER": worker.Ledger, "ROUTE": worker.Route, "SPAN": worker.Span,
+    "LEDGER": worker.Ledger, "MODEL": step_model.StepModel, "ROUTE": worker.Route, "SPAN": worker.Span,
 }
 
 

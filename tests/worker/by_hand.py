@@ -9,14 +9,14 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from baton.core.config import load
-from baton.core.messages import Cancel, Hello, StepMessage, Submit, TakeFrom, TokenChunk, UpMessage
+from baton.core.messages import Cancel, Hello, Resume, StepMessage, Submit, TakeFrom, TokenChunk, UpMessage
 from baton.core.request import Choice, FinishReason, Request, SamplingParams, TokenLogprob
 from baton.core.worker import Role, Route, WorkerInfo, WorkerLoad
 from baton.engine.hash_runner import StepCosts
 from baton.models.hash_model import expected
 from baton.sim.loop import SimLoop, SimProcess, run
 from baton.sim.machine import Builders, Machine, SimRegistry, Site, Terms
-from baton.sim.network import Conditions, SimNetwork
+from baton.sim.network import Conditions, SimNetwork, closing
 from baton.sim.trace import Trace
 from baton.sim.transport import Fabric, WireSpeed
 
@@ -88,22 +88,31 @@ class Heard:
 class Stream:
     """Our stream to one worker."""
 
-    def __init__(self, machine: Machine, network: SimNetwork) -> None:
+    def __init__(self, machine: Machine, network: SimNetwork, hello: Hello) -> None:
         assert machine.node is not None
         self.info: WorkerInfo = machine.node.info
         self.load = WorkerLoad()
         self.heard: dict[tuple[str, int], Heard] = defaultdict(Heard)
         self._up: asyncio.Queue[UpMessage] = asyncio.Queue()
+        self._up.put_nowait(hello)
         self._down = network.dial(HAND)(self.info).stream(self._messages())
+        self.reading: asyncio.Task[None] | None = None
 
     async def _messages(self) -> AsyncIterator[UpMessage]:
-        yield Hello(HAND)
         while True:
             yield await self._up.get()
 
     async def read(self) -> None:
-        async for message in self._down:
-            self._take(message)
+        async with closing(self._down):
+            async for message in self._down:
+                self._take(message)
+
+    async def lose(self) -> None:
+        """The stream is gone, with all that was on its way; returns when the worker has heard of it."""
+        assert self.reading is not None
+        self.reading.cancel()
+        await asyncio.wait([self.reading])
+        await asyncio.sleep(0.05)
 
     def _take(self, message: StepMessage) -> None:
         self.load = message.load
@@ -115,6 +124,10 @@ class Stream:
         route = Route(self.info.worker_id, _info(prefill), tuple(_known(m) for m in spares), _info(holder))
         self._up.put_nowait(Submit(r, route, epoch, take_from))
         return self.heard[r.request_id, epoch]
+
+    def resume(self, resume: Resume) -> Heard:
+        self._up.put_nowait(resume)
+        return self.heard[resume.request_id, resume.epoch]
 
     def cancel(self, r: Request, epoch: int) -> None:
         self._up.put_nowait(Cancel(r.request_id, epoch))
@@ -158,9 +171,9 @@ class Bench:
             machine.start()
         await asyncio.sleep(1.0)
 
-    def stream(self, machine: Machine) -> Stream:
-        stream = Stream(machine, self.network)
-        self.hand.spawn(stream.read(), f"stream to {machine.worker_id}")
+    def stream(self, machine: Machine, hello: Hello | None = None) -> Stream:
+        stream = Stream(machine, self.network, hello or Hello(HAND))
+        stream.reading = self.hand.spawn(stream.read(), f"stream to {machine.worker_id}")
         return stream
 
     def computed(self, machine: Machine) -> float:

@@ -1,0 +1,146 @@
+"""Who may come in, and who goes when a worker has room: one bounded queue in front of all workers.
+
+A request is bound to a worker when that can begin soon, not before: what waits here can still go anywhere, in a fair
+order (fair_queue.py), and what waits on a worker can not. Does not know workers or prices: it is told whether the next
+request could go.
+
+Life of a request here:
+
+1. `check`, when it comes: Overloaded at once, with the time to come back, if the queue is full, or if by the measured
+   rate (drain_rate.py) it would wait too long or end past its deadline
+2. `turn`: it goes at once if nobody waits and a worker has room, else it takes a seat
+3. `look`, whenever a worker may have got room: the first in order goes, one at a time, so that each sees what those
+   before it were given
+4. `ended`: what it turned out to cost is learnt
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from baton.core.config import RouterConfig
+from baton.core.errors import Overloaded
+from baton.core.metrics import Metrics
+from baton.router.drain_rate import DrainRate
+from baton.router.fair_queue import FairQueue, Seat
+from baton.router.run import Run
+
+MARGIN = 1.25
+"""A predicted wait is taken to be so many times longer: who is let in should not be sent away later."""
+PATIENCE = 2.0
+"""Who was let in waits for up to so many times `max_queue_wait_s`: the rate may fall meanwhile."""
+RETRY_MAX_S = 60.0
+
+
+class _Waiter:
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.granted = asyncio.get_running_loop().create_future()
+
+
+class Admission:
+    def __init__(self, config: RouterConfig, metrics: Metrics, is_open: Callable[[Run], bool]) -> None:
+        """`is_open`: could a worker take this request now, and begin soon? True if nobody will say better by
+        waiting."""
+        self._config = config
+        self._metrics = metrics
+        self._is_open = is_open
+        self._queue: FairQueue[_Waiter] = FairQueue(config.tenants)
+        self._rate = DrainRate()
+        self._going: Seat[_Waiter] | None = None
+        """Its turn has come, and it has not been sent yet."""
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def check(self, run: Run) -> None:
+        """Raises Overloaded if it had better not wait."""
+        if self._goes_at_once(run):
+            return
+        config, request, rate = self._config, run.request, self._rate
+        if len(self._queue) >= config.max_queued:
+            raise self._refusal(
+                "full", f"{len(self._queue)} requests wait for a worker (router.max_queued)", self._queue.tokens / 2
+            )
+        ahead = self._queue.tokens_before(request.tenant)
+        wait_s = MARGIN * rate.wait_s(ahead, run.arrived)
+        if wait_s > config.max_queue_wait_s:
+            kept = config.max_queue_wait_s / wait_s
+            raise self._refusal(
+                "wait", f"it would wait for about {wait_s:.1f} s (router.max_queue_wait_s)", ahead * (1 - kept)
+            )
+        service_s = rate.service_s(request)
+        if wait_s and wait_s + service_s > request.deadline_s:
+            kept = max(0.0, request.deadline_s - service_s) / wait_s
+            raise self._refusal(
+                "deadline",
+                f"it would wait for about {wait_s:.1f} s and run for {service_s:.1f} s, past its deadline of "
+                f"{request.deadline_s:g} s", ahead * (1 - kept),
+            )
+
+    async def turn(self, run: Run) -> None:
+        """Wait until a worker has room. Raises DeadlineExceeded or Overloaded when that takes too long."""
+        if self._goes_at_once(run):
+            return
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        until = min(run.deadline, began + PATIENCE * self._config.max_queue_wait_s)
+        tokens = self._rate.tokens_of(run.request)
+        seat = self._queue.enter(run.request.tenant, tokens, _Waiter(run))
+        self._observe()
+        try:
+            async with asyncio.timeout_at(until):
+                await seat.waiter.granted
+        except TimeoutError:
+            if until >= run.deadline:
+                raise run.late() from None
+            raise self._refusal("patience", f"no worker had room for it within {until - began:g} s", tokens) from None
+        finally:
+            self._queue.leave(seat)
+            self._observe()
+            self._metrics.observe("baton_queue_seconds", loop.time() - began)
+            loop.call_soon(self._gone, seat)
+
+    def look(self) -> None:
+        """Some worker may have room now."""
+        first = self._queue.first
+        if first is None or self._going is not None or not self._is_open(first.waiter.run):
+            return
+        self._going = first
+        self._queue.leave(first)
+        self._rate.went(first.tokens, asyncio.get_running_loop().time())
+        if not first.waiter.granted.done():
+            first.waiter.granted.set_result(None)
+
+    def ended(self, run: Run) -> None:
+        """It has all its tokens."""
+        dispatched = run.arrived + run.records[0].start_s if run.records else run.arrived
+        service_s = asyncio.get_running_loop().time() - dispatched
+        num_choices = len(run.request.choices)
+        self._rate.ended(round(run.delivery.num_output_tokens / num_choices), service_s)
+
+    def retry_after_s(self, tokens: float) -> float:
+        """When so many tokens' worth of those that wait will have gone; whole seconds, as HTTP wants them."""
+        now = asyncio.get_running_loop().time()
+        return min(RETRY_MAX_S, max(1.0, math.ceil(self._rate.wait_s(round(tokens), now))))
+
+    def _goes_at_once(self, run: Run) -> bool:
+        return not self._queue and self._going is None and self._is_open(run)
+
+    def _gone(self, seat: Seat[_Waiter]) -> None:
+        if self._going is seat:
+            self._going = None
+        self.look()
+
+    def _refusal(self, reason: str, why: str, tokens: float) -> Overloaded:
+        """`tokens`: of those before it that must have gone for it to be let in."""
+        self._metrics.inc("baton_admission_refusals_total", reason=reason)
+        seconds = self.retry_after_s(tokens)
+        return Overloaded(f"the workers have more than they can do: {why}. Come back in {seconds:g} s.",
+                          retry_after_s=seconds)
+
+    def _observe(self) -> None:
+        self._metrics.set("baton_queued_requests", len(self._queue))
+        self._rate.waiting(bool(self._queue), asyncio.get_running_loop().time())

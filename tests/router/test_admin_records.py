@@ -1,0 +1,51 @@
+"""What the admin service tells of finished requests."""
+
+from __future__ import annotations
+
+import json
+
+from baton.core.worker import Role
+from baton.router.grpc_front import AdminFront, Identity
+from baton.router.recorded import replay
+from baton.wire.admin_pb2 import ExplainRequest, NewestRequest, TraceRequest
+from tests.router.fake_fleet import ScriptedFleet, ScriptedWorker, request, simulate
+
+
+def admin_of(fleet: ScriptedFleet) -> AdminFront:
+    who = Identity("", "", "", "")
+    return AdminFront(fleet.fleet, fleet.dispatcher, fleet.metrics, fleet._dial, lambda: who)
+
+
+def test_the_newest_requests_are_told_with_where_they_stand_on_one_clock() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0")) as fleet:
+            admin = admin_of(fleet)
+            for i in range(3):
+                await fleet.answer(request(f"r{i}"))
+            newest = (await admin.Newest(NewestRequest(count=2), None)).traces
+            assert [t.request_id for t in newest] == ["r2", "r1"]
+            assert newest[0].arrived_s >= newest[1].arrived_s + newest[1].total_s > 0
+            for told in newest:
+                assert told == await admin.Trace(TraceRequest(request_id=told.request_id), None)
+                assert 0 <= told.zero_s <= told.total_s
+
+    simulate(main)
+
+
+def test_a_record_comes_as_json_and_its_decision_is_made_again() -> None:
+    async def main() -> None:
+        workers = [ScriptedWorker(f"{kind}{i}", role) for kind, role in (("p", Role.PREFILL), ("d", Role.DECODE))
+                   for i in range(3)]  # fmt: skip
+        async with ScriptedFleet(*workers, local_prefill_max_tokens=4) as fleet:
+            admin = admin_of(fleet)
+            for i in range(8):
+                await fleet.answer(request(f"r{i}", prompt=range(40)))
+            told = json.loads((await admin.Explain(ExplainRequest(request_id="r6"), None)).json)
+            newest = json.loads((await admin.Explain(ExplainRequest(), None)).json)
+            assert (told["request_id"], newest["request_id"]) == ("r6", "r7")
+            for record in (told, newest):
+                (decision,) = record["decisions"]
+                assert replay(decision).same_pick
+                assert record["attempts"][0]["route"] == decision["route"]
+
+    simulate(main)
