@@ -56,11 +56,3 @@ def peers(context: typer.Context) -> None:
     from baton.bench.peers import command
 
     command.main(context.args, context.command_path)
-
-
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
-def router(context: typer.Context) -> None:
-    """What a request and a token cost in the router's process, beside SGLang's, vLLM's and Dynamo's."""
-    from baton.bench.router_cost import command
-
-    command.main(context.args, context.command_path)
