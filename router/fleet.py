@@ -172,9 +172,11 @@ class Fleet:
     def candidates(
         self, role: Role, held: Mapping[str, int], coming: Mapping[str, int] = NONE_HELD,
         able: Callable[[Candidate], bool] = lambda _: True, has_room: Callable[[Candidate], bool] | None = None,
+        home: str = "",
     ) -> list[Candidate]:
         """READY workers of a role that are `able`, with load as of now: all of them; or of too many a shortlist, if
-        `has_room` says who is preferred. `held`, `coming`: leading blocks of one prompt, by worker and by boot."""
+        `has_room` says who is preferred. `held`, `coming`: leading blocks of one prompt, by worker and by boot.
+        `home` is always offered, if it can be."""
 
         def offer(link: Link) -> Candidate | None:
             info = link.info
@@ -186,7 +188,9 @@ class Fleet:
         if has_room is None or len(self._links) <= OFFERED_WHOLE:
             return [c for link in self._links.values() if (c := offer(link)) is not None]
         orders = [order for (of, _), order in self._orders.items() if of is role]
-        return shortlist(orders, self._having(held, coming), offer, has_room)
+        chosen = shortlist(orders, self._having(held, coming), offer, has_room)
+        at_home = offer(self._links[home]) if home in self._links else None
+        return chosen if at_home is None or at_home in chosen else [*chosen, at_home]
 
     def holders(self, held: Mapping[str, int]) -> list[Candidate]:
         """Workers of either role that can lend what they hold, the one that holds most first. A draining one can."""

@@ -263,7 +263,9 @@ class Listener:
 class ScriptedFleet:
     """Workers, a registry that lists them, and a router over both. Use as `async with`; closes every stream."""
 
-    def __init__(self, *workers: ScriptedWorker, policy: Policy | None = None, **router: object) -> None:
+    def __init__(
+        self, *workers: ScriptedWorker, policy: Policy | None = None, router_id: str = "router-0", **router: object
+    ) -> None:
         self.workers = {w.worker_id: w for w in workers}
         self.registry_fails: BaseException | None = None
         self.registry_empty = False
@@ -272,7 +274,7 @@ class ScriptedFleet:
         """Entries of boots that are over."""
         self.config = Config(router=RouterConfig(**router))  # type: ignore[arg-type]
         self.metrics = Metrics()
-        self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, "router-0")
+        self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, router_id)
         dice = Dice(1)
         self.dispatcher = Dispatcher(
             self.fleet, policy or CostPolicy(self.config.router, dice), self.config, self.metrics, dice=dice
