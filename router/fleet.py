@@ -25,7 +25,7 @@ from baton.core.block_hash import HashScope
 from baton.core.config import Config
 from baton.core.errors import BatonError, PeerLost
 from baton.core.layout import PROTOCOL_VERSION, Capability
-from baton.core.messages import Cancel, Submit, WorkerStatus
+from baton.core.messages import Cancel, Resume, Submit, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
@@ -204,6 +204,15 @@ class Fleet:
         for pair in itertools.zip_longest(*found):
             yield from (link for link in pair if link is not None)
 
+    def talking(self, role: Role) -> list[str]:
+        """worker_ids of a role that a message can be sent to now, whether they take new requests or not."""
+        return [worker_id for worker_id, link in self._links.items() if link.info.role is role and link.talks]
+
+    def may_talk_soon(self, worker_id: str) -> bool:
+        """Its stream is being opened; also when the registry was not read yet."""
+        link = self._links.get(worker_id)
+        return not self._links if link is None else link.state is WorkerState.CONNECTING
+
     def draining(self) -> list[WorkerInfo]:
         if self._draining is None:
             self._draining = [link.info for link in self._links.values() if link.state is WorkerState.DRAINING]
@@ -247,12 +256,12 @@ class Fleet:
 
     # ---- what is sent ----
 
-    def send(self, worker_id: str, message: Submit | Cancel) -> None:
-        """Queue a message up the worker's stream. Raises PeerLost when a submit has no stream to go on."""
+    def send(self, worker_id: str, message: Submit | Resume | Cancel) -> None:
+        """Queue a message up the worker's stream. Raises PeerLost when it has no stream to go on, and is no cancel."""
         link = self._links.get(worker_id)
         if link is not None:
             link.send(message)
-        elif isinstance(message, Submit):
+        elif not isinstance(message, Cancel):
             raise PeerLost(f"{worker_id} is not known. Try another worker.")
 
     def subscribe(self, worker_id: str, subscription: Subscription) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.core.block_hash import BlockHash
 from baton.core.config import Config, RouterConfig
-from baton.core.errors import BatonError, PeerLost
+from baton.core.errors import BatonError, Forgotten, PeerLost
 from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.layout import Capability, KVLayout
 from baton.core.messages import (
@@ -21,6 +21,7 @@ from baton.core.messages import (
     Hello,
     KVEvents,
     KVSnapshot,
+    Resume,
     StepMessage,
     Submit,
     TokenChunk,
@@ -132,6 +133,8 @@ class ScriptedWorker:
     seq: int = 0
     submits: list[Submit] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
+    """It keeps no log: each is answered with Forgotten."""
     routers: list[str] = field(default_factory=list)
     _downs: list[asyncio.Queue[Said]] = field(default_factory=list)
 
@@ -213,11 +216,20 @@ class ScriptedWorker:
                     self.routers.append(message.router_id)
                     snapshot = KVSnapshot(self.seq, tuple(self.held))
                     down.put_nowait(StepMessage(self.info.boot_id, self.load, snapshot=snapshot))
+                    for resume in message.running:
+                        self._forget(resume, down)
+                case Resume():
+                    self._forget(message, down)
                 case Submit():
                     self.submits.append(message)
                     tasks.append(asyncio.create_task(self._perform(message, down)))
                 case Cancel():
                     self.cancels.append(message)
+
+    def _forget(self, resume: Resume, down: asyncio.Queue[Said]) -> None:
+        self.resumes.append(resume)
+        chunk = TokenChunk(resume.request_id, resume.epoch, 0, (), FinishReason.ERROR, error_code=Forgotten.code)
+        down.put_nowait(StepMessage(self.info.boot_id, self.load, (chunk,)))
 
     async def _perform(self, submit: Submit, down: asyncio.Queue[Said]) -> None:
         for act in self.script(submit):
@@ -247,7 +259,8 @@ class Listener:
     """Hears one attempt without a dispatcher."""
 
     def __init__(self, request_id: str, epoch: int) -> None:
-        self.subscription = Subscription(request_id, epoch, self._put, self._put)
+        lacks = Resume(request_id, epoch, b"", ((0, 0),))
+        self.subscription = Subscription(request_id, epoch, self._put, self._put, lambda: lacks)
         self._heard: asyncio.Queue[TokenChunk | BatonError] = asyncio.Queue()
 
     def _put(self, news: TokenChunk | BatonError) -> None:

@@ -165,7 +165,7 @@ def test_a_lost_worker_fails_its_requests_after_what_it_still_said(loss: str) ->
             await asyncio.sleep(0.01)
             match loss:
                 case "broken":
-                    worker.break_streams()
+                    worker.die()
                 case "dead":
                     worker.frozen = True
                 case "rebooted":
