@@ -147,7 +147,7 @@ class RouterConfig(_Tree):
         "cost", description="How workers are chosen. cost is Baton's; the others are what it is compared with (docs/routing.md)."
     )
     local_prefill_max_tokens: Annotated[int, Field(ge=0)] = Field(
-        64, description="Uncached suffixes up to this length prefill on the decode worker."
+        64, description="Uncached suffixes up to this length are computed on the decode worker. Policy cost goes by prices instead; 0 tells it, too, to compute nothing there that a prefill worker could."
     )
     assumed_prefill_tokens_per_s: Annotated[float, Field(gt=0)] = Field(
         2000.0, description="Prefill speed priced until a worker has measured its own."

@@ -49,6 +49,7 @@ TABLE = (
     _c("baton_admission_refusals_total", "Requests refused at once, by why.", "reason"),
     _c("baton_circuits_opened_total", "Workers that got no requests for a while: too many of their requests failed.", "worker"),
     _c("baton_retry_waits_total", "Retries after a loss that waited for the retry budget."),
+    _c("baton_resumed_requests_total", "Requests gone on with where they ran, by what was lost: their stream, or their router.", "lost"),
     _c("baton_moves_total", "Planned moves of requests off a draining worker, by how they ended.", "end"),
     _c("baton_quarantined_requests_total", "Requests failed as poison: aboard two crashes, or like one that was.", "reason"),
     _c("baton_worker_lost_total", "Workers the router lost: silent for too long, or crashed. Who drained first is not counted.", "role"),

@@ -13,9 +13,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from baton.core.errors import BatonError, Incompatible, IntegrityError, PeerLost, RetryRoute, from_code
+from baton.core.errors import BatonError, Forgotten, Incompatible, IntegrityError, PeerLost, RetryRoute, from_code
 from baton.core.machines import ATTEMPT, Life
-from baton.core.messages import Cancel, Submit, TokenChunk
+from baton.core.messages import Cancel, Resume, Submit, TokenChunk
 from baton.core.request import FinishReason
 from baton.core.worker import Route, WorkerInfo
 from baton.router.fleet import Fleet
@@ -30,6 +30,10 @@ class Attempt:
     route: Route
     decode: WorkerInfo
     fleet: Fleet
+    lacks: Callable[[Attempt], Resume]
+    """What its worker is asked for when the stream comes back."""
+    resumes: bool = False
+    """It goes on with what another router, or an earlier life of this one, had begun."""
     life: Life = field(default_factory=lambda: Life(ATTEMPT))
     opened_at: float = 0.0
     has_last_word: bool = False
@@ -49,18 +53,19 @@ class Attempt:
         return self.request_id, self.epoch
 
     def open(
-        self, submit: Submit, work: dict[str, Work], hear: Callable[[Attempt, TokenChunk], None],
+        self, message: Submit | Resume, work: dict[str, Work], hear: Callable[[Attempt, TokenChunk], None],
         lose: Callable[[Attempt, BatonError], None],
     ) -> None:
         """Send it. `work`: what counts on each worker from now on. Raises PeerLost without a stream; it must be closed
         then, too."""
         self.opened_at = asyncio.get_running_loop().time()
-        self.avoid = (self.route.decode,)
+        self.avoid = () if self.resumes else (self.route.decode,)
         self.life.on("submit")
-        subscription = Subscription(*self.key, lambda chunk: hear(self, chunk), lambda error: self._break(lose, error))
+        subscription = Subscription(*self.key, lambda chunk: hear(self, chunk), lambda error: self._break(lose, error),
+                                    lambda: self.lacks(self))
         self.fleet.subscribe(self.route.decode, subscription)
         self._subscription = subscription
-        self.fleet.send(self.route.decode, submit)
+        self.fleet.send(self.route.decode, message)
         self._charged = tuple(work)
         for worker_id, part in work.items():
             self.fleet.charge(worker_id, self.epoch, part)
@@ -75,6 +80,9 @@ class Attempt:
             return PeerLost(f"{self.route.decode} cancelled request {self.request_id}: {why}.")
         error = from_code(chunk.error_code, chunk.error_message)
         self.lost_lenders = chunk.lost_lenders
+        if isinstance(error, Forgotten) and not self.resumes:
+            return PeerLost(f"the stream to {self.route.decode} broke, and when it was back, request {self.request_id} "
+                            "was not known there any more.")
         if isinstance(error, RetryRoute):
             # The decode worker is well, and what it has verified is in its cache.
             self.avoid = tuple(p.worker_id for p in (self.route.prefill, *self.route.spares) if p is not None)

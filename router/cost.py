@@ -1,64 +1,56 @@
 """Where a request goes: one price in seconds for every (prefill, decode) pair, and the cheapest wins.
 
-Owns the prices and their terms. Does not know streams, retries or how a prefix is looked up: it is handed facts and
-answers with a `Route`.
+Owns the choice. Does not know what a price is made of (prices.py), streams, retries or how a prefix is looked up: it is
+handed facts and candidates and answers with a `Route`.
 
-    remote = prefill queue + prompt / prefill rate + KV to move / pair bandwidth + decode interference
-    local  = decode queue + prompt / decode's rate + the running sequences it stalls + decode interference
-    move   = KV to move / pair bandwidth + decode interference
+    remote = queue + prefill + fetch + handoff + pressure,  on the prefill worker
+           + transfer                                       between the two
+           + interference + decode + away                   on the decode worker
+    local  = queue + prefill + fetch + stall + interference + decode + away
+    move   = transfer + interference + decode
 
-`prompt` is what the worker that computes lacks: of its cache, and of what it first pulls from a holder of more, if that
-costs less than computing it (term `fetch`). KV to move is what the decode worker does not hold. Queues count work from
-the moment it was dispatched. A pair that stores KV alike goes before every pair that must convert it, at any price.
+Whether a prompt is handed off is decided by these prices alone, but for `local_prefill_max_tokens` 0: then decode
+workers compute nothing that somebody else could. A pair that stores KV alike goes before every pair that must convert
+it, at any price; then one that makes the deadline before any that is predicted to miss it.
+
+Only the transfer depends on both workers, and it is never negative. So with both sides in order of their own part,
+pairs are looked at from the cheapest sum on, until a sum alone is no better than what was found: a few, not all.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
+import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 from baton.core.config import RouterConfig
 from baton.core.layout import stored_alike
 from baton.core.worker import Route, WorkerInfo, WorkerLoad
 from baton.router.policy import MAX_SPARES, Candidate, Candidates, Facts
+from baton.router.prices import Place, Prices, Terms, Way, alike
 
-ASSUMED_STEP_S = 0.02
-"""A decode step priced until some worker has measured one."""
-MAX_HOLDERS = 4
-"""Holders looked at for one prompt, those that hold most."""
+MAX_ALTERNATIVES = 3
+"""Told with a route, and the best of the other kind if it is not among them."""
 
-Terms = tuple[tuple[str, float], ...]
-"""(name, seconds) of each part of a price."""
-
-
-class _Source(NamedTuple):
-    """What a worker that computes the prompt begins with."""
-
-    uncached: int
-    """Tokens left to compute."""
-    fetch_s: float = 0.0
-    holder: Candidate | None = None
-    """Whom it pulls from first."""
-    num_fetched: int = 0
-    """Tokens pulled."""
+T = TypeVar("T")
 
 
 class _Option(NamedTuple):
     cost_s: float
-    decode: Candidate
-    prefill: Candidate | None
+    way: Way
+    place: Place
+
+    @property
+    def is_local(self) -> bool:
+        return self.way.worker is self.place.worker
 
     @property
     def name(self) -> str:
-        decode = self.decode.info.worker_id
-        return f"{self.prefill.info.worker_id} -> {decode}" if self.prefill else f"{decode} alone"
-
-    @property
-    def converts(self) -> bool:
-        """The decode worker stores KV in another element type."""
-        return self.prefill is not None and not _alike(self.prefill, self.decode)
+        decode = self.place.worker.info.worker_id
+        return f"{decode} alone" if self.is_local else f"{self.way.worker.info.worker_id} -> {decode}"
 
 
 class CostPolicy:
@@ -75,140 +67,137 @@ class CostPolicy:
         decode = [d for d in candidates.decode if d.has_room(facts)] or list(candidates.decode)
         if not decode:
             return None
-        prices = _Prices.of(facts, self._config, decode, candidates)
-        options = _unconverted(_options(prices, decode, candidates), candidates)
-        best_s = min(o.cost_s for o in options)
-        best = [o for o in options if o.cost_s <= best_s * (1 + 1e-9)]
-        chosen = best[0] if len(best) == 1 else self._rng.choice(best)
-        terms = prices.terms(chosen.decode, chosen.prefill)
-        rest = sorted((o for o in options if o is not chosen), key=lambda o: o.cost_s)
-        spares = [o.prefill.info for o in rest if chosen.prefill and o.prefill and o.decode is chosen.decode]
-        source = prices.source(chosen.prefill or chosen.decode)
+        search = _Search(Prices(facts, self._config, candidates), decode, self._rng.getrandbits(32) | 1)
+        found = search.cheapest()
+        chosen, others = found[0], found[1:]
+        prices, way = search.prices, chosen.way
+        terms = prices.terms(way, chosen.place)
+        alternatives = tuple((o.name, o.cost_s, prices.terms(o.way, o.place)) for o in others)
         return Route(
-            chosen.decode.info.worker_id,
-            chosen.prefill.info if chosen.prefill else None,
-            tuple(spares[:MAX_SPARES]),
-            source.holder.info if source.holder else None,
+            chosen.place.worker.info.worker_id,
+            None if chosen.is_local else way.worker.info,
+            () if chosen.is_local else search.spares(chosen),
+            way.holder.info if way.holder else None,
             sum(seconds for _, seconds in terms),
             terms,
-            _reason(prices, chosen, terms, rest[0] if rest else None),
+            _reason(prices, chosen, terms, others[0] if others else None),
+            alternatives,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Prices:
-    """What one request costs where."""
+class _Search:
+    """The cheapest options for one request."""
 
-    facts: Facts
-    config: RouterConfig
-    candidates: Candidates
-    rate: float
-    """Prefill tokens/s of a worker that has measured none."""
-    step_s: float
-    """Decode step of a worker that has measured none."""
+    def __init__(self, prices: Prices, decode: Sequence[Candidate], odd: int) -> None:
+        """`odd`: any odd number. It puts equals in an order that no two routers share."""
+        self.prices = prices
+        self._ways = _in_order(((prices.ahead_s(way), way) for way in map(prices.way, prices.candidates.prefill)), odd)
+        self._places = _in_order(((place.after_s, place) for place in map(prices.place, decode)), odd)
+        self._converts = not self._is_uniform() and not any(
+            self._fits(way, place) and alike(way.worker, place.worker)
+            for _, place in self._places for _, way in self._ways
+        )
+        """There is no pair that stores KV alike. Else whether an answer is exact must not depend on who is busy."""
 
-    @classmethod
-    def of(cls, facts: Facts, config: RouterConfig, decode: Sequence[Candidate], candidates: Candidates) -> _Prices:
-        rates = (_rate(c) for c in (*decode, *candidates.prefill))
-        steps = (d.load.model.decode_step_s(1, 0) if d.load.model.num_decode_steps else 0.0 for d in decode)
-        rate, step_s = _typical(rates, config.assumed_prefill_tokens_per_s), _typical(steps, ASSUMED_STEP_S)
-        return cls(facts, config, candidates, rate, step_s)
+    def cheapest(self) -> list[_Option]:
+        """At least one, the best first; the best remote and the best local one are among them, if there are any."""
+        deadline_s = self.prices.facts.deadline_s
+        locals_ = [self._local(place) for _, place in self._places if self._may_be_local(place)]
+        remote = self._remote(deadline_s)
+        local = [o for o in locals_ if self._end_s(o) <= deadline_s]
+        if not remote and not local:
+            remote, local = self._remote(math.inf), locals_
+        local.sort(key=_cost_s)
+        found = sorted(remote + local, key=_cost_s)[: 1 + MAX_ALTERNATIVES]
+        return found + [side[0] for side in (remote, local) if side and side[0] not in found]
 
-    def terms(self, decode: Candidate, prefill: Candidate | None) -> Terms:
-        ahead = self.ahead(prefill or decode)
-        interference = ("decode", self.interference_s(decode))
-        if prefill is not None:
-            return (*ahead, ("transfer", self.moved_bytes(decode) / self.bandwidth(decode, prefill)), interference)
-        # Prefill here stalls every running sequence for as long. At least one is assumed: decode workers are kept
-        # free for decoding, otherwise an idle fleet would never hand anything off.
-        return (*ahead, ("stall", dict(ahead)["prefill"] * max(1, decode.num_sequences)), interference)
+    def spares(self, chosen: _Option) -> tuple[WorkerInfo, ...]:
+        """The next best prefill workers for the same decode worker."""
+        others = (self._pair(ahead_s, way, chosen.place) for ahead_s, way in self._ways if way is not chosen.way)
+        able = [o for o in others if self._may_pair(o.way, o.place)]
+        return tuple(o.way.worker.info for o in heapq.nsmallest(MAX_SPARES, able, key=_cost_s))
 
-    def ahead(self, worker: Candidate) -> Terms:
-        """Until the prompt is computed on that worker."""
-        rate, source = self.rate_of(worker), self.source(worker)
-        terms = ("queue", worker.queued_prefill_tokens / rate), ("prefill", source.uncached / rate)
-        return (*terms, ("fetch", source.fetch_s)) if source.holder else terms
-
-    def source(self, worker: Candidate) -> _Source:
-        """With the cheapest of the holders that have enough more than the worker itself, or alone."""
-        layout = worker.info.capability.layout
-        best, best_s = _Source(alone := worker.uncached(self.facts.num_tokens)), alone / self.rate_of(worker)
-        for holder in self.candidates.holders[:MAX_HOLDERS]:
-            more = holder.held_blocks - worker.held_blocks
-            if more <= 0 or more * layout.block_size < self.config.fetch_min_tokens:
+    def _remote(self, deadline_s: float) -> list[_Option]:
+        """The best few that are in time. The loop over pairs is the router's hottest."""
+        found: list[_Option] = []
+        bound_s = math.inf
+        for after_s, place in self._places:
+            if not self._ways or after_s + self._ways[0][0] >= bound_s:
                 break
-            if holder.info.worker_id == worker.info.worker_id or not self.candidates.fits(holder.info, worker.info):
+            if self._is_held(place):
                 continue
-            if not _alike(holder, worker):
-                continue  # what is converted is not cached
-            fetch_s = more * layout.block_bytes / self.bandwidth(worker, holder)
-            uncached = max(1, alone - more * layout.block_size)
-            if fetch_s + uncached / self.rate_of(worker) < best_s:
-                best = _Source(uncached, fetch_s, holder, more * layout.block_size)
-                best_s = fetch_s + uncached / self.rate_of(worker)
-        return best
+            for ahead_s, way in self._ways:
+                if after_s + ahead_s >= bound_s:
+                    break
+                option = self._pair(ahead_s, way, place)
+                if option.cost_s >= bound_s or not self._may_pair(way, place) or self._end_s(option) > deadline_s:
+                    continue
+                bisect.insort(found, option, key=_cost_s)
+                if len(found) > MAX_ALTERNATIVES:
+                    del found[1 + MAX_ALTERNATIVES :]
+                    bound_s = found[-1].cost_s
+        return found
 
-    def rate_of(self, worker: Candidate) -> float:
-        return _rate(worker) or self.rate
+    def _pair(self, ahead_s: float, way: Way, place: Place) -> _Option:
+        return _Option(ahead_s + place.after_s + self.prices.transfer_s(way, place), way, place)
 
-    def interference_s(self, decode: Candidate) -> float:
-        """A step's time for each sequence there: what joining it costs them and us."""
-        return decode.num_sequences * (decode.load.model.decode_step_s(1, 0) if decode.load.model.num_decode_steps else self.step_s)
+    def _local(self, place: Place) -> _Option:
+        way = self.prices.way(place.worker)
+        return _Option(way.ready_s + self.prices.stall_s(way) + place.after_s, way, place)
 
-    def moved_bytes(self, decode: Candidate) -> int:
-        layout = decode.info.capability.layout
-        return max(0, layout.num_blocks_for(self.facts.num_tokens) - decode.held_blocks) * layout.block_bytes
+    def _may_be_local(self, place: Place) -> bool:
+        if self.prices.config.local_prefill_max_tokens or self._is_held(place):
+            return True
+        return not any(self._fits(way, place) for _, way in self._ways)
 
-    def bandwidth(self, reader: Candidate, lender: Candidate) -> float:
-        return reader.bandwidth.get(lender.info.worker_id) or self.config.assumed_bandwidth_bytes_per_s
+    def _is_held(self, place: Place) -> bool:
+        """All of it: there is nothing to hand off."""
+        held = place.worker.held_blocks * place.worker.info.capability.layout.block_size
+        return held >= self.prices.facts.num_tokens
 
-    def is_short(self, decode: Candidate) -> bool:
-        uncached = self.facts.num_tokens - decode.held_blocks * decode.info.capability.layout.block_size
-        return uncached <= self.config.local_prefill_max_tokens
+    def _end_s(self, option: _Option) -> float:
+        """When the last token is predicted."""
+        way, place = option.way, option.place
+        between_s = 0.0
+        if not option.is_local:
+            between_s = self.prices.facts.handoff_s + self.prices.transfer_s(way, place)
+        return way.ready_s + between_s + place.decode_s
 
+    def _fits(self, way: Way, place: Place) -> bool:
+        return self.prices.candidates.fits(way.worker.info, place.worker.info)
 
-def _options(prices: _Prices, decode: Sequence[Candidate], candidates: Candidates) -> list[_Option]:
-    """Every way to serve the request. The loop over pairs is the router's hottest: sums only, terms come later."""
-    ahead = [(p, sum(seconds for _, seconds in prices.ahead(p))) for p in candidates.prefill]
-    options = []
-    for d in decode:
-        pairs = []
-        if not prices.is_short(d):
-            moved_bytes, interference_s = prices.moved_bytes(d), prices.interference_s(d)
-            pairs = [
-                _Option(before_s + moved_bytes / prices.bandwidth(d, p) + interference_s, d, p)
-                for p, before_s in ahead
-                if candidates.fits(p.info, d.info)
-            ]
-        options += pairs
-        if not pairs or prices.config.local_prefill_max_tokens > 0:  # 0: not on decode workers if it can be helped
-            options.append(_Option(sum(s for _, s in prices.terms(d, None)), d, None))
-    return options
+    def _may_pair(self, way: Way, place: Place) -> bool:
+        return self._fits(way, place) and (self._converts or alike(way.worker, place.worker))
 
-
-def _unconverted(options: list[_Option], candidates: Candidates) -> list[_Option]:
-    """Without pairs whose KV would be converted, if any pair needs no conversion: whether an answer is exact shall not
-    depend on who is busy."""
-    dtypes = {c.info.capability.layout.dtype for c in (*candidates.decode, *candidates.prefill)}
-    if len(dtypes) == 1 or all(o.converts or o.prefill is None for o in options):
-        return options
-    return [o for o in options if not o.converts]
+    def _is_uniform(self) -> bool:
+        workers = (*(way.worker for _, way in self._ways), *(place.worker for _, place in self._places))
+        return len({w.info.capability.layout.dtype for w in workers}) == 1
 
 
-def _reason(prices: _Prices, chosen: _Option, terms: Terms, next_best: _Option | None) -> str:
+def _in_order(priced: Iterable[tuple[float, T]], odd: int) -> list[tuple[float, T]]:
+    """Cheapest first, equals as `odd` has it."""
+    keyed = sorted((cost_s, i * odd & 0xFFFFFFFF, one) for i, (cost_s, one) in enumerate(priced, 1))
+    return [(cost_s, one) for cost_s, _, one in keyed]
+
+
+def _cost_s(option: _Option) -> float:
+    return option.cost_s
+
+
+def _reason(prices: Prices, chosen: _Option, terms: Terms, next_best: _Option | None) -> str:
     priced = ", ".join(f"{name} {seconds:.3f}" for name, seconds in terms)
     words = f"{chosen.name}: {chosen.cost_s:.3f} s ({priced}) for {prices.facts.num_tokens} tokens"
-    for worker in (chosen.prefill, chosen.decode):
-        if worker is not None and worker.held_blocks:
+    way, decode = chosen.way, chosen.place.worker
+    for worker in (decode,) if chosen.is_local else (way.worker, decode):
+        if worker.held_blocks:
             words += f", {worker.held_blocks} blocks held by {worker.info.worker_id}"
-    source = prices.source(chosen.prefill or chosen.decode)
-    if source.holder is not None:
-        words += f"; {source.num_fetched} tokens pulled from {source.holder.info.worker_id} first"
-    if chosen.prefill is not None and chosen.converts:
-        lent, read = (c.info.capability.layout.dtype for c in (chosen.prefill, chosen.decode))
+    if way.holder is not None:
+        words += f"; {way.num_fetched} tokens pulled from {way.holder.info.worker_id} first"
+    if not chosen.is_local and prices.pressure > 1.0:
+        words += f"; computing counts {prices.pressure:.1f} times, so many prompts wait behind it"
+    if not chosen.is_local and not alike(way.worker, decode):
+        lent, read = (c.info.capability.layout.dtype for c in (way.worker, decode))
         words += f"; KV is converted from {lent} to {read}"
-    if chosen.prefill is None and prices.is_short(chosen.decode):
-        words += f"; uncached suffix within local_prefill_max_tokens {prices.config.local_prefill_max_tokens}"
     return f"{words}; next best {next_best.name} {next_best.cost_s:.3f} s" if next_best else f"{words}; no other choice"
 
 
@@ -219,29 +208,13 @@ def price_move(facts: Facts, config: RouterConfig, source: WorkerInfo, candidate
     if not able:
         return None
     able = [d for d in able if stored_alike(source.capability, d.info.capability)] or able
-    prices, lender = _Prices.of(facts, config, able, candidates), Candidate(source, WorkerLoad())
-    priced = {
-        d.info.worker_id: (
-            ("transfer", prices.moved_bytes(d) / prices.bandwidth(d, lender)),
-            ("decode", prices.interference_s(d)),
-        )
-        for d in able
-    }
+    prices, lender = Prices(facts, config, candidates), Candidate(source, WorkerLoad())
+    priced: dict[str, Terms] = {}
+    for place in map(prices.place, able):
+        moved_s = place.missing_bytes / prices.bandwidth(place.worker, lender)
+        terms = ("transfer", moved_s), ("interference", place.interference_s), ("decode", place.decode_s)
+        priced[place.worker.info.worker_id] = terms
     best = min(priced, key=lambda worker_id: sum(seconds for _, seconds in priced[worker_id]))
     cost_s = sum(seconds for _, seconds in priced[best])
     reason = f"{source.worker_id} drains: moves to {best}, {cost_s:.3f} s for {facts.num_tokens} tokens"
     return Route(best, None, cost_s=cost_s, terms=priced[best], reason=reason)
-
-
-def _rate(c: Candidate) -> float:
-    return c.load.model.tokens_per_s(c.load.chunk_tokens) if c.load.model.num_prefill_steps else 0.0
-
-
-def _alike(one: Candidate, other: Candidate) -> bool:
-    return stored_alike(one.info.capability, other.info.capability)
-
-
-def _typical(measured: Iterable[float], assumed: float) -> float:
-    """Mean of what was measured: a worker that has not run yet is probably like its peers."""
-    known = [m for m in measured if m > 0]
-    return sum(known) / len(known) if known else assumed

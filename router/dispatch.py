@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator
 from baton.core.config import Config
 from baton.core.errors import (
     BatonError,
+    Cancelled,
     DeadlineExceeded,
     IntegrityError,
     InternalError,
@@ -33,7 +34,7 @@ from baton.core.errors import (
 from baton.core.messages import Submit, TakeFrom, TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import Request
-from baton.core.worker import Route
+from baton.core.worker import Role, Route
 from baton.router.attempt import Attempt
 from baton.router.budget import RetryBudget
 from baton.router.decisions import Decider
@@ -47,6 +48,12 @@ from baton.router.quarantine import MAX_CRASHES, Quarantine
 from baton.router.run import RETRYABLE, Around, Run
 from baton.router.trace import TraceLog, TraceRecord, timeline
 from baton.router.waiting import WaitingLine
+
+MAX_ASKED = 8
+"""Workers that are asked for a request that another router had begun."""
+ASK_WAIT_S = 1.0
+"""Longest wait for the stream to one of them."""
+MAY_KNOW = "it may run there already"
 
 log = logging.getLogger(__name__)
 
@@ -93,23 +100,33 @@ class Dispatcher:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
         return self._placing.max_model_len()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+    def whereabouts(self, request_id: str) -> str:
+        """The worker that speaks for a running request; empty while none does."""
+        run = self._live.get(request_id)
+        return run.attempt.route.decode if run is not None and run.attempt is not None else ""
+
+    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
         """The tokens of all choices, interleaved: of each choice exactly once and in order. The last chunk of each
         choice has `finish` STOP or LENGTH; it ends when all have ended.
+
+        `last_seen`: the client had begun to read it at a router that is lost to it, and then it ran on this worker (or
+        nobody knows where: empty). It goes on where it runs; if that is nowhere it is computed again, to the same
+        tokens. All tokens come from the first one on, for text is made of all of them.
 
         Raises BatonError: Overloaded, InvalidRequest, RequestQuarantined and DeadlineExceeded as they are, PeerLost and
         the like once router.max_attempts are spent. Closing the iterator cancels the request on its workers.
         """
-        run = self._admit(request)
+        run = self._admit(request, last_seen)
         # The worker ends the request at its deadline; we do, a heartbeat later, if it did not.
         late_at = run.deadline + self._config.heartbeat_s
         timer = asyncio.get_running_loop().call_at(late_at, lambda: run.fail(run.late(), "timeout", "its time is up"))
         outcome: str | None = None
         try:
             while run.delivery.is_open:
-                route = await self._placing.place(run)
+                known_at = await self._next_to_ask(run)
+                route = Route(known_at, None, reason=MAY_KNOW) if known_at else await self._placing.place(run)
                 try:
-                    self._dispatch(run, route)
+                    self._dispatch(run, route, resumes=bool(known_at))
                     while (chunk := await run.next()) is not None:
                         yield chunk
                 except RETRYABLE as e:
@@ -122,8 +139,9 @@ class Dispatcher:
         finally:
             timer.cancel()
             run.close()
-            del self._live[request.request_id]
-            self._line.leave(request.request_id)
+            if self._live.get(request.request_id) is run:
+                del self._live[request.request_id]
+                self._line.leave(request.request_id)
             if not run.delivery.is_open:
                 self._admission.ended(run)
             self._admission.look()
@@ -131,7 +149,9 @@ class Dispatcher:
 
     # ---- admission ----
 
-    def _admit(self, request: Request) -> Run:
+    def _admit(self, request: Request, last_seen: str | None) -> Run:
+        if last_seen is not None and (before := self._live.pop(request.request_id, None)) is not None:
+            before.fail(Cancelled("its client reads on over another connection"), "cancel")
         limit = self._config.max_inflight
         if len(self._live) >= limit:
             raise Overloaded(f"the router has {limit} requests, its limit (router.max_inflight). Come back later.",
@@ -140,6 +160,8 @@ class Dispatcher:
             raise InvalidRequest(f"request {request.request_id} is running. Give each request an id.", "request_id")
         self._quarantine.refuse(request)
         run = Run(request, self._around)
+        if last_seen is not None:
+            run.to_ask = [last_seen, *(w for w in self._fleet.talking(Role.DECODE) if w != last_seen)][:MAX_ASKED]
         self._placing.check_length(run)
         self._admission.check(run)
         self._live[request.request_id] = run
@@ -148,17 +170,36 @@ class Dispatcher:
 
     # ---- attempts ----
 
-    def _dispatch(self, run: Run, route: Route) -> None:
-        """The next attempt speaks for the request from here on. Raises PeerLost when its worker has just gone."""
-        attempt = self._attempt(run, route)
+    async def _next_to_ask(self, run: Run) -> str | None:
+        """A worker that may know of the request already. One that only comes up is waited for, a little: where it ran
+        last, it still does."""
+        give_up = min(run.deadline, run.arrived + ASK_WAIT_S)
+        while run.to_ask:
+            worker_id = run.to_ask.pop(0)
+            while self._fleet.may_talk_soon(worker_id):
+                left_s = give_up - asyncio.get_running_loop().time()
+                if left_s <= 0 or not await self._fleet.changed(left_s):
+                    break
+            if worker_id in self._fleet.talking(Role.DECODE):
+                return worker_id
+        return None
+
+    def _dispatch(self, run: Run, route: Route, resumes: bool = False) -> None:
+        """The next attempt speaks for the request from here on. Raises PeerLost when its worker has just gone.
+        `resumes`: it is asked for, and not begun."""
+        attempt = self._attempt(run, route, resumes)
         run.begin(attempt)
         run.conclude(attempt.epoch, attempt.decode.capability)
-        if run.delivery.is_open:
-            self._metrics.inc("baton_dispatches_total", prefill="remote" if route.prefill else "local")
-            try:
+        if not run.delivery.is_open:
+            return
+        try:
+            if resumes:
+                attempt.open(run.lacks(attempt), {}, run.hear, run.lose)
+            else:
+                self._metrics.inc("baton_dispatches_total", prefill="remote" if route.prefill else "local")
                 attempt.open(self._submit(run, attempt), self._placing.work(run, route), run.hear, run.lose)
-            except PeerLost as e:
-                run.fail(e)
+        except PeerLost as e:
+            run.fail(e)
 
     def _start_move(self, run: Run) -> bool:
         """Begin to move it away from where it runs. False: nobody can take it now."""
@@ -179,10 +220,10 @@ class Dispatcher:
         run.begin_move(move)
         return True
 
-    def _attempt(self, run: Run, route: Route) -> Attempt:
+    def _attempt(self, run: Run, route: Route, resumes: bool = False) -> Attempt:
         info = self._fleet.info(route.decode)
         assert info is not None, f"the policy chose {route.decode}, which was not offered"
-        return Attempt(run.request.request_id, next(self._epochs), route, info, self._fleet)
+        return Attempt(run.request.request_id, next(self._epochs), route, info, self._fleet, run.lacks, resumes)
 
     def _submit(self, run: Run, attempt: Attempt, take_from: TakeFrom | None = None) -> Submit:
         left_s = run.deadline - asyncio.get_running_loop().time()
@@ -190,6 +231,8 @@ class Dispatcher:
         return Submit(run.delivery.remaining(left_s), attempt.route, attempt.epoch, take_from, crashes_left)
 
     def _on_first_token(self, run: Run, attempt: Attempt) -> None:
+        if attempt.resumes:
+            self._metrics.inc("baton_resumed_requests_total", lost="router")
         self._line.placed(run.request.request_id)
         for worker in (attempt.route.decode, attempt.route.prefill and attempt.route.prefill.worker_id):
             if worker:
@@ -202,6 +245,10 @@ class Dispatcher:
         """Returns when the next attempt may go. Raises the error once attempts or patience are spent."""
         attempt = run.attempt
         assert attempt is not None, "nothing was sent"
+        if attempt.resumes and not attempt.broke and isinstance(error, PeerLost):
+            if run.delivery.num_output_tokens:
+                run.to_ask.clear()  # all that is known of it is here; nobody computes the rest
+            return
         if isinstance(error, Overloaded):
             self._note_refusal(run, error)
         else:

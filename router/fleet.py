@@ -25,7 +25,7 @@ from baton.core.block_hash import HashScope
 from baton.core.config import Config
 from baton.core.errors import BatonError, PeerLost
 from baton.core.layout import PROTOCOL_VERSION, Capability
-from baton.core.messages import Cancel, Submit, WorkerStatus
+from baton.core.messages import Cancel, Resume, Submit, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
@@ -172,9 +172,11 @@ class Fleet:
     def candidates(
         self, role: Role, held: Mapping[str, int], coming: Mapping[str, int] = NONE_HELD,
         able: Callable[[Candidate], bool] = lambda _: True, has_room: Callable[[Candidate], bool] | None = None,
+        home: str = "",
     ) -> list[Candidate]:
         """READY workers of a role that are `able`, with load as of now: all of them; or of too many a shortlist, if
-        `has_room` says who is preferred. `held`, `coming`: leading blocks of one prompt, by worker and by boot."""
+        `has_room` says who is preferred. `held`, `coming`: leading blocks of one prompt, by worker and by boot.
+        `home` is always offered, if it can be."""
 
         def offer(link: Link) -> Candidate | None:
             info = link.info
@@ -186,7 +188,9 @@ class Fleet:
         if has_room is None or len(self._links) <= OFFERED_WHOLE:
             return [c for link in self._links.values() if (c := offer(link)) is not None]
         orders = [order for (of, _), order in self._orders.items() if of is role]
-        return shortlist(orders, self._having(held, coming), offer, has_room)
+        chosen = shortlist(orders, self._having(held, coming), offer, has_room)
+        at_home = offer(self._links[home]) if home in self._links else None
+        return chosen if at_home is None or at_home in chosen else [*chosen, at_home]
 
     def holders(self, held: Mapping[str, int]) -> list[Candidate]:
         """Workers of either role that can lend what they hold, the one that holds most first. A draining one can."""
@@ -199,6 +203,15 @@ class Fleet:
         found = map(self._links.get, held), map(self._boots.get, coming)
         for pair in itertools.zip_longest(*found):
             yield from (link for link in pair if link is not None)
+
+    def talking(self, role: Role) -> list[str]:
+        """worker_ids of a role that a message can be sent to now, whether they take new requests or not."""
+        return [worker_id for worker_id, link in self._links.items() if link.info.role is role and link.talks]
+
+    def may_talk_soon(self, worker_id: str) -> bool:
+        """Its stream is being opened; also when the registry was not read yet."""
+        link = self._links.get(worker_id)
+        return not self._links if link is None else link.state is WorkerState.CONNECTING
 
     def draining(self) -> list[WorkerInfo]:
         if self._draining is None:
@@ -243,12 +256,12 @@ class Fleet:
 
     # ---- what is sent ----
 
-    def send(self, worker_id: str, message: Submit | Cancel) -> None:
-        """Queue a message up the worker's stream. Raises PeerLost when a submit has no stream to go on."""
+    def send(self, worker_id: str, message: Submit | Resume | Cancel) -> None:
+        """Queue a message up the worker's stream. Raises PeerLost when it has no stream to go on, and is no cancel."""
         link = self._links.get(worker_id)
         if link is not None:
             link.send(message)
-        elif isinstance(message, Submit):
+        elif not isinstance(message, Cancel):
             raise PeerLost(f"{worker_id} is not known. Try another worker.")
 
     def subscribe(self, worker_id: str, subscription: Subscription) -> None:

@@ -10,8 +10,9 @@ Life of a link:
 3. SUSPECT: nothing heard for `suspect_s`, or work and no engine step for `stall_timeout_s`: it speaks, but stands
    still. A message ends the one, a step (or no work left) the other.
 4. DRAINING, as long as the worker says so.
-5. The stream broke (CONNECTING): every subscription fails with PeerLost, and dialling goes on. If then the address
-   refuses, or another boot answers there, the worker crashed.
+5. The stream broke (CONNECTING): dialling goes on, and the next Hello asks for the rest of every subscription. If the
+   address refuses, or another boot answers there, the worker crashed. Then, or after RESUME_S, or when it ended in
+   order or fell silent, every subscription fails with PeerLost.
 6. DEAD, and counted as lost, after `dead_s` without a word, on a stream or with none that opens. A word revives it.
 """
 
@@ -28,7 +29,17 @@ from baton.core.block_hash import BlockHash
 from baton.core.config import RouterConfig
 from baton.core.errors import BatonError, PeerLost
 from baton.core.machines import WORKER, Life
-from baton.core.messages import Cancel, Hello, KVEvents, KVSnapshot, StepMessage, Submit, TokenChunk, UpMessage
+from baton.core.messages import (
+    Cancel,
+    Hello,
+    KVEvents,
+    KVSnapshot,
+    Resume,
+    StepMessage,
+    Submit,
+    TokenChunk,
+    UpMessage,
+)
 from baton.core.metrics import Metrics
 from baton.core.services import Dial
 from baton.core.worker import Ledger, WorkerInfo, WorkerLoad
@@ -37,6 +48,8 @@ from baton.router.index import PrefixIndex
 log = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.05
+RESUME_S = 1.0
+"""Longest that requests wait for a broken stream to come back, if the worker remembers them for so long."""
 BACKOFF_MAX_S = 2.0
 
 Key = tuple[str, int]
@@ -45,6 +58,10 @@ Key = tuple[str, int]
 
 class _Unbelievable(PeerLost):
     """What came over the stream cannot be. It is opened anew."""
+
+
+class _OtherBoot(PeerLost):
+    """Who answers is not who was asked: that one is gone, and all that ran on it."""
 
 
 class WorkerState(enum.StrEnum):
@@ -59,13 +76,15 @@ class WorkerState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subscription:
-    """Who hears of one attempt of one request. Both are called on the loop and must not wait."""
+    """Who hears of one attempt of one request. All are called on the loop and must not wait."""
 
     request_id: str
     epoch: int
     put: Callable[[TokenChunk], None]
     fail: Callable[[BatonError], None]
     """No more chunks will come: the stream is gone. At most once."""
+    lacks: Callable[[], Resume]
+    """How to ask for the rest, on another stream to the same worker."""
 
 
 class UpQueue:
@@ -78,10 +97,10 @@ class UpQueue:
         self._news = asyncio.Event()
         self._closed = False
 
-    def put(self, message: Submit | Cancel) -> None:
+    def put(self, message: Submit | Resume | Cancel) -> None:
         if isinstance(message, Submit):
             self._submits[message.request.request_id, message.epoch] = message
-        elif self._submits.pop((message.request_id, message.epoch), None) is None:
+        elif isinstance(message, Resume) or self._submits.pop((message.request_id, message.epoch), None) is None:
             self._urgent.append(message)
         self._news.set()
 
@@ -191,6 +210,8 @@ class Link:
         self._grave: asyncio.TimerHandle | None = None
         """Without a stream: when the silence has been too long."""
         self._subscriptions: dict[str, Subscription] = {}
+        self._patience: asyncio.TimerHandle | None = None
+        """Without a stream: when subscriptions have waited too long for the next one."""
 
     @property
     def silent_s(self) -> float:
@@ -203,19 +224,25 @@ class Link:
         return WorkerState(self._life.state)
 
     @property
+    def talks(self) -> bool:
+        """A message can be sent to it."""
+        return self._up is not None and self._synced
+
+    @property
     def num_requests(self) -> int:
         """Requests of this router that are on this worker."""
         return len(self._subscriptions)
 
-    def send(self, message: Submit | Cancel) -> None:
-        """Queue a message; raises PeerLost for a submit without a stream. A cancel without one has been obeyed."""
+    def send(self, message: Submit | Resume | Cancel) -> None:
+        """Queue a message; raises PeerLost without a stream, but not for a cancel: who has unsubscribed is not in the
+        next Hello, and that ends it."""
         if self._up is not None:
             self._up.put(message)
-        elif isinstance(message, Submit):
+        elif not isinstance(message, Cancel):
             raise PeerLost(f"the stream to {self.info.worker_id} is not open. Try another worker.")
 
     def subscribe(self, subscription: Subscription) -> None:
-        """It hears of its attempt until `unsubscribe`, or until the stream is gone. One attempt of a request at a
+        """It hears of its attempt until `unsubscribe`, or until the worker is given up. One attempt of a request at a
         time. Raises PeerLost without a stream."""
         request_id = subscription.request_id
         assert request_id not in self._subscriptions, f"{request_id} is already waited for on {self.info.worker_id}"
@@ -253,6 +280,7 @@ class Link:
         backoff_s = BACKOFF_FIRST_S
         while True:
             why = "the router goes away or follows another boot"
+            may_resume = False
             try:
                 await self._session()
                 why = "the worker closed it"
@@ -261,11 +289,14 @@ class Link:
             except TimeoutError:
                 why = f"nothing was heard within {self._around.config.dead_s:g} s"
                 self._declare_dead_if_silent()
+            except _OtherBoot as e:
+                why = str(e)
             except (BatonError, OSError) as e:
                 why = str(e)
+                may_resume = self._broke or isinstance(e, _Unbelievable)
             finally:
                 was_synced = self._synced
-                self._break(f"the stream to {self.info.worker_id} ended: {why}")
+                self._break(f"the stream to {self.info.worker_id} ended: {why}", may_resume)
             if was_synced:
                 log.warning("the stream to %s ended: %s", self.info.worker_id, why)
             backoff_s = BACKOFF_FIRST_S if was_synced else min(2 * backoff_s, BACKOFF_MAX_S)
@@ -275,7 +306,8 @@ class Link:
         """One stream, from Hello to its end. Raises what broke it; TimeoutError: no prefix map or no word for
         `dead_s`."""
         loop, dead_s = asyncio.get_running_loop(), self._around.config.dead_s
-        up = self._up = UpQueue(Hello(self._around.router_id))
+        running = tuple(subscription.lacks() for subscription in self._subscriptions.values())
+        up = self._up = UpQueue(Hello(self._around.router_id, running))
         stream = self._around.dial(self.info).stream(up)
         heard_before = self.heard
         try:
@@ -284,7 +316,7 @@ class Link:
                     self._take(message)
                     if self._synced:  # until then the deadline is that of the prefix map
                         silence.reschedule(loop.time() + dead_s)
-        except (_Unbelievable, TimeoutError):
+        except (_Unbelievable, _OtherBoot, TimeoutError):
             raise
         except (PeerLost, OSError):
             self._note_break(refused=self.heard == heard_before)
@@ -306,12 +338,15 @@ class Link:
         if message.boot_id != self.info.boot_id:
             if self._broke:
                 self._crashed()
-            raise _Unbelievable(
+            raise _OtherBoot(
                 f"boot {message.boot_id} of {self.info.worker_id} answered for boot {self.info.boot_id}"
             )
         before = self.state
         now = self.heard = asyncio.get_running_loop().time()
         self._broke = False
+        if self._patience is not None:
+            self._stop_waiting()
+            self._around.metrics.inc("baton_resumed_requests_total", len(self._subscriptions), lost="stream")
         if self._life.at("dead"):
             self._life.on("open")
         is_idle = message.load.num_running + message.load.num_waiting == 0
@@ -402,14 +437,28 @@ class Link:
             self._grave.cancel()
             self._grave = None
 
-    def _break(self, why: str) -> None:
-        """The stream is gone, and with it every request on it."""
+    def _break(self, why: str, may_resume: bool) -> None:
+        """The stream is gone; its requests wait for the next one, if it may come."""
         self._up = None
         if self._synced:
             self._life.on("break")
             self._declare_dead_if_silent()
         self.in_flight = InFlight()
+        if not may_resume:
+            self._give_up(why)
+        elif self._subscriptions and self._patience is None:
+            wait_s = min(RESUME_S, self._around.config.orphan_window_s / 2)
+            self._patience = asyncio.get_running_loop().call_later(wait_s, self._give_up, why)
+        self._around.changed()
+
+    def _give_up(self, why: str) -> None:
+        """Its requests go elsewhere."""
+        self._stop_waiting()
         lost, self._subscriptions = self._subscriptions, {}
         for subscription in lost.values():
             subscription.fail(PeerLost(f"{why}. Its requests go to other workers."))
-        self._around.changed()
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None

@@ -163,7 +163,8 @@ class Placing:
             return info.worker_id not in run.avoided and context_limit(info.capability) > longest
 
         def offered(role: Role, has_room: Callable[[Candidate], bool]) -> list[Candidate]:
-            return fleet.candidates(role, held, coming, able, None if self._decider.compares_all else has_room)
+            preferred = None if self._decider.compares_all else has_room
+            return fleet.candidates(role, held, coming, able, preferred, facts.home)
 
         decode = offered(Role.DECODE, lambda d: d.has_room(facts))
         return Candidates(decode, offered(Role.PREFILL, lambda _: True), fleet.fits, fleet.holders(held))

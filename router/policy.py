@@ -26,6 +26,18 @@ class Facts:
     num_choices: int = 1
     turn: int = 0
     """Decisions that this router made before: policies remember none, who goes in turns goes by this."""
+    output_tokens: float = 128.0
+    """Expected of each choice."""
+    handoff_s: float = 0.005
+    """What a hand-off adds to the time of the first token: calls and leases."""
+    priority: int = 0
+    """A class above counts what it costs others half as much, one below twice."""
+    deadline_s: float = 86_400.0
+    """Left for all of it."""
+    num_behind: int = 0
+    """Requests that wait in the router."""
+    home: str = ""
+    """worker_id of where the session's last turn was decoded, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from baton.core.errors import (
     PeerLost,
 )
 from baton.core.layout import Capability
-from baton.core.messages import TokenChunk
+from baton.core.messages import Resume, TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import Request
 from baton.router.attempt import Attempt
@@ -87,6 +87,8 @@ class Run:
         """Not before (the loop's time): its last move failed."""
         self.move_elsewhere: set[str] = set()
         """Where it failed to move to. They are asked again when nobody else is left."""
+        self.to_ask: list[str] = []
+        """Workers that may know of it already: asked in this order before it is computed (again)."""
         self.hashes: dict[tuple[HashScope, int], list[BlockHash]] = {}
         """Of what its choices begin with, by way of hashing."""
         self._around = around
@@ -99,7 +101,8 @@ class Run:
         self._move_bound: asyncio.TimerHandle | None = None
         """When the move must have spoken."""
         self._source_bound: asyncio.TimerHandle | None = None
-        """When its source must have, after a move that failed."""
+        """When its source must have, after a move that failed: again and again, for each word may have been said before
+        the move took it from there."""
         self._news: asyncio.Future[None] | None = None
 
     def late(self) -> DeadlineExceeded:
@@ -158,6 +161,11 @@ class Run:
         for chunk in self.delivery.conclude(epoch, capability):
             self._put(chunk)
 
+    def lacks(self, attempt: Attempt) -> Resume:
+        """How to ask the attempt's worker for the rest."""
+        lacking = tuple((answer.index, len(answer.tokens)) for answer in self.delivery.unfinished)
+        return Resume(self.request.request_id, attempt.epoch, self.request.asked, lacking)
+
     # ---- the workers' side ---------------------------------------------------------------------------------------
 
     def hear(self, attempt: Attempt, chunk: TokenChunk) -> None:
@@ -169,10 +177,11 @@ class Run:
                 return
             self._switch()
         assert attempt is self.attempt, f"epoch {attempt.epoch} of {attempt.request_id} is closed and still heard"
-        self._disarm_source()
         if error is not None:
             self._lost(error)
             return
+        if self._source_bound is not None:
+            self._await_source()
         try:
             fresh = self.delivery.accept(chunk)
         except PeerLost as e:
@@ -211,7 +220,7 @@ class Run:
         elif self._source_bound is not None and isinstance(error, NotFound):
             self._source_is_silent()  # an earlier move has taken it from there
         elif self._source_bound is None:
-            self._source_bound = asyncio.get_running_loop().call_later(self._around.word_s, self._source_is_silent)
+            self._await_source()
         self._around.move_ended(self, move, end)
 
     # ---- inside --------------------------------------------------------------------------------------------------
@@ -221,6 +230,7 @@ class Run:
         move, self.move, self._loss = self.move, None, None
         assert move is not None, "no move is under way"
         self._disarm_move()
+        self._disarm_source()
         self._record(self.attempt, "move", "moved", "another worker has taken it over")
         self.attempt = move
         self._around.move_ended(self, move, "moved")
@@ -240,6 +250,10 @@ class Run:
             self._await_move(self._around.word_s)
         else:
             self.fail(error, event, "the router does not believe what it says")
+
+    def _await_source(self) -> None:
+        self._disarm_source()
+        self._source_bound = asyncio.get_running_loop().call_later(self._around.word_s, self._source_is_silent)
 
     def _source_is_silent(self) -> None:
         assert self.attempt is not None, "a move began without a source"

@@ -31,6 +31,8 @@ MAX_SCANNED = 128
 """Workers asked in their order, until NEAREST of them have room."""
 MAX_LOOKED_AT = 64
 """Holders compared for one prompt, those that hold most."""
+TYPICAL_TOKENS, TYPICAL_OUTPUT = 2048, 128
+"""Of the request that decode workers are put in order for: how much a longer one slows others differs a little."""
 
 Offer = Callable[[Link], Candidate | None]
 """The worker as a candidate for one prompt. None: it must not have it."""
@@ -39,12 +41,14 @@ Rung = tuple[float, int, str]
 
 
 def standing_s(worker: Candidate) -> float:
-    """Seconds that every prompt waits there or costs others, before anything of it is known."""
-    load = worker.load
-    queue_s = load.model.queue_s(worker.queued_prefill_tokens, worker.queued_prefill_pairs, load.chunk_tokens)
+    """Seconds that a prompt waits there, or costs others, before anything of it is known (prices.py)."""
+    model, rows = worker.load.model, worker.num_sequences
+    queue_s = worker.queue_s(model)
     if worker.info.role is Role.PREFILL:
         return queue_s
-    return queue_s + worker.num_sequences * load.model.decode_step_s(1, 0)
+    slower_s = model.row_s + TYPICAL_TOKENS * model.context_s
+    own_s = model.decode_step_s(rows + 1, worker.context_tokens + TYPICAL_TOKENS)
+    return queue_s + TYPICAL_OUTPUT * (rows * slower_s + own_s)
 
 
 class Order:

@@ -72,6 +72,12 @@ class Record:
     """For so long, between two times, its router could not act: nobody can blame it for being late."""
     router_lost: bool = False
     """Its router died under it, or was out of its reach."""
+    last_seen: str = ""
+    """The worker that it ran on."""
+    heard: dict[int, int] = field(default_factory=dict)
+    """Tokens of each choice that came over the connection that it has now."""
+    over: set[int] = field(default_factory=set)
+    """Choices that have ended on it."""
     crashes: list[str] = field(default_factory=list)
     """Boots that crashed while they computed for it."""
     accounts: list[TraceRecord] = field(default_factory=list)
@@ -126,15 +132,19 @@ class Oracle:
         name, seen = f"{record.request_id}[{chunk.choice}]", record.choices.get(chunk.choice)
         require(chunk.request_id == record.request_id and seen is not None, f"{name} got {chunk}")
         assert seen is not None
-        require(record.ended_s is None and seen.finish is None, f"{name} got {chunk} after its end")
-        at = len(seen.tokens)
+        at, have = record.heard.get(chunk.choice, 0), len(seen.tokens)
+        require(record.ended_s is None and chunk.choice not in record.over, f"{name} got {chunk} after its end")
         require(chunk.first_index == at, f"{name}: chunk at index {chunk.first_index}, expected {at}: {chunk}")
+        record.heard[chunk.choice] = at + len(chunk.token_ids)
         logprobs = chunk.logprobs or (None,) * len(chunk.token_ids)
-        seen.tokens += [SampledToken(t, p) for t, p in zip(chunk.token_ids, logprobs, strict=True)]
+        said = [SampledToken(t, p) for t, p in zip(chunk.token_ids, logprobs, strict=True)]
+        require(said[: have - at] == seen.tokens[at : at + len(said)], f"{name} said {seen.tokens}, and then {chunk}")
+        seen.tokens += said[have - at :]
         right = seen.right.tokens[: len(seen.tokens)]
         require(tuple(seen.tokens) == right, f"{name} answered {seen.tokens}, an undisturbed run {seen.right.tokens}")
         seen.finish = chunk.finish
         if chunk.finish is not None:
+            record.over.add(chunk.choice)
             whole = len(seen.tokens) == len(seen.right.tokens) and seen.finish is seen.right.finish
             require(whole, f"{name} finished as {seen.finish} with {seen.tokens}, an undisturbed run as {seen.right}")
 

@@ -121,8 +121,8 @@ class _Door:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
-    def generate(self, request: Request) -> AsyncIterator[TokenChunk]:
-        return self._dispatcher.generate(request)
+    def generate(self, request: Request, last_seen: str | None) -> AsyncIterator[TokenChunk]:
+        return self._dispatcher.generate(request, last_seen)
 
 
 class _ToldTraces(TraceLog):

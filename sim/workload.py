@@ -26,6 +26,8 @@ class Job:
     """In [0, 1): which of the routers that are up."""
     may_miss_deadline: bool = False
     """Its deadline is so short that missing it is no fault of ours."""
+    resumes: bool = False
+    """If its router dies, it reads on at another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Shape:
     p_follow_up: float = 0.25
     """A follow-up's prompt is an earlier prompt, its answer, and something new: the multi-turn chat."""
     deadline_s: float = 60.0
+    p_resume: float = 0.8
     p_choices: float = 0.2
     """Several parallel answers."""
     max_choices: int = 3
@@ -89,7 +92,8 @@ class Workload:
         after_tokens = rng.randint(0, 4) if shape.p_cancel / 2 <= kind < shape.p_cancel else None
         slow = shape.p_cancel <= kind < shape.p_cancel + shape.p_slow
         pause_s = rng.uniform(0.01, 0.2) if slow else 0.0
-        return Job(arrival_s, request, after_s, after_tokens, pause_s, rng.random(), hurried)
+        resumes = rng.random() < shape.p_resume
+        return Job(arrival_s, request, after_s, after_tokens, pause_s, rng.random(), hurried, resumes)
 
     def _sampling(self) -> SamplingParams:
         rng, shape = self.rng, self.shape

@@ -11,12 +11,13 @@ stops in order -> no task may be left.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 from collections.abc import AsyncGenerator, Iterable
 from typing import TextIO
 
 from baton.core.config import Config
-from baton.core.errors import BatonError
+from baton.core.errors import BatonError, PeerLost
 from baton.core.messages import TokenChunk
 from baton.core.request import Request, SamplingParams
 from baton.core.step import Step
@@ -192,13 +193,32 @@ class World:
             router = up[int(job.router * len(up))] if up else None
             if router is None:
                 await asyncio.sleep(0.1)
-        boots, name = router.boots, job.request.request_id
+        name = job.request.request_id
         record = self.oracle.begins(job, self.loop.now, router.trouble_between)
         self.trace.note(name, "asks", router.name, len(job.request.prompt), job.request.sampling.max_tokens)
-        chunks = self.network.ask(_host_of(name), router.name, "generate", request=job.request)
+        last_seen: str | None = None
+        while await self._converse(record, router, last_seen):
+            others = self.running_routers()
+            while not others:
+                await asyncio.sleep(0.1)
+                others = self.running_routers()
+            router, last_seen = others[int(job.router * len(others))], record.last_seen
+            record.error, record.heard, record.over = None, {}, set()
+            self.trace.note(name, "resumes", router.name, last_seen)
+        tokens = (t.token_id for seen in record.choices.values() for t in seen.tokens)
+        self.trace.note(name, "ends", record.outcome, *tokens)
+        self.oracle.ends(record, self.loop.now)
+        return record
+
+    async def _converse(self, record: Record, router: RouterHost, last_seen: str | None) -> bool:
+        """Over one connection. True: the router is lost, and the client wants to read on."""
+        job, name, boots = record.job, record.request_id, router.boots
+        left_s = job.request.deadline_s - (self.loop.now - record.started_s)
+        request = dataclasses.replace(job.request, deadline_s=max(left_s, 0.001))
+        chunks = self.network.ask(_host_of(name), router.name, "generate", request=request, last_seen=last_seen)
         try:
             async with asyncio.timeout(job.cancel_after_s):
-                self._reading[name] = asyncio.ensure_future(self._read(record, chunks))
+                self._reading[name] = asyncio.ensure_future(self._read(record, chunks, router))
                 await asyncio.wait([self._reading[name]])
                 await self._reading[name]
         except (TimeoutError, asyncio.CancelledError):
@@ -210,16 +230,16 @@ class World:
             reading.cancel()
             await asyncio.wait([reading])
             await chunks.aclose()
-        record.router_lost = router.boots != boots or not router.alive
-        tokens = (t.token_id for seen in record.choices.values() for t in seen.tokens)
-        self.trace.note(name, "ends", record.outcome, *tokens)
-        self.oracle.ends(record, self.loop.now)
-        return record
+        is_lost = router.boots != boots or not router.alive
+        record.router_lost |= is_lost
+        return is_lost and job.resumes and left_s > 0 and isinstance(record.error, PeerLost)
 
-    async def _read(self, record: Record, chunks: AsyncGenerator[TokenChunk, None]) -> None:
+    async def _read(self, record: Record, chunks: AsyncGenerator[TokenChunk, None], router: RouterHost) -> None:
         job = record.job
         async for chunk in chunks:
             self.oracle.chunk(record, chunk)
+            if router.dispatcher is not None:
+                record.last_seen = router.dispatcher.whereabouts(record.request_id) or record.last_seen
             if job.cancel_after_tokens is not None and record.num_tokens >= job.cancel_after_tokens:
                 record.left = not record.is_answered
                 return

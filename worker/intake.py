@@ -434,7 +434,8 @@ class Intake:
         return listen
 
     def _local_chunk(self, progress: Progress, started: float) -> None:
-        self.span("prefill chunk (local)", started, f"{progress.num_computed_tokens - progress.start} tokens")
+        detail = f"{progress.num_computed_tokens - progress.start} tokens"
+        self._spans.add("prefill chunk (local)", started, detail, end_s=self._parts.steps.landed_s)
 
     def _say_finished(self) -> None:
         for answer in self.answers.values():

@@ -216,7 +216,7 @@ class ComputeLending:
         self._say(lambda: self._out.publish_layers(chunk.end, num_layers, span))
 
     def _on_progress(self, progress: Progress, started: float) -> None:
-        start_s, now_s = started - self._out.arrived_s, self._parts.clock() - self._out.arrived_s
+        start_s, end_s = started - self._out.arrived_s, self._parts.steps.landed_s - self._out.arrived_s
         if progress.error is not None:
             self._events.put_nowait(progress.error)
             return
@@ -227,7 +227,7 @@ class ComputeLending:
         tokens = progress.num_computed_tokens - progress.start
         marks = tuple(at - start_s for at in self._layer_times)
         detail = f"{tokens} tokens from {progress.start}"
-        span = Span("prefill chunk", start_s, now_s, detail, self._parts.worker_id, marks)
+        span = Span("prefill chunk", start_s, end_s, detail, self._parts.worker_id, marks)
         self._spans.append(span)
         if not progress.new_tokens:
             self._say(lambda: self._out.publish(progress.num_computed_tokens, span, last=False))

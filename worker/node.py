@@ -316,7 +316,7 @@ class WorkerNode:
 
     @staticmethod
     def _refuse_to_resume(resume: Resume, outbox: Outbox, error: Forgotten) -> None:
-        choice, index = resume.next_indexes[0]
+        choice, index = next(iter(resume.next_indexes), (0, 0))
         outbox.put(TokenChunk(resume.request_id, resume.epoch, index, (), FinishReason.ERROR, choice,
                               error_code=error.code, error_message=error.message))
         outbox.flush()

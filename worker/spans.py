@@ -25,13 +25,16 @@ class Spans:
         self._clock = clock
         self._spans: list[Span] = []
 
-    def add(self, name: str, start_s: float, detail: str = "", times: Sequence[float] = ()) -> None:
-        """A bar until now, with marks at those of `times` that are in it. Of too many bars, only `decode`, the last of
-        all, is still told."""
+    def add(
+        self, name: str, start_s: float, detail: str = "", times: Sequence[float] = (), end_s: float | None = None
+    ) -> None:
+        """A bar until `end_s`, default now, with marks at those of `times` that came in it. Of too many bars, only
+        `decode`, the last of all, is still told."""
         if len(self._spans) < MAX_SPANS or name == "decode":
             marks = tuple(at - start_s for at in times if at >= start_s)
-            start_s, end_s = start_s - self.began_s, self._clock() - self.began_s
-            self._spans.append(Span(name, start_s, end_s, detail, self._worker_id, marks))
+            end_s = self._clock() if end_s is None else end_s
+            span = Span(name, start_s - self.began_s, end_s - self.began_s, detail, self._worker_id, marks)
+            self._spans.append(span)
 
     def add_lent(self, spans: Iterable[Span], called_s: float) -> None:
         """A lender's, who counts from when it was called."""

@@ -107,6 +107,11 @@ class StepLoop:
         """How long there has been work and no step was completed; 0 while there is none."""
         return asyncio.get_running_loop().time() - self._moved_on_s if self.scheduler.has_work else 0.0
 
+    @property
+    def landed_s(self) -> float:
+        """When the last step was done, in the loop's time. For listeners: when theirs was."""
+        return self._landed_s
+
     def wake(self) -> None:
         """Blocks came back from elsewhere (a lease, a pull): waiting sequences may fit now."""
         self._wake.set()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.core.block_hash import BlockHash
 from baton.core.config import Config, RouterConfig
-from baton.core.errors import BatonError, PeerLost
+from baton.core.errors import BatonError, Forgotten, PeerLost
 from baton.core.handoff import PrefillCall, PrefillEvent, ReleaseAnswer
 from baton.core.layout import Capability, KVLayout
 from baton.core.messages import (
@@ -21,6 +21,7 @@ from baton.core.messages import (
     Hello,
     KVEvents,
     KVSnapshot,
+    Resume,
     StepMessage,
     Submit,
     TokenChunk,
@@ -132,6 +133,8 @@ class ScriptedWorker:
     seq: int = 0
     submits: list[Submit] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
+    """It keeps no log: each is answered with Forgotten."""
     routers: list[str] = field(default_factory=list)
     _downs: list[asyncio.Queue[Said]] = field(default_factory=list)
 
@@ -213,11 +216,20 @@ class ScriptedWorker:
                     self.routers.append(message.router_id)
                     snapshot = KVSnapshot(self.seq, tuple(self.held))
                     down.put_nowait(StepMessage(self.info.boot_id, self.load, snapshot=snapshot))
+                    for resume in message.running:
+                        self._forget(resume, down)
+                case Resume():
+                    self._forget(message, down)
                 case Submit():
                     self.submits.append(message)
                     tasks.append(asyncio.create_task(self._perform(message, down)))
                 case Cancel():
                     self.cancels.append(message)
+
+    def _forget(self, resume: Resume, down: asyncio.Queue[Said]) -> None:
+        self.resumes.append(resume)
+        chunk = TokenChunk(resume.request_id, resume.epoch, 0, (), FinishReason.ERROR, error_code=Forgotten.code)
+        down.put_nowait(StepMessage(self.info.boot_id, self.load, (chunk,)))
 
     async def _perform(self, submit: Submit, down: asyncio.Queue[Said]) -> None:
         for act in self.script(submit):
@@ -247,7 +259,8 @@ class Listener:
     """Hears one attempt without a dispatcher."""
 
     def __init__(self, request_id: str, epoch: int) -> None:
-        self.subscription = Subscription(request_id, epoch, self._put, self._put)
+        lacks = Resume(request_id, epoch, b"", ((0, 0),))
+        self.subscription = Subscription(request_id, epoch, self._put, self._put, lambda: lacks)
         self._heard: asyncio.Queue[TokenChunk | BatonError] = asyncio.Queue()
 
     def _put(self, news: TokenChunk | BatonError) -> None:
@@ -263,7 +276,9 @@ class Listener:
 class ScriptedFleet:
     """Workers, a registry that lists them, and a router over both. Use as `async with`; closes every stream."""
 
-    def __init__(self, *workers: ScriptedWorker, policy: Policy | None = None, **router: object) -> None:
+    def __init__(
+        self, *workers: ScriptedWorker, policy: Policy | None = None, router_id: str = "router-0", **router: object
+    ) -> None:
         self.workers = {w.worker_id: w for w in workers}
         self.registry_fails: BaseException | None = None
         self.registry_empty = False
@@ -272,7 +287,7 @@ class ScriptedFleet:
         """Entries of boots that are over."""
         self.config = Config(router=RouterConfig(**router))  # type: ignore[arg-type]
         self.metrics = Metrics()
-        self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, "router-0")
+        self.fleet = Fleet(self._discover, self._dial, self.config, self.metrics, router_id)
         dice = Dice(1)
         self.dispatcher = Dispatcher(
             self.fleet, policy or CostPolicy(self.config.router, dice), self.config, self.metrics, dice=dice

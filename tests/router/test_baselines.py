@@ -12,7 +12,7 @@ from baton.core.worker import Route
 from baton.router.choose import make_policy
 from baton.router.policy import Candidate, Facts
 from tests.router.fake_fleet import BLOCK
-from tests.router.test_policy import fleet, worker
+from tests.router.offers import fleet, worker
 
 PROMPT = 10 * BLOCK
 

@@ -165,7 +165,7 @@ def test_a_lost_worker_fails_its_requests_after_what_it_still_said(loss: str) ->
             await asyncio.sleep(0.01)
             match loss:
                 case "broken":
-                    worker.break_streams()
+                    worker.die()
                 case "dead":
                     worker.frozen = True
                 case "rebooted":
@@ -432,7 +432,7 @@ def test_candidates_are_the_ready_ones_with_their_load_and_what_was_sent_since()
             assert found.bandwidth == {"p0": 5e9}
             await asyncio.sleep(0.6)
             (found,) = fleet.fleet.candidates(Role.DECODE, {})
-            assert (found.queued_prefill_tokens, found.num_sequences) == (50, 4), "a heartbeat came without a word of it"
+            assert (found.queued_prefill_tokens, found.num_sequences) == (50, 4), "a heartbeat came, it says nothing"
             assert (found.queued_prefill_pairs, found.context_tokens) == (820, 60)
             assert found.age_s == pytest.approx(0.3)
             fleet.workers["d0"].say(taken=(1,))
