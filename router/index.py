@@ -57,6 +57,9 @@ class Held(Mapping[str, int]):
 
     def __iter__(self) -> Iterator[str]:
         for _, bits in self._groups:
+            if not bits & (bits - 1):  # one alone, as mostly
+                yield self._names[bits.bit_length() - 1]
+                continue
             # A string of digits is searched at C's speed. Taking the lowest bit away again and again would cost as
             # much for each worker as the mask is long.
             digits = f"{bits:b}"[::-1]
