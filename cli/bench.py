@@ -56,3 +56,11 @@ def peers(context: typer.Context) -> None:
     from baton.bench.peers import command
 
     command.main(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def overload(context: typer.Context) -> None:
+    """A stack of real processes that is asked for more than it can do: goodput, refusals, memory, recovery."""
+    from baton.bench import overload
+
+    overload.main(context.args, context.command_path)

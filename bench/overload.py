@@ -1,0 +1,263 @@
+"""What becomes of a stack that is asked for more than it can do: real processes, workers of the hash model.
+
+    baton bench overload [--times 5] [--seconds 120]
+
+1. flood: half the capacity, its peak, `times` the peak in an open loop, ten seconds of peace, half again. How much is
+   answered in time, how soon the rest is refused and whether it hears when to come back, what the router's memory does
+2. cancels: 20 times 300 requests, all of them given up while they run; then nothing may be held
+3. slow readers: 200 clients that read a byte a second, and what others notice of them
+
+Latencies count from when a request was meant to leave. The machine's load average stands beside the figures: the client
+and the stack share its cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from baton.bench.load.run import open_many_files
+from baton.bench.stack import serving
+
+MODEL, SERVED_NAME = "hash:step_s=0.01,token_s=0.002", "hash"
+PROMPT_CHARS, OUTPUT_TOKENS = 32, 8
+"""The hash model's tokens are characters: a prompt takes 0.07 s."""
+TTFT_SLO_S, DEADLINE_S = 2.0, 4.0
+CAPACITY = 12.0
+"""Requests a second to look for the peak around."""
+SETTINGS = (
+    f"model.name={MODEL}", f"model.served_name={SERVED_NAME}", f"router.request_timeout_s={DEADLINE_S}",
+    "router.max_queue_wait_s=1", "router.worker_queue_s=0.3", "router.local_prefill_max_tokens=0",
+    "router.max_queued=64", "prefill.max_sequences=16", "decode.max_sequences=32",
+)
+STORMS, STORM = 20, 300
+SLOW_READERS = 200
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of one request; times from when it was meant to leave."""
+
+    status: int = 0
+    retry_after: str = ""
+    ttft_s: float | None = None
+    took_s: float = 0.0
+    whole: bool = False
+
+    @property
+    def in_time(self) -> bool:
+        return self.whole and self.ttft_s is not None and self.ttft_s <= TTFT_SLO_S and self.took_s <= DEADLINE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A router's HTTP port. Every request has a connection of its own."""
+
+    host: str
+    port: int
+
+    async def ask(self, prompt: str, max_tokens: int = OUTPUT_TOKENS, meant_s: float | None = None) -> Outcome:
+        """One streamed completion, read as fast as it comes. Cancelled: the connection is cut."""
+        loop = asyncio.get_running_loop()
+        outcome, meant_s = Outcome(), loop.time() if meant_s is None else meant_s
+        try:
+            async with asyncio.timeout(60), self.opened(prompt, max_tokens) as reader:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                outcome.status = int(head.split(" ", 2)[1])
+                outcome.retry_after = head.partition("retry-after: ")[2].partition("\r\n")[0]
+                last = b""
+                while data := await reader.read(65_536):
+                    if outcome.ttft_s is None and b'"text"' in data:
+                        outcome.ttft_s = loop.time() - meant_s
+                    last = last[-64:] + data
+                outcome.whole = b"[DONE]" in last
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            outcome.status = outcome.status or -1
+        outcome.took_s = loop.time() - meant_s
+        return outcome
+
+    @asynccontextmanager
+    async def opened(self, prompt: str, max_tokens: int, buffer_bytes: int = 1 << 16
+                     ) -> AsyncIterator[asyncio.StreamReader]:
+        """The answer to a request that was sent; the connection is cut at the end."""
+        body = json.dumps({"model": SERVED_NAME, "prompt": prompt, "max_tokens": max_tokens, "stream": True,
+                           "ignore_eos": True}).encode()
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=buffer_bytes)
+        try:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+                         b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            yield reader
+        finally:
+            writer.transport.abort()
+
+
+@dataclass(slots=True)
+class Phase:
+    seconds: float
+    outcomes: list[Outcome] = field(default_factory=list)
+    rss_bytes: int = 0
+    """The router's, at most."""
+
+    def figures(self) -> dict[str, Any]:
+        answered = [o.took_s for o in self.outcomes if o.whole]
+        refused = [o for o in self.outcomes if o.status == 429]
+        return {
+            "asked": len(self.outcomes),
+            "goodput_per_s": round(sum(o.in_time for o in self.outcomes) / self.seconds, 2),
+            "answered_p50_s": quantile(answered, 0.5), "answered_p99_s": quantile(answered, 0.99),
+            "refused": len(refused),
+            "refused_p50_s": quantile([o.took_s for o in refused], 0.5),
+            "refused_p99_s": quantile([o.took_s for o in refused], 0.99),
+            "told_when_to_come_back": sum(bool(o.retry_after) for o in refused),
+            "other_statuses": dict(Counter(o.status for o in self.outcomes if o.status not in (200, 429))),
+            "router_rss_mb": round(self.rss_bytes / 1e6, 1),
+        }
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    ranked = sorted(values)
+    return round(ranked[min(len(ranked) - 1, int(share * len(ranked)))], 4) if ranked else None
+
+
+class Bench:
+    def __init__(self, door: Door, router_pid: int, rng: random.Random, say: Say) -> None:
+        self._door = door
+        self._router = Path(f"/proc/{router_pid}/statm")
+        self._rng = rng
+        self._say = say
+
+    def rss_bytes(self) -> int:
+        return int(self._router.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def prompt(self) -> str:
+        return "".join(self._rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(PROMPT_CHARS))
+
+    async def load(self, rate: float, seconds: float) -> Phase:
+        """An open loop; ends when the last answer has."""
+        loop, phase = asyncio.get_running_loop(), Phase(seconds)
+        began, at, clients = loop.time(), 0.0, list[asyncio.Task[Outcome]]()
+        while (at := at + self._rng.expovariate(rate)) < seconds:
+            await asyncio.sleep(max(0.0, began + at - loop.time()))
+            clients.append(asyncio.create_task(self._door.ask(self.prompt(), meant_s=began + at)))
+            if len(clients) % 16 == 0:
+                phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
+        phase.outcomes = list(await asyncio.gather(*clients))
+        phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
+        self._say(f"{rate:6.1f}/s for {seconds:g} s: {json.dumps(phase.figures())}")
+        return phase
+
+    async def flood(self, times: float, seconds: float) -> dict[str, Any]:
+        await self.load(CAPACITY, 10.0)  # the workers are no fresh ones, and have measured themselves
+        before = await self.load(CAPACITY / 2, 15.0)
+        peak = max([await self.load(share * CAPACITY, 15.0) for share in (0.9, 1.1, 1.3, 1.5)],
+                   key=lambda phase: phase.figures()["goodput_per_s"])
+        goodput = peak.figures()["goodput_per_s"]
+        flood = await self.load(times * goodput, seconds)
+        await asyncio.sleep(10.0)
+        after = await self.load(CAPACITY / 2, 15.0)
+        figures = {name: phase.figures() for name, phase in
+                   (("before", before), ("peak", peak), ("flood", flood), ("after", after))}
+        return {**figures, "goodput_of_peak": round(figures["flood"]["goodput_per_s"] / goodput, 3),
+                "router_rss_of_peak": round(flood.rss_bytes / peak.rss_bytes, 3)}
+
+    async def cancels(self) -> dict[str, Any]:
+        """Each storm is cut off while it runs; then one request must be answered as one is on an idle stack."""
+        alone = [(await self._door.ask(self.prompt())).took_s for _ in range(10)]
+        after = []
+        for _ in range(STORMS):
+            storm = [asyncio.create_task(self._door.ask(self.prompt(), max_tokens=500)) for _ in range(STORM)]
+            await asyncio.sleep(1.0)
+            for client in storm:
+                client.cancel()
+            await asyncio.wait(storm)
+            after.append((await self._door.ask(self.prompt())).took_s)
+        await asyncio.sleep(2.0)
+        return {"alone_p50_s": quantile(alone, 0.5), "after_storms_p50_s": quantile(after, 0.5),
+                "after_storms_p99_s": quantile(after, 0.99), "held_afterwards": await self._held()}
+
+    async def slow_readers(self) -> dict[str, Any]:
+        """Readers of a byte a second; the operating system takes the rest of what fits its own buffers."""
+        before = await self.load(CAPACITY / 2, 15.0)
+        rss = self.rss_bytes()
+        readers = [asyncio.create_task(self._dawdle()) for _ in range(SLOW_READERS)]
+        during = await self.load(CAPACITY / 2, 15.0)
+        more = max(during.rss_bytes, self.rss_bytes()) - rss
+        for reader in readers:
+            reader.cancel()
+        await asyncio.wait(readers)
+        return {"router_rss_more_mb": round(more / 1e6, 1), "before": before.figures(), "during": during.figures()}
+
+    async def _dawdle(self) -> None:
+        try:
+            async with self._door.opened(self.prompt(), max_tokens=500, buffer_bytes=64) as reader:
+                while await reader.read(1):  # noqa: ASYNC110 (the pace is the point)
+                    await asyncio.sleep(1.0)
+        except OSError:
+            pass  # refused, or given up: that is the router's right
+
+    async def _held(self) -> dict[str, float]:
+        """What the router and the workers still hold: everything but free and cached blocks."""
+        reader, writer = await asyncio.open_connection(self._door.host, self._door.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        gauges = ("baton_queued_requests", "baton_ledger_broken", *(
+            f'state="{state}"' for state in ("active", "lent", "quarantined")))
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines()
+                if not line.startswith("#") and any(gauge in line for gauge in gauges) and not line.endswith(" 0")}
+
+
+def router_of(serve_pid: int) -> int:
+    """The process id of its router."""
+    children = Path(f"/proc/{serve_pid}/task/{serve_pid}/children").read_text().split()
+    (router,) = (int(pid) for pid in children if b"baton.cli.router_child" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return router
+
+
+async def measure(asked: argparse.Namespace) -> dict[str, Any]:
+    open_many_files()
+    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    report: dict[str, Any] = {"load_average_before": os.getloadavg()[0]}
+    async with serving(settings) as (url, pid):
+        parts = urlsplit(url)
+        assert parts.hostname is not None, url
+        assert parts.port is not None, url
+        bench = Bench(Door(parts.hostname, parts.port), router_of(pid), random.Random(asked.seed), print)
+        todo: dict[str, Callable[[], Coroutine[Any, Any, dict[str, Any]]]] = {
+            "flood": lambda: bench.flood(asked.times, asked.seconds), "cancels": bench.cancels,
+            "slow_readers": bench.slow_readers,
+        }
+        for name in asked.only or todo:
+            report[name] = await todo[name]()
+    return {**report, "load_average_after": os.getloadavg()[0]}
+
+
+def main(arguments: Sequence[str] | None = None, name: str = "python -m baton.bench.overload") -> None:
+    parser = argparse.ArgumentParser(prog=name, description="A stack that is asked for more than it can do.")
+    parser.add_argument("--times", type=float, default=5.0, help="The flood, in multiples of the peak.")
+    parser.add_argument("--seconds", type=float, default=120.0, help="How long it lasts.")
+    parser.add_argument("--only", action="append", choices=("flood", "cancels", "slow_readers"), help="Not the others.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="Write the report here.")
+    asked = parser.parse_args(arguments)
+    report = asyncio.run(measure(asked))
+    text = json.dumps(report, indent=1)
+    print(text)
+    if asked.json:
+        asked.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
