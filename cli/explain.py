@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from baton.router.policy import Facts
 TIMEOUT_S = 10.0
 MAX_ROWS = 12
 """Workers shown, and other choices."""
+STEP = "a decode step"
 MAX_REASONS = 2
 """Terms named of why another choice was dearer."""
 
@@ -187,6 +189,9 @@ def happened(told: Record, attempt: Record) -> Iterator[str]:
     first_s = None if told["ttft_s"] is None else max(0.0, told["ttft_s"] - attempt["start_s"])
     measured = measures(told["spans"], first_s)
     rows = [(name, terms[name], measured[name]) for name in terms if name in measured]
+    if STEP in measured and "decode" in terms and attempt["decision"] is not None:
+        expected = told["decisions"][attempt["decision"]]["facts"]["output_tokens"]
+        rows.append((STEP, terms["decode"] / expected, measured[STEP]))
     if first_s is not None and terms:
         rows.append(("first token", first_token_s(attempt["route"]["terms"]), first_s))
     if rows:
@@ -200,8 +205,11 @@ def measures(spans: Iterable[Record], first_s: float | None) -> dict[str, float]
     by_name: dict[str, list[Record]] = {}
     for span in spans:
         by_name.setdefault(span["name"].partition(" (")[0], []).append(span)
-    named = (("queue", "prefill queue"), ("fetch", "fetch prefix"), ("decode", "decode"))
+    named = (("queue", "prefill queue"), ("fetch", "fetch prefix"))
     found = {term: sum(map(length_s, by_name[name])) for term, name in named if name in by_name}
+    steps = [length for s in by_name.get("decode", ()) for length in steps_s(s)]
+    if steps:
+        found[STEP] = sum(steps) / len(steps)
     if chunks := by_name.get("prefill chunk"):
         computed_s = max(s["end_s"] for s in chunks)
         found["prefill"] = computed_s - min(s["start_s"] for s in chunks)
@@ -210,6 +218,11 @@ def measures(spans: Iterable[Record], first_s: float | None) -> dict[str, float]
             if first_s is not None:
                 found["handoff"] = max(0.0, first_s - sum(found.get(t, 0.0) for t in ("queue", "fetch", "prefill")))
     return found
+
+
+def steps_s(span: Record) -> list[float]:
+    """How long each step of a decode bar took, as far as its tokens are marked."""
+    return [end - start for start, end in itertools.pairwise((0.0, *span["marks"]))]
 
 
 def length_s(span: Record) -> float:

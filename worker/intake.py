@@ -72,7 +72,6 @@ class Intake:
         self._spans = Spans(parts.worker_id, parts.clock)
         self._num_held = 0
         self._remote_cached: int | None = None
-        self._decode_started_s: float | None = None
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -169,18 +168,19 @@ class Intake:
         if only is not None:
             only.seq = self.leader
         self.life.on("run")
-        self._decode_started_s = self._parts.clock()
+        self._spans.decode_begins()
 
     def _on_leader_progress(self, progress: Progress, started: float) -> None:
         if progress.error is not None:
             self.end(progress.error)
             return
-        self._local_chunk(progress, started)
+        self._spans.add_chunk(progress, started, self._parts.steps.landed_s)
         if not progress.new_tokens:
             return
         for answer, token in zip(self.answers.values(), progress.new_tokens, strict=True):
             if not answer.choice.delivered:
                 self._first(answer, token)
+        self._spans.decode_begins()
         self._fork(self.leader, self.leader.block_table.blocks)
         self._parts.steps.remove(self.leader.request_id)
         self._end_if_over()
@@ -264,7 +264,7 @@ class Intake:
 
     def _start_answers(self, arrival: Arrival) -> None:
         """Everything is here and ours."""
-        self._decode_started_s = self._parts.clock()
+        self._spans.decode_begins()
         only = self._only()
         if only is None:
             self._fork(self.leader, arrival.blocks)
@@ -313,7 +313,7 @@ class Intake:
         """The peer has forgotten them: they are ours now. The router is told what the client may not have yet."""
         self.life.on("hand")
         self.life.on("good")
-        self._decode_started_s = self._parts.clock()
+        self._spans.decode_begins()
         for one in taken:
             answer, seq, (came,) = one.answer, one.arrival.seq, one.state.choices
             seq.tokens[seq.num_prompt_tokens :] = came.output
@@ -415,13 +415,16 @@ class Intake:
 
     def _on_progress_of(self, answer: Answer) -> Callable[[Progress, float], None]:
         def listen(progress: Progress, started: float) -> None:
+            landed_s = self._parts.steps.landed_s
+            if progress.start < self.leader.num_prompt_tokens:
+                self._spans.add_chunk(progress, started, landed_s)
+                if not answer.token_times:
+                    self._spans.decode_begins(landed_s)
             if progress.error is not None:
                 self.end(progress.error)
-            elif not progress.new_tokens:
-                self._local_chunk(progress, started)
-            else:
+            elif progress.new_tokens:
                 (token,) = progress.new_tokens
-                answer.sampled(token, self._parts.clock())
+                answer.sampled(token, landed_s)
                 answer.finish = progress.finish
                 logprobs = (token.logprob,) if token.logprob else ()
                 if answer.finish is None:
@@ -432,10 +435,6 @@ class Intake:
                 self._end_if_over()
 
         return listen
-
-    def _local_chunk(self, progress: Progress, started: float) -> None:
-        detail = f"{progress.num_computed_tokens - progress.start} tokens"
-        self._spans.add("prefill chunk (local)", started, detail, end_s=self._parts.steps.landed_s)
 
     def _say_finished(self) -> None:
         for answer in self.answers.values():
@@ -476,9 +475,7 @@ class Intake:
         if answer.said_last:
             return
         answer.said_last = True
-        if self._decode_started_s is not None:
-            steps = answer.sent + len(token_ids) - len(answer.choice.delivered)
-            self._spans.add("decode", self._decode_started_s, f"{steps} tokens", answer.token_times)
+        self._spans.decode_ends(answer.sent + len(token_ids) - len(answer.choice.delivered), answer.token_times)
         self._say(answer, token_ids, logprobs, answer.finish)
 
     def _last_words(self, error: BatonError | None) -> None:

@@ -14,7 +14,7 @@ from baton.cli.explain import dearer, explanation, measures, read_record, replay
 from baton.core.errors import SetupError
 from baton.core.messages import Submit, TokenChunk
 from baton.core.worker import Role, Span, WorkerLoad
-from baton.router.recorded import document
+from baton.router.recorded import document, plain
 from tests.router.fake_fleet import Act, ScriptedFleet, ScriptedWorker, refuse, request, simulate, speak
 
 SPANS = (
@@ -22,7 +22,7 @@ SPANS = (
     Span("prefill chunk", 0.003, 0.007, "30 tokens from 0", "p0"),
     Span("prefill chunk", 0.007, 0.010, "10 tokens from 30", "p0"),
     Span("transfer", 0.008, 0.012, "2 blocks", "d0"),
-    Span("decode", 0.012, 0.06, worker="d0"),
+    Span("decode", 0.012, 0.06, "4 tokens", "d0", (0.01, 0.02, 0.045)),
 )
 
 
@@ -95,16 +95,16 @@ def test_what_made_another_choice_dearer_is_named_by_its_largest_terms() -> None
 
 
 def test_each_term_is_measured_by_what_it_prices() -> None:
-    spans = [{"name": s.name, "start_s": s.start_s, "end_s": s.end_s} for s in SPANS]
+    spans = plain(SPANS)
     told = measures(spans, first_s=0.011)
     assert told == {
         "queue": pytest.approx(0.002),
         "prefill": pytest.approx(0.007),
         "transfer": pytest.approx(0.002),  # what was pulled before the last chunk was done is hidden
         "handoff": pytest.approx(0.002),  # of the first token's time, what is none of the others
-        "decode": pytest.approx(0.048),
+        "a decode step": pytest.approx(0.015),
     }
-    alone = measures([{"name": "prefill chunk (local)", "start_s": 0.1, "end_s": 0.4}], None)
+    alone = measures(plain([Span("prefill chunk (local)", 0.1, 0.4)]), None)
     assert alone == {"prefill": pytest.approx(0.3)}
 
 
