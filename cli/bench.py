@@ -59,6 +59,14 @@ def peers(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON, add_help_option=False)
+def route(context: typer.Context) -> None:
+    """Routing policies on a recorded trace: hit rate and TTFT of the production router on virtual time."""
+    from baton.bench.route import command
+
+    command.main(context.args, context.command_path)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
 def overload(context: typer.Context) -> None:
     """A stack of real processes that is asked for more than it can do: goodput, refusals, memory, recovery."""
     from baton.bench import overload
