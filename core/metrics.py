@@ -42,6 +42,10 @@ TABLE = (
     _c("baton_output_tokens_total", "Output tokens delivered to clients."),
     _c("baton_cached_prompt_tokens_total", "Prompt tokens that were not computed for their request."),
     _c("baton_dispatches_total", "Requests sent to a decode worker, by prefill place.", "prefill"),
+    _c("baton_ttft_predictions_total", "First tokens whose time was predicted, by prefill place.", "prefill"),
+    _c("baton_ttft_predicted_seconds_total", "What was predicted, from dispatch on.", "prefill"),
+    _c("baton_ttft_error_seconds_total", "How far off that was, early or late.", "prefill"),
+    _c("baton_routing_regret_seconds_total", "What the other prefill place had promised to save, given when first tokens came.", "prefill"),
     _c("baton_dispatch_retries_total", "Requests sent again after a refusal or a lost worker.", "reason"),
     _c(
         "baton_stale_chunks_total", "Token messages dropped: an older epoch, a duplicate, an unknown request.", "reason"

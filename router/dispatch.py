@@ -144,6 +144,7 @@ class Dispatcher:
                 self._line.leave(request.request_id)
             if not run.delivery.is_open:
                 self._admission.ended(run)
+                self._placing.outcomes.ended(run.delivery.num_output_tokens, len(request.choices))
             self._admission.look()
             self._record(run, outcome or run.delivery.how_it_ended())
 
@@ -233,6 +234,9 @@ class Dispatcher:
     def _on_first_token(self, run: Run, attempt: Attempt) -> None:
         if attempt.resumes:
             self._metrics.inc("baton_resumed_requests_total", lost="router")
+        else:
+            after_s = asyncio.get_running_loop().time() - attempt.opened_at
+            self._placing.outcomes.first_token(attempt.route, after_s)
         self._line.placed(run.request.request_id)
         for worker in (attempt.route.decode, attempt.route.prefill and attempt.route.prefill.worker_id):
             if worker:

@@ -18,16 +18,18 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from baton.core.block_hash import BlockHash, HashScope, extend
-from baton.core.config import Config
+from baton.core.config import PRIORITIES, Config
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
 from baton.core.metrics import Metrics
 from baton.core.step_model import pairs
 from baton.core.worker import Role, Route, WorkerInfo
 from baton.router.admission import Admission
 from baton.router.decisions import Decider
+from baton.router.fair_queue import terms_of
 from baton.router.fleet import Fleet, context_limit
 from baton.router.health import Health
 from baton.router.link import Work
+from baton.router.outcomes import Outcomes
 from baton.router.policy import Candidate, Candidates, Facts
 from baton.router.room import Room
 from baton.router.run import Run
@@ -40,6 +42,8 @@ REFUSED_WAIT_S = 60.0
 PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 1.0
 """Pause before workers that all refused are asked again; doubles with each attempt."""
+SAME_S = 0.002
+"""So long candidates are as they were, if nothing was heard of or sent to any worker."""
 
 
 class NobodyReady(PeerLost):
@@ -49,9 +53,12 @@ class NobodyReady(PeerLost):
 class Placing:
     def __init__(self, fleet: Fleet, decider: Decider, line: WaitingLine, config: Config, metrics: Metrics) -> None:
         self.health = Health(metrics)
+        self.outcomes = Outcomes(metrics)
         self.admission = Admission(config.router, metrics, self._is_open)
+        self._config = config.router
         self._fleet = fleet
         self._decider = decider
+        self._offered: tuple[object, float, Candidates] | None = None
         self._line = line
         self._room = Room(config, self.health)
 
@@ -96,7 +103,7 @@ class Placing:
 
     def place_move(self, run: Run, source: WorkerInfo) -> Route | None:
         """Where it moves to from a worker that drains; None: nobody has room, or fits. Never waits."""
-        facts = _facts(run, run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)
+        facts = self._facts(run, run.delivery.num_shared_tokens + run.delivery.num_apart_tokens)
         everybody = self._candidates(run, facts)
         others = [d for d in everybody.decode if d.info.worker_id not in run.move_elsewhere]
         decision = self._decider.choose_move(facts, source, dataclasses.replace(everybody, decode=others))
@@ -139,7 +146,7 @@ class Placing:
         return _merged([self._fleet.index.match(chain) for chain in hashes.values()])
 
     def _price(self, run: Run) -> Route | None:
-        facts = _facts(run, run.delivery.num_shared_tokens)
+        facts = self._facts(run, run.delivery.num_shared_tokens)
         candidates = self._room.narrowed(self._candidates(run, facts))
         decision = self._decider.choose(facts, candidates)
         run.decisions.append(decision)
@@ -149,11 +156,19 @@ class Placing:
         """Could it be sent now, and begin soon? Also if nobody is ready: `place` knows how long to wait for that."""
         if self._line.somebody_waits:
             return False
-        facts = _facts(run, run.delivery.num_shared_tokens)
+        facts = self._facts(run, run.delivery.num_shared_tokens)
         candidates = self._candidates(run, facts)
         return not candidates.decode or self._room.is_open(facts, candidates)
 
     def _candidates(self, run: Run, facts: Facts) -> Candidates:
+        """As of now; in one breath (admitted, its turn, priced) they are looked up once."""
+        moment = (run.request.request_id, facts.num_tokens, len(run.avoided), self._fleet.num_changes)
+        now = asyncio.get_running_loop().time()
+        if self._offered is None or self._offered[0] != moment or now - self._offered[1] > SAME_S:
+            self._offered = moment, now, self._look_up(run, facts)
+        return self._offered[2]
+
+    def _look_up(self, run: Run, facts: Facts) -> Candidates:
         fleet, longest, hashes = self._fleet, run.delivery.longest, self._hashes(run)
         held = self._held(hashes)
         coming = _merged([fleet.coming.match(chain) for chain in hashes.values()])
@@ -168,6 +183,18 @@ class Placing:
 
         decode = offered(Role.DECODE, lambda d: d.has_room(facts))
         return Candidates(decode, offered(Role.PREFILL, lambda _: True), fleet.fits, fleet.holders(held))
+
+    def _facts(self, run: Run, num_tokens: int) -> Facts:
+        request, delivery = run.request, run.delivery
+        num_left = request.sampling.max_tokens - delivery.num_output_tokens // len(request.choices)
+        return Facts(
+            num_tokens,
+            len(delivery.unfinished),
+            output_tokens=self.outcomes.expected_tokens(max(1, num_left)),
+            priority=1 - PRIORITIES.index(terms_of(self._config.tenants, request.tenant).priority),
+            deadline_s=run.deadline - asyncio.get_running_loop().time(),
+            num_behind=len(self.admission),
+        )
 
     async def _turn(self, run: Run) -> None:
         """Let those go first who came or were refused before. Who was running goes on at once: he has waited already.
@@ -197,9 +224,6 @@ class Placing:
         states = [f"{w.info.worker_id} is {w.state}" for w in self._fleet.workers() if w.info.role is Role.DECODE]
         return ", ".join(states) or "none has been registered"
 
-
-def _facts(run: Run, num_tokens: int) -> Facts:
-    return Facts(num_tokens, len(run.delivery.unfinished))
 
 
 def _scope(run: Run, fleet_scope: HashScope) -> HashScope:

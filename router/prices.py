@@ -161,7 +161,8 @@ class Prices:
     # ---- in words ----
 
     def terms(self, way: Way, place: Place) -> Terms:
-        """Of the whole price; names without seconds are left out, but for the first two."""
+        """Of the whole price; names without seconds are left out, but for the first two and `stall`, by which one knows
+        that nothing is handed off."""
         is_local = way.worker is place.worker
         rest = (
             ("fetch", way.fetch_s),
@@ -171,7 +172,7 @@ class Prices:
             )),
             ("interference", place.interference_s), ("decode", place.decode_s), ("away", place.away_s),
         )
-        return ("queue", way.queue_s), ("prefill", way.prefill_s), *(t for t in rest if t[1])
+        return ("queue", way.queue_s), ("prefill", way.prefill_s), *(t for t in rest if t[1] or t[0] == "stall")
 
     # ---- what is known of workers ----
 

@@ -28,8 +28,8 @@ def worker(
     bandwidth: dict[str, float] | None = None,
     **load: float,
 ) -> Candidate:
-    """`load`: of its WorkerLoad; and speeds, 0 where not measured: `prefill_tokens_per_s`, `decode_step_s` per row. A step
-    costs nothing else."""
+    """`load`: of its WorkerLoad; and speeds, 0 where not measured: `prefill_tokens_per_s`, `decode_step_s` per row.
+    Nothing else costs time in a step."""
     rate, row_s = load.pop("prefill_tokens_per_s", 0.0), load.pop("decode_step_s", 0.0)
     model = StepModel(0.0, 1 / rate if rate else 0.0, 0.0, row_s, 0.0, int(rate > 0), int(row_s > 0))
     role = Role.PREFILL if worker_id.startswith("p") else Role.DECODE

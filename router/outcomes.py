@@ -1,0 +1,52 @@
+"""What became of choices: how long outputs are, how far first tokens were from their predictions, and what the way that
+was not taken would have saved.
+
+Owns these figures. Does not know how a price is made (prices.py).
+
+Each route says what it predicted, and what it rejected: with a hand-off, or without. If the first token comes later
+than predicted by more than the rejected way was dearer, that way had promised better: the difference is the *regret*.
+It is counted against the kind that was chosen, so that a high one says which kind is priced too low.
+"""
+
+from __future__ import annotations
+
+from baton.core.metrics import Metrics
+from baton.core.worker import Route
+
+ASSUMED_OUTPUT_TOKENS = 128.0
+"""Of a request, until one has ended."""
+SMOOTHING = 0.02
+
+
+class Outcomes:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._mean_tokens = 0.0
+
+    def expected_tokens(self, most: int) -> float:
+        """Output of a choice that may have `most` tokens more."""
+        return min(float(most), self._mean_tokens or ASSUMED_OUTPUT_TOKENS)
+
+    def first_token(self, route: Route, after_s: float) -> None:
+        """It came so long after the request was dispatched by this route."""
+        if "queue" not in dict(route.terms):
+            return  # a planned move, or a policy that predicts nothing
+        kind = "remote" if route.prefill is not None else "local"
+        predicted_s = route.ttft_s
+        self._metrics.inc("baton_ttft_predictions_total", prefill=kind)
+        self._metrics.inc("baton_ttft_predicted_seconds_total", predicted_s, prefill=kind)
+        self._metrics.inc("baton_ttft_error_seconds_total", abs(after_s - predicted_s), prefill=kind)
+        rejected = rejected_cost_s(route)
+        if rejected is not None:
+            regret_s = max(0.0, after_s - predicted_s - (rejected - route.cost_s))
+            self._metrics.inc("baton_routing_regret_seconds_total", regret_s, prefill=kind)
+
+    def ended(self, num_output_tokens: int, num_choices: int) -> None:
+        tokens = num_output_tokens / num_choices
+        self._mean_tokens += (tokens - self._mean_tokens) * (SMOOTHING if self._mean_tokens else 1.0)
+
+
+def rejected_cost_s(route: Route) -> float | None:
+    """Of the best alternative of the other kind: a hand-off, if none was chosen, or none. None: there was no such."""
+    remote = route.prefill is not None
+    return next((cost_s for _, cost_s, terms in route.alternatives if ("stall" in dict(terms)) == remote), None)
