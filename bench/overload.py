@@ -5,7 +5,7 @@
 1. flood: half the capacity, its peak, `times` the peak in an open loop, ten seconds of peace, half again. How much is
    answered in time, how soon the rest is refused and whether it hears when to come back, what the router's memory does
 2. cancels: 20 times 300 requests, all of them given up while they run; then nothing may be held
-3. slow readers: 200 clients that read a byte a second, and what others notice of them
+3. slow readers: 200 clients that read a byte a second, and what others notice of them, beside 200 that read at once
 
 Latencies count from when a request was meant to leave. The machine's load average stands beside the figures: the client
 and the stack share its cores.
@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -35,13 +36,17 @@ PROMPT_CHARS, OUTPUT_TOKENS = 32, 8
 TTFT_SLO_S, DEADLINE_S = 2.0, 4.0
 CAPACITY = 12.0
 """Requests a second to look for the peak around."""
-SETTINGS = (
-    f"model.name={MODEL}", f"model.served_name={SERVED_NAME}", f"router.request_timeout_s={DEADLINE_S}",
-    "router.max_queue_wait_s=1", "router.worker_queue_s=0.3", "router.local_prefill_max_tokens=0",
-    "router.max_queued=64", "prefill.max_sequences=16", "decode.max_sequences=32",
+TIGHT = (
+    f"model.name={MODEL}", f"router.request_timeout_s={DEADLINE_S}", "router.max_queue_wait_s=1",
+    "router.worker_queue_s=0.3", "router.max_queued=64", "prefill.max_sequences=16", "decode.max_sequences=32",
 )
+ROOMY = ("model.name=hash:step_s=0.01,token_s=0.0002", "router.max_queued=400", "decode.max_sequences=256")
+"""Everything that is asked for runs."""
 STORMS, STORM = 20, 300
-SLOW_READERS = 200
+LONG_READERS, LONG_TOKENS = 200, 600
+SMALL_WINDOW_BYTES = 4096
+"""Of a slow reader's socket: what it has not read stays with the router."""
+PARTS = ("flood", "cancels", "slow_readers")
 
 Say = Callable[[str], None]
 
@@ -89,12 +94,20 @@ class Door:
         return outcome
 
     @asynccontextmanager
-    async def opened(self, prompt: str, max_tokens: int, buffer_bytes: int = 1 << 16
-                     ) -> AsyncIterator[asyncio.StreamReader]:
+    async def opened(self, prompt: str, max_tokens: int, window_bytes: int = 0) -> AsyncIterator[asyncio.StreamReader]:
         """The answer to a request that was sent; the connection is cut at the end."""
         body = json.dumps({"model": SERVED_NAME, "prompt": prompt, "max_tokens": max_tokens, "stream": True,
                            "ignore_eos": True}).encode()
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=buffer_bytes)
+        sock = socket.socket()
+        if window_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window_bytes)
+        sock.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (self.host, self.port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=window_bytes or 1 << 16)
+        except BaseException:
+            sock.close()
+            raise
         try:
             writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
                          b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
@@ -177,7 +190,7 @@ class Bench:
         alone = [(await self._door.ask(self.prompt())).took_s for _ in range(10)]
         after = []
         for _ in range(STORMS):
-            storm = [asyncio.create_task(self._door.ask(self.prompt(), max_tokens=500)) for _ in range(STORM)]
+            storm = [asyncio.create_task(self._door.ask(self.prompt(), LONG_TOKENS)) for _ in range(STORM)]
             await asyncio.sleep(1.0)
             for client in storm:
                 client.cancel()
@@ -188,20 +201,26 @@ class Bench:
                 "after_storms_p99_s": quantile(after, 0.99), "held_afterwards": await self._held()}
 
     async def slow_readers(self) -> dict[str, Any]:
-        """Readers of a byte a second; the operating system takes the rest of what fits its own buffers."""
-        before = await self.load(CAPACITY / 2, 15.0)
-        rss = self.rss_bytes()
-        readers = [asyncio.create_task(self._dawdle()) for _ in range(SLOW_READERS)]
-        during = await self.load(CAPACITY / 2, 15.0)
-        more = max(during.rss_bytes, self.rss_bytes()) - rss
+        """Others beside many long answers: those that are read at once, and those that are not."""
+        await self.load(CAPACITY, 10.0)
+        quick = await self._beside(lambda: self._door.ask(self.prompt(), LONG_TOKENS))
+        slow = await self._beside(self._dawdle)
+        return {"router_rss_more_mb": round((slow.rss_bytes - quick.rss_bytes) / 1e6, 1),
+                "beside_quick_readers": quick.figures(), "beside_slow_readers": slow.figures()}
+
+    async def _beside(self, read: Callable[[], Coroutine[Any, Any, object]]) -> Phase:
+        readers = [asyncio.create_task(read()) for _ in range(LONG_READERS)]
+        await asyncio.sleep(3.0)
+        phase = await self.load(CAPACITY / 2, 15.0)
         for reader in readers:
             reader.cancel()
         await asyncio.wait(readers)
-        return {"router_rss_more_mb": round(more / 1e6, 1), "before": before.figures(), "during": during.figures()}
+        await asyncio.sleep(3.0)
+        return phase
 
     async def _dawdle(self) -> None:
         try:
-            async with self._door.opened(self.prompt(), max_tokens=500, buffer_bytes=64) as reader:
+            async with self._door.opened(self.prompt(), LONG_TOKENS, SMALL_WINDOW_BYTES) as reader:
                 while await reader.read(1):  # noqa: ASYNC110 (the pace is the point)
                     await asyncio.sleep(1.0)
         except OSError:
@@ -215,8 +234,9 @@ class Bench:
         writer.close()
         gauges = ("baton_queued_requests", "baton_ledger_broken", *(
             f'state="{state}"' for state in ("active", "lent", "quarantined")))
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines()
-                if not line.startswith("#") and any(gauge in line for gauge in gauges) and not line.endswith(" 0")}
+        told = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in told
+                if any(gauge in name for gauge in gauges) and float(value) != 0}
 
 
 def router_of(serve_pid: int) -> int:
@@ -228,27 +248,29 @@ def router_of(serve_pid: int) -> int:
 
 async def measure(asked: argparse.Namespace) -> dict[str, Any]:
     open_many_files()
-    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
-    report: dict[str, Any] = {"load_average_before": os.getloadavg()[0]}
-    async with serving(settings) as (url, pid):
-        parts = urlsplit(url)
-        assert parts.hostname is not None, url
-        assert parts.port is not None, url
-        bench = Bench(Door(parts.hostname, parts.port), router_of(pid), random.Random(asked.seed), print)
-        todo: dict[str, Callable[[], Coroutine[Any, Any, dict[str, Any]]]] = {
-            "flood": lambda: bench.flood(asked.times, asked.seconds), "cancels": bench.cancels,
-            "slow_readers": bench.slow_readers,
-        }
-        for name in asked.only or todo:
-            report[name] = await todo[name]()
-    return {**report, "load_average_after": os.getloadavg()[0]}
+    report: dict[str, Any] = {}
+    for part in asked.only or PARTS:
+        settings = (f"model.served_name={SERVED_NAME}", "router.local_prefill_max_tokens=0",
+                    *(TIGHT if part == "flood" else ROOMY))
+        async with serving([argument for setting in settings for argument in ("--set", setting)]) as (url, pid):
+            parts = urlsplit(url)
+            assert parts.hostname is not None, url
+            assert parts.port is not None, url
+            bench = Bench(Door(parts.hostname, parts.port), router_of(pid), random.Random(asked.seed), print)
+            before = os.getloadavg()[0]
+            if part == "flood":
+                report[part] = await bench.flood(asked.times, asked.seconds)
+            else:
+                report[part] = await (bench.cancels() if part == "cancels" else bench.slow_readers())
+            report[part]["load_average"] = [round(before, 1), round(os.getloadavg()[0], 1)]
+    return report
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "python -m baton.bench.overload") -> None:
     parser = argparse.ArgumentParser(prog=name, description="A stack that is asked for more than it can do.")
     parser.add_argument("--times", type=float, default=5.0, help="The flood, in multiples of the peak.")
     parser.add_argument("--seconds", type=float, default=120.0, help="How long it lasts.")
-    parser.add_argument("--only", action="append", choices=("flood", "cancels", "slow_readers"), help="Not the others.")
+    parser.add_argument("--only", action="append", choices=PARTS, help="Not the others.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="Write the report here.")
     asked = parser.parse_args(arguments)
