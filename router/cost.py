@@ -104,7 +104,7 @@ class _Search:
         deadline_s = self.prices.facts.deadline_s
         locals_ = [self._local(place) for _, place in self._places if self._may_be_local(place)]
         remote = self._remote(deadline_s)
-        local = [o for o in locals_ if self._end_s(o) <= deadline_s]
+        local = [o for o in locals_ if self._is_in_time(o, deadline_s)]
         if not remote and not local:
             remote, local = self._remote(math.inf), locals_
         local.sort(key=_cost_s)
@@ -130,7 +130,9 @@ class _Search:
                 if after_s + ahead_s >= bound_s:
                     break
                 option = self._pair(ahead_s, way, place)
-                if option.cost_s >= bound_s or not self._may_pair(way, place) or self._end_s(option) > deadline_s:
+                if option.cost_s >= bound_s or not self._may_pair(way, place):
+                    continue
+                if not self._is_in_time(option, deadline_s):
                     continue
                 bisect.insort(found, option, key=_cost_s)
                 if len(found) > MAX_ALTERNATIVES:
@@ -155,13 +157,15 @@ class _Search:
         held = place.worker.held_blocks * place.worker.info.capability.layout.block_size
         return held >= self.prices.facts.num_tokens
 
-    def _end_s(self, option: _Option) -> float:
-        """When the last token is predicted."""
+    def _is_in_time(self, option: _Option, deadline_s: float) -> bool:
+        """Is its last token predicted by then? What it costs others takes it no time."""
         way, place = option.way, option.place
+        if option.cost_s <= deadline_s:
+            return True
         between_s = 0.0
         if not option.is_local:
             between_s = self.prices.facts.handoff_s + self.prices.transfer_s(way, place)
-        return way.ready_s + between_s + place.decode_s
+        return way.ready_s + between_s + place.decode_s <= deadline_s
 
     def _fits(self, way: Way, place: Place) -> bool:
         return self.prices.candidates.fits(way.worker.info, place.worker.info)
