@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "baton bench route"
         rows.append(row)
         print("  ".join(f"{shown(row[name]):>{width(name)}}" for name in HEAD), flush=True)
         if row["num_failed"]:
-            print(f"  {row['num_failed']} of {row['num_requests']} requests failed")
+            print(f"  {row['num_failed']} of {row['num_requests']} requests failed: {row['failure']}")
         if asked.json:
             asked.json.write_text(json.dumps(rows, indent=1) + "\n")
 

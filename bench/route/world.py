@@ -55,6 +55,8 @@ class Cell:
     mean_tpot_s: float
     """Of requests with more than one token of output."""
     virtual_s: float
+    failure: str = ""
+    """What the first request that failed was told."""
 
 
 @dataclass(slots=True)
@@ -201,6 +203,7 @@ class _World:
             len(requests), len(tally.errors), 1 - computed / asked, statistics.fmean(ttft_s), at(ttft_s, 0.5),
             at(ttft_s, 0.99), max(busy) / statistics.fmean(busy) if any(busy) else 1.0,
             statistics.fmean(busy) / virtual_s, statistics.fmean(tally.tpot_s) if tally.tpot_s else 0.0, virtual_s,
+            next(iter(tally.errors), ""),
         )
 
 
