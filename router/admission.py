@@ -6,8 +6,8 @@ request could go.
 
 Life of a request here:
 
-1. `check`, when it comes: Overloaded at once, with the time to come back, if the queue is full, or if by the measured
-   rate (drain_rate.py) it would wait too long or end past its deadline
+1. `check_early` and `check`, before and after its prompt is read: Overloaded at once, with the time to come back, if
+   the queue is full, or if by the measured rate (drain_rate.py) it would wait too long or end past its deadline
 2. `turn`: it goes at once if nobody waits and a worker has room, else it takes a seat
 3. `look`, whenever a worker may have got room: the first in order goes, one at a time, so that each sees what those
    before it were given
@@ -55,30 +55,22 @@ class Admission:
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def tokens(self) -> int:
+        """Of those that wait."""
+        return self._queue.tokens
+
     def check(self, run: Run) -> None:
         """Raises Overloaded if it had better not wait."""
-        if self._goes_at_once(run):
-            return
-        config, request, rate = self._config, run.request, self._rate
-        if len(self._queue) >= config.max_queued:
-            raise self._refusal(
-                "full", f"{len(self._queue)} requests wait for a worker (router.max_queued)", self._queue.tokens / 2
-            )
-        ahead = self._queue.tokens_before(request.tenant)
-        wait_s = MARGIN * rate.wait_s(ahead, run.arrived)
-        if wait_s > config.max_queue_wait_s:
-            kept = config.max_queue_wait_s / wait_s
-            raise self._refusal(
-                "wait", f"it would wait for about {wait_s:.1f} s (router.max_queue_wait_s)", ahead * (1 - kept)
-            )
-        service_s = rate.service_s(request)
-        if wait_s and wait_s + service_s > request.deadline_s:
-            kept = max(0.0, request.deadline_s - service_s) / wait_s
-            raise self._refusal(
-                "deadline",
-                f"it would wait for about {wait_s:.1f} s and run for {service_s:.1f} s, past its deadline of "
-                f"{request.deadline_s:g} s", ahead * (1 - kept),
-            )
+        if not self._goes_at_once(run):
+            request = run.request
+            self._refuse(request.tenant, request.deadline_s, self._rate.service_s(request))
+
+    def check_early(self, tenant: str, deadline_s: float) -> None:
+        """The same, as far as it is certain before the prompt was read: what is refused in any case shall cost next to
+        nothing."""
+        if self._queue:
+            self._refuse(tenant, deadline_s, 0.0)
 
     async def turn(self, run: Run) -> None:
         """Wait until a worker has room. Raises DeadlineExceeded or Overloaded when that takes too long."""
@@ -125,6 +117,20 @@ class Admission:
         """When so many tokens' worth of those that wait will have gone; whole seconds, as HTTP wants them."""
         now = asyncio.get_running_loop().time()
         return min(RETRY_MAX_S, max(1.0, math.ceil(self._rate.wait_s(round(tokens), now))))
+
+    def _refuse(self, tenant: str, deadline_s: float, service_s: float) -> None:
+        queued, limit_s = len(self._queue), self._config.max_queue_wait_s
+        if queued >= self._config.max_queued:
+            raise self._refusal("full", f"{queued} requests wait for a worker (router.max_queued)", self.tokens / 2)
+        ahead = self._queue.tokens_before(tenant)
+        wait_s = MARGIN * self._rate.wait_s(ahead, asyncio.get_running_loop().time())
+        if wait_s > limit_s:
+            why = f"it would wait for about {wait_s:.1f} s (router.max_queue_wait_s)"
+            raise self._refusal("wait", why, ahead * (1 - limit_s / wait_s))
+        if wait_s and wait_s + service_s > deadline_s:
+            why = f"it would wait for about {wait_s:.1f} s and run for {service_s:.1f} s, past its deadline of " \
+                  f"{deadline_s:g} s"
+            raise self._refusal("deadline", why, ahead * (1 - max(0.0, deadline_s - service_s) / wait_s))
 
     def _goes_at_once(self, run: Run) -> bool:
         return not self._queue and self._going is None and self._is_open(run)

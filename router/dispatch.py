@@ -96,6 +96,12 @@ class Dispatcher:
     def num_inflight(self) -> int:
         return len(self._live)
 
+    def check_early(self, tenant: str, deadline_s: float) -> None:
+        """Raises Overloaded for what would be refused whatever it asks."""
+        if len(self._live) >= self._config.max_inflight:
+            raise self._too_many()
+        self._admission.check_early(tenant, deadline_s)
+
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
         return self._placing.max_model_len()
@@ -153,10 +159,8 @@ class Dispatcher:
     def _admit(self, request: Request, last_seen: str | None) -> Run:
         if last_seen is not None and (before := self._live.pop(request.request_id, None)) is not None:
             before.fail(Cancelled("its client reads on over another connection"), "cancel")
-        limit = self._config.max_inflight
-        if len(self._live) >= limit:
-            raise Overloaded(f"the router has {limit} requests, its limit (router.max_inflight). Come back later.",
-                             retry_after_s=self._admission.retry_after_s(len(request.prompt)))
+        if len(self._live) >= self._config.max_inflight:
+            raise self._too_many()
         if request.request_id in self._live:
             raise InvalidRequest(f"request {request.request_id} is running. Give each request an id.", "request_id")
         self._quarantine.refuse(request)
@@ -168,6 +172,12 @@ class Dispatcher:
         self._live[request.request_id] = run
         self._budget.admitted()
         return run
+
+    def _too_many(self) -> Overloaded:
+        return Overloaded(
+            f"the router has {len(self._live)} requests, its limit (router.max_inflight). Come back later.",
+            retry_after_s=self._admission.retry_after_s(self._admission.tokens / 2),
+        )
 
     # ---- attempts ----
 

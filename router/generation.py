@@ -61,6 +61,10 @@ class TokenSource(Protocol):
         """Closing the iterator cancels the request."""
         ...
 
+    def check_early(self, tenant: str, deadline_s: float) -> None:
+        """Raises Overloaded for what would be refused whatever its prompt."""
+        ...
+
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that a known worker holds for one request; 0 while none is known."""
         ...
@@ -152,11 +156,13 @@ class Generation:
         if call.timeout_s is not None and not 0 < call.timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s is {call.timeout_s!r}; it must be a positive number of seconds.",
                                  "timeout_s")
+        deadline_s = min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
+        self._tokens.check_early(call.tenant, deadline_s)
         prompt = await self._encode(call.prompt)
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
             tenant=call.tenant,
-            deadline_s=min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s))
+            deadline_s=deadline_s)
         return Job(request, call.stop, arrived_s, call.account)
 
     async def tokenize(self, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from baton.cluster.rates import MemoryBuckets
 from baton.core.config import load
-from baton.core.errors import BatonError
+from baton.core.errors import BatonError, Overloaded
 from baton.core.messages import TokenChunk, WorkerStatus
 from baton.core.metrics import Metrics
 from baton.core.request import FinishReason, Request, TokenLogprob
@@ -106,10 +106,16 @@ class EchoDispatcher:
     fail_after: int | None = None
     """Raise `error` once this many tokens of a choice are out."""
     error: BatonError | None = None
+    full: Overloaded | None = None
+    """Raise this before a prompt is read."""
     hang_after: int | None = None
     """Stay silent for ever once this many tokens of a choice are out."""
     requests: list[Request] = field(default_factory=list)
     cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def check_early(self, tenant: str, deadline_s: float) -> None:
+        if self.full is not None:
+            raise self.full
 
     def max_model_len(self) -> int:
         return MAX_MODEL_LEN

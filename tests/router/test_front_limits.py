@@ -1,0 +1,117 @@
+"""What a client over its limits, or of a router with no room, gets to see: over HTTP and over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+
+from baton.core.errors import Overloaded, PeerLost
+from baton.core.metrics import Metrics
+from baton.router.grpc_front import AdminFront, InferenceFront
+from baton.wire import inference_pb2, inference_pb2_grpc
+from baton.wire.server import start_router_server
+from tests.router.front_world import MODEL, EchoDispatcher, FrontWorld, open_front
+
+TENANTS = 'router.tenants={"*": {"requests_per_min": 2}, "big": {"tokens_per_min": 1000}}'
+
+
+def body(**fields: object) -> dict[str, object]:
+    return {"model": MODEL, "prompt": "Tokens are", "max_tokens": 3, **fields}
+
+
+async def ask(world: FrontWorld, headers: dict[str, str], **fields: object) -> httpx.Response:
+    async with httpx.AsyncClient() as client:
+        return await client.post(world.url + "/v1/completions", json=body(**fields), headers=headers)
+
+
+def test_each_tenant_and_each_key_has_its_own_limits_and_hears_when_to_come_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_front(tmp_path, None, TENANTS) as world:
+            keys = ({"authorization": f"Bearer sk-{i}"} for i in range(2))
+            for headers in ({"x-baton-tenant": "a"}, *keys):
+                assert [(await ask(world, headers)).status_code for _ in range(2)] == [200, 200]
+                refused = await ask(world, headers)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limited")
+                assert 1 <= int(refused.headers["retry-after"]) <= 30
+                assert "sk-" not in refused.text
+            assert world.metrics.value("baton_requests_total", outcome="rate_limited") == 3
+            assert {r.tenant for r in world.source.requests} == {"a", ""}, "a key is no tenant: prefixes are shared"
+
+    asyncio.run(scenario())
+
+
+def test_tokens_are_settled_by_what_was_used(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_front(tmp_path, None, TENANTS) as world:
+            headers = {"x-baton-tenant": "big"}
+            for _ in range(8):  # each is charged 200 at first, and uses about 12
+                assert (await ask(world, headers, max_tokens=200)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_what_failed_is_not_counted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        source = EchoDispatcher(fail_after=0, error=PeerLost("gone"))
+        async with open_front(tmp_path, source, TENANTS) as world:
+            assert [(await ask(world, {})).status_code for _ in range(5)] == [503] * 5
+            source.fail_after = None
+            assert [(await ask(world, {})).status_code for _ in range(3)] == [200, 200, 429]
+
+    asyncio.run(scenario())
+
+
+def test_a_router_without_room_says_so_before_it_reads_the_prompt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        source = EchoDispatcher(full=Overloaded("full", retry_after_s=6.2))
+        async with open_front(tmp_path, source) as world:
+            read = world.generation.codec.encode
+            world.generation.codec.encode = None  # type: ignore[assignment, method-assign]
+            refused = await ask(world, {})
+            world.generation.codec.encode = read  # type: ignore[method-assign]
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
+            assert world.metrics.value("baton_requests_total", outcome="overloaded") == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_front(tmp_path) as world:
+            refused = await ask(world, {"x-baton-tenant": "x" * 200})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tenant")
+
+    asyncio.run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def grpc_client(world: FrontWorld) -> AsyncIterator[Any]:
+    admin = AdminFront(None, None, Metrics(), None, None)  # type: ignore[arg-type]  # nobody asks it
+    server = await start_router_server(InferenceFront(world.generation), admin, "127.0.0.1", 0, lambda: None)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield inference_pb2_grpc.InferenceStub(channel)
+    finally:
+        await server.stop(0)
+
+
+def test_grpc_has_the_same_limits_and_says_when_in_its_trailers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_front(tmp_path, None, TENANTS) as world, grpc_client(world) as stub:
+            request = inference_pb2.GenerateRequest(model=MODEL, text="Tokens are", tenant="a")
+            for _ in range(2):
+                assert [part async for part in stub.Generate(request)]
+            call = stub.Generate(request)
+            assert await call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            trailers = dict(await call.trailing_metadata())
+            assert trailers["baton-code"] == "rate_limited"
+            assert 1 <= int(trailers["retry-after"]) <= 30
+            assert (await ask(world, {"x-baton-tenant": "a"})).status_code == 429, "one account, whichever door"
+
+    asyncio.run(scenario())
