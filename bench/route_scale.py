@@ -40,7 +40,6 @@ from baton.router.cost import CostPolicy
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.index import PrefixIndex
-from baton.router.link import WorkerState
 
 BLOCK, SHARED_BLOCKS, OWN_BLOCKS = 16, 64, 128
 PROMPTS, COPIES = 8, 3
@@ -134,8 +133,8 @@ class World:
         return cast(WorkerService, self.workers[info.worker_id])
 
     async def until_ready(self) -> None:
-        while not all(view.state is WorkerState.READY for view in self.fleet.workers()) or not self.fleet.ready:
-            await asyncio.sleep(0.1)
+        while sum(len(self.fleet.candidates(role, {})) for role in Role) < len(self.workers):
+            await self.fleet.changed(1.0)
 
     async def report(self) -> None:
         for worker in self.rng.choices(list(self.workers.values()), k=REPORTS):

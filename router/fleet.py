@@ -34,7 +34,7 @@ from baton.router.index import PrefixIndex
 from baton.router.kinds import Kinds
 from baton.router.link import Link, Subscription, Surroundings, Work, WorkerState
 from baton.router.policy import Candidate
-from baton.router.shortlist import Order, shortlist, standing_s
+from baton.router.shortlist import MAX_EQUAL, MAX_LOOKED_AT, Order, shortlist, standing_s
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,8 @@ class Fleet:
         self._scopes: tuple[tuple[HashScope, int], ...] | None = None
         self._longest: int | None = None
         self._draining: list[WorkerInfo] | None = None
+        self.num_changes = 0
+        """Grows with everything that is heard of or sent to some worker."""
         self._num_dropped = 0
         self._observed_at = -math.inf
         self._crashes: OrderedDict[str, None] = OrderedDict()
@@ -188,7 +190,7 @@ class Fleet:
         if has_room is None or len(self._links) <= OFFERED_WHOLE:
             return [c for link in self._links.values() if (c := offer(link)) is not None]
         orders = [order for (of, _), order in self._orders.items() if of is role]
-        chosen = shortlist(orders, self._having(held, coming), offer, has_room)
+        chosen = shortlist(orders, self._having(role, held, coming), offer, has_room)
         at_home = offer(self._links[home]) if home in self._links else None
         return chosen if at_home is None or at_home in chosen else [*chosen, at_home]
 
@@ -198,11 +200,16 @@ class Fleet:
         links = (link for worker_id in held if (link := self._links[worker_id]).state in able)
         return [_candidate(link, held[link.info.worker_id]) for link in itertools.islice(links, MAX_HOLDERS)]
 
-    def _having(self, held: Mapping[str, int], coming: Mapping[str, int]) -> Iterator[Link]:
-        """Who holds something of the prompt, or will: in turns, most first."""
-        found = map(self._links.get, held), map(self._boots.get, coming)
-        for pair in itertools.zip_longest(*found):
-            yield from (link for link in pair if link is not None)
+    def _having(self, role: Role, held: Mapping[str, int], coming: Mapping[str, int]) -> Iterator[Link]:
+        """Who holds something of the prompt, or will, most first; few of those that hold equally much."""
+        for links, blocks in ((self._links, held), (self._boots, coming)):
+            equal, depth = 0, 0
+            for name, num_blocks in itertools.islice(blocks.items(), MAX_LOOKED_AT):
+                link = links.get(name)
+                if link is not None and link.info.role is role:
+                    equal, depth = (equal + 1 if num_blocks == depth else 1), num_blocks
+                    if equal <= MAX_EQUAL:
+                        yield link
 
     def talking(self, role: Role) -> list[str]:
         """worker_ids of a role that a message can be sent to now, whether they take new requests or not."""
@@ -370,6 +377,7 @@ class Fleet:
 
     def _notify(self) -> None:
         self._draining = None
+        self.num_changes += 1
         self._change.set()
         self._change = asyncio.Event()
         if len(self._links) < MANY or asyncio.get_running_loop().time() - self._observed_at >= OBSERVE_S:
@@ -382,6 +390,7 @@ class Fleet:
 
     def _touch(self, link: Link) -> None:
         """Its load has changed: it stands elsewhere among its like."""
+        self.num_changes += 1
         if _speaks_ours(link.info):
             key = link.info.role, self._kinds.of(link.info)
             if key not in self._orders:

@@ -74,6 +74,9 @@ class WorkerState(enum.StrEnum):
     DEAD = "dead"
 
 
+_STATES = {state.value: state for state in WorkerState}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Subscription:
     """Who hears of one attempt of one request. All are called on the loop and must not wait."""
@@ -201,7 +204,8 @@ class Link:
         self._around = around
         self._up: UpQueue | None = None
         self._life = Life(WORKER)
-        self.heard = self._moved_on = asyncio.get_running_loop().time()
+        self._now = asyncio.get_running_loop().time
+        self.heard = self._moved_on = self._now()
         """When it last spoke; when its engine last did a step, or had nothing to do."""
         self._broke = False
         """Its stream broke and nothing was heard since: it may have crashed."""
@@ -215,13 +219,13 @@ class Link:
 
     @property
     def silent_s(self) -> float:
-        return asyncio.get_running_loop().time() - self.heard
+        return self._now() - self.heard
 
     @property
     def state(self) -> WorkerState:
         if self._life.state == "ready" and (self.silent_s >= self._around.config.suspect_s or self._stands_still):
             self._life.on("doubt")
-        return WorkerState(self._life.state)
+        return _STATES[self._life.state]
 
     @property
     def talks(self) -> bool:

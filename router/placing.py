@@ -163,9 +163,10 @@ class Placing:
     def _candidates(self, run: Run, facts: Facts) -> Candidates:
         """As of now; in one breath (admitted, its turn, priced) they are looked up once."""
         moment = (run.request.request_id, facts.num_tokens, len(run.avoided), self._fleet.num_changes)
-        now = asyncio.get_running_loop().time()
-        if self._offered is None or self._offered[0] != moment or now - self._offered[1] > SAME_S:
-            self._offered = moment, now, self._look_up(run, facts)
+        clock = asyncio.get_running_loop().time
+        if self._offered is None or self._offered[0] != moment or clock() - self._offered[1] > SAME_S:
+            offered = self._look_up(run, facts)
+            self._offered = moment, clock(), offered
         return self._offered[2]
 
     def _look_up(self, run: Run, facts: Facts) -> Candidates:

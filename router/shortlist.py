@@ -1,14 +1,14 @@
 """Whom a policy is offered, when there are too many workers to price them all: the cheapest to begin with, and those
 who hold most of the prompt.
 
-Owns the order of the workers by what they cost before anything of a prompt is known (`standing_s`), kept up to date as
-their loads change. Does not know what makes a worker able to take a prompt: it is told.
+Owns the order of the workers by what a typical prompt costs there of which they hold nothing (`standing_s`), kept up to
+date as their loads change. Does not know what makes a worker able to take a prompt: it is told.
 
-Why the choice is as good as among all: a price is a worker's standing, plus what the prompt costs there, which falls
-with the blocks it holds. So of all that hold equally much only the first by standing can be the cheapest, and one that
-holds less must stand better. `_frontier` keeps just these. The gap: of more than MAX_LOOKED_AT holders the rest is only
-looked at as far as it is among the NEAREST; and where workers differ in speed or bandwidth, the cheapest for one prompt
-may stand behind NEAREST others.
+Why the choice is as good as among all: a price is a worker's standing, less what the blocks save that it holds. So of
+all that hold equally much only the first by standing can be the cheapest, and one that holds less must stand better.
+`_frontier` keeps just these. The gap: of more than MAX_EQUAL workers that hold equally much, and of more than
+MAX_LOOKED_AT holders, the rest is only looked at as far as it is among the NEAREST; and where workers differ in speed
+or bandwidth, the cheapest for one prompt may stand behind NEAREST others.
 
 Life of a worker here: `touch` with each word of it and each dispatch to it -> placed anew when somebody is next offered
 the order -> found not to be ready: out, until its next word -> `forget`.
@@ -25,14 +25,15 @@ from baton.core.worker import Role
 from baton.router.link import Link, WorkerState
 from baton.router.policy import Candidate
 
-NEAREST = 16
+NEAREST = 8
 """Of each role and kind are offered, whatever they hold."""
 MAX_SCANNED = 128
 """Workers asked in their order, until NEAREST of them have room."""
-MAX_LOOKED_AT = 64
-"""Holders compared for one prompt, those that hold most."""
+MAX_LOOKED_AT, MAX_EQUAL = 64, 8
+"""Holders compared for one prompt, those that hold most; and of those that hold equally much. Of a prefix that half of
+the fleet holds, half of the NEAREST hold it as well."""
 TYPICAL_TOKENS, TYPICAL_OUTPUT = 2048, 128
-"""Of the request that decode workers are put in order for: how much a longer one slows others differs a little."""
+"""Of the request that workers are put in order for. For another one the order differs a little."""
 
 Offer = Callable[[Link], Candidate | None]
 """The worker as a candidate for one prompt. None: it must not have it."""
@@ -41,14 +42,14 @@ Rung = tuple[float, int, str]
 
 
 def standing_s(worker: Candidate) -> float:
-    """Seconds that a prompt waits there, or costs others, before anything of it is known (prices.py)."""
-    model, rows = worker.load.model, worker.num_sequences
-    queue_s = worker.queue_s(model)
+    """Seconds that a typical prompt of which nothing is held costs there (prices.py)."""
+    load, model, rows = worker.load, worker.load.model, worker.num_sequences
+    ready_s = worker.queue_s(model) + model.prefill_s(0, TYPICAL_TOKENS, load.chunk_tokens)
     if worker.info.role is Role.PREFILL:
-        return queue_s
+        return ready_s
     slower_s = model.row_s + TYPICAL_TOKENS * model.context_s
     own_s = model.decode_step_s(rows + 1, worker.context_tokens + TYPICAL_TOKENS)
-    return queue_s + TYPICAL_OUTPUT * (rows * slower_s + own_s)
+    return ready_s + TYPICAL_OUTPUT * (rows * slower_s + own_s)
 
 
 class Order:
@@ -117,7 +118,7 @@ def shortlist(
     chosen: dict[str, Candidate] = {}
     for order in orders:
         chosen |= {c.info.worker_id: c for c in _nearest(order, offer, has_room)}
-    looked_at = [c for link in islice(holders, MAX_LOOKED_AT) if (c := offer(link)) is not None and has_room(c)]
+    looked_at = [c for link in holders if (c := offer(link)) is not None and has_room(c)]
     looked_at.sort(key=standing_s)
     for blocks in (lambda c: c.held_blocks, lambda c: c.expected_blocks):
         chosen |= {c.info.worker_id: c for c in _frontier(looked_at, blocks)}

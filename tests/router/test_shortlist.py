@@ -24,7 +24,7 @@ BIG = capability(max_model_len=100_000, num_blocks=50_000)
 
 def load_of(rng: Random, role: Role, model: StepModel = MODEL) -> WorkerLoad:
     if role is Role.PREFILL:
-        return WorkerLoad(queued_prefill_tokens=rng.randrange(20_000), num_running=1, model=model)
+        return WorkerLoad(queued_prefill_tokens=rng.choice([0, rng.randrange(20_000)]), num_running=1, model=model)
     rows = rng.randrange(30)
     room = rng.choice([0, 50_000, 50_000])
     return WorkerLoad(
@@ -77,22 +77,22 @@ def test_the_choice_from_the_shortlist_costs_what_the_choice_among_all_costs(see
 
 @pytest.mark.parametrize("seed", range(3))
 def test_where_speeds_differ_the_shortlist_costs_little_more(seed: int) -> None:
-    """The gap that is stated: speeds within a factor of two, 2 % on average."""
+    """The gap that is stated: 1 % on average, speeds within a factor of ten, half of the workers idle."""
     rng = Random(seed)
 
     def model() -> StepModel:
-        return StepModel(0.01, 0.001 * rng.uniform(0.7, 1.4), 1e-7, 0.001, 1e-7, 9, 9)
+        return StepModel(0.01, 0.001 * rng.uniform(0.2, 2.0), 1e-7, 0.001, 1e-7, 9, 9)
 
     async def main() -> None:
         async with some_fleet(rng, 60, model) as fleet:
             gaps = []
             for _ in range(20):
-                facts = Facts(2000)
-                held = some_prefix(rng, fleet, 1000, 40)
+                facts = Facts(rng.choice([1000, 8000]))
+                held = some_prefix(rng, fleet, facts.num_tokens // BLOCK, 40)
                 among_all = cost_s(fleet, facts, held, of_all=True)
                 gaps.append(cost_s(fleet, facts, held, of_all=False) / among_all)
             assert min(gaps) >= 1 - 1e-9
-            assert sum(gaps) / len(gaps) < 1.02
+            assert sum(gaps) / len(gaps) < 1.01
 
     simulate(main)
 
