@@ -122,6 +122,8 @@ class Phase:
     outcomes: list[Outcome] = field(default_factory=list)
     rss_bytes: int = 0
     """The router's, at most."""
+    cpu_s: float = 0.0
+    """The router's."""
 
     def figures(self) -> dict[str, Any]:
         answered = [o.took_s for o in self.outcomes if o.whole]
@@ -136,6 +138,7 @@ class Phase:
             "told_when_to_come_back": sum(bool(o.retry_after) for o in refused),
             "other_statuses": dict(Counter(o.status for o in self.outcomes if o.status not in (200, 429))),
             "router_rss_mb": round(self.rss_bytes / 1e6, 1),
+            "router_cpu_ms_per_request": round(1e3 * self.cpu_s / max(1, len(self.outcomes)), 2),
         }
 
 
@@ -147,12 +150,16 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 class Bench:
     def __init__(self, door: Door, router_pid: int, rng: random.Random, say: Say) -> None:
         self._door = door
-        self._router = Path(f"/proc/{router_pid}/statm")
+        self._router = Path(f"/proc/{router_pid}")
         self._rng = rng
         self._say = say
 
     def rss_bytes(self) -> int:
-        return int(self._router.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int((self._router / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu_s(self) -> float:
+        user, system = (self._router / "stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def prompt(self) -> str:
         return "".join(self._rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(PROMPT_CHARS))
@@ -160,6 +167,7 @@ class Bench:
     async def load(self, rate: float, seconds: float) -> Phase:
         """An open loop; ends when the last answer has."""
         loop, phase = asyncio.get_running_loop(), Phase(seconds)
+        phase.cpu_s = -self.cpu_s()
         began, at, clients = loop.time(), 0.0, list[asyncio.Task[Outcome]]()
         while (at := at + self._rng.expovariate(rate)) < seconds:
             await asyncio.sleep(max(0.0, began + at - loop.time()))
@@ -168,6 +176,7 @@ class Bench:
                 phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
         phase.outcomes = list(await asyncio.gather(*clients))
         phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
+        phase.cpu_s += self.cpu_s()
         self._say(f"{rate:6.1f}/s for {seconds:g} s: {json.dumps(phase.figures())}")
         return phase
 
