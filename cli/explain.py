@@ -126,7 +126,9 @@ def explanation(told: Record) -> Iterator[str]:
 def who_could(decision: Record) -> Iterator[str]:
     facts = decision["facts"]
     usual = dataclasses.asdict(Facts(facts["num_tokens"], turn=facts["turn"]))
-    more = "".join(f", {name} {value}" for name, value in facts.items() if value not in (usual[name], str(usual[name])))
+    special = {name: value for name, value in facts.items() if value not in (usual[name], str(usual[name]))}
+    more = "".join(f", {name} {value:.4g}" if isinstance(value, float) else f", {name} {value}"
+                   for name, value in special.items())  # fmt: skip
     yield f"\n  asked: {facts['num_tokens']} tokens of KV{more}; offered:"
     rows = [worker_row(c) for role in ("prefill", "decode") for c in decision[role]]
     offered = {row["worker"] for row in rows}

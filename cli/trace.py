@@ -18,7 +18,7 @@ from baton.cli.config import ConfigFile, Overrides, read_config
 from baton.cli.perfetto import trace_file
 from baton.cli.status import Address, AsJson, reached, router_address
 from baton.cli.waterfall import waterfall
-from baton.core.errors import SetupError
+from baton.core.errors import NotFound, SetupError
 from baton.core.worker import Span
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ async def newest_traces(address: str, count: int) -> list[RequestTrace]:
     from baton.wire.client import GrpcAdmin
 
     async with GrpcAdmin(address) as admin:
-        return list((await reached(admin.newest(count, TIMEOUT_S), address)).traces)
+        traces = list((await reached(admin.newest(count, TIMEOUT_S), address)).traces)
+    if not traces:
+        raise NotFound(f"the router at {address} keeps no finished request yet. Send one.")
+    return traces
 
 
 def write(traces: list[RequestTrace], out: Path) -> None:
