@@ -138,6 +138,8 @@ class Request:
     tenant: str = ""
     deadline_s: float = 600.0
     """Seconds left when this message was sent."""
+    session: str = ""
+    """A client's word that requests belong together: their next one had better go where the last was decoded."""
 
     @property
     def shared(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ Life of a request:
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncGenerator
@@ -239,7 +240,8 @@ class Dispatcher:
     def _submit(self, run: Run, attempt: Attempt, take_from: TakeFrom | None = None) -> Submit:
         left_s = run.deadline - asyncio.get_running_loop().time()
         crashes_left = max(1, MAX_CRASHES - len(run.aboard))
-        return Submit(run.delivery.remaining(left_s), attempt.route, attempt.epoch, take_from, crashes_left)
+        route = dataclasses.replace(attempt.route, alternatives=())  # no worker asks what was not chosen
+        return Submit(run.delivery.remaining(left_s), route, attempt.epoch, take_from, crashes_left)
 
     def _on_first_token(self, run: Run, attempt: Attempt) -> None:
         if attempt.resumes:
@@ -247,6 +249,7 @@ class Dispatcher:
         else:
             after_s = asyncio.get_running_loop().time() - attempt.opened_at
             self._placing.outcomes.first_token(attempt.route, after_s)
+        self._placing.outcomes.decodes(run.request, attempt.route.decode)
         self._line.placed(run.request.request_id)
         for worker in (attempt.route.decode, attempt.route.prefill and attempt.route.prefill.worker_id):
             if worker:

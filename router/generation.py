@@ -40,6 +40,7 @@ from baton.router.text import TextCodec
 MAX_STOPS = 8
 MAX_STOP_BYTES = 64
 MAX_REQUEST_ID_CHARS = MAX_TENANT_CHARS = 128
+MAX_SESSION_CHARS = 128
 INLINE_CHARS = 16_384
 """Longer texts are tokenised in a thread: about 0.5 us a character (tokenizers 0.23, SmolLM2's vocabulary)."""
 
@@ -99,6 +100,8 @@ class GenerateCall:
     tenant: str = ""
     account: str = ""
     """Whose rate limits it counts on."""
+    session: str = ""
+    """A hint: the first MAX_SESSION_CHARS count."""
     timeout_s: float | None = None
     max_tokens_field: str = "max_tokens"
     """What the client called it."""
@@ -162,7 +165,7 @@ class Generation:
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
             tenant=call.tenant,
-            deadline_s=deadline_s)
+            deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS])
         return Job(request, call.stop, arrived_s, call.account)
 
     async def tokenize(self, text: str) -> list[int]:

@@ -107,7 +107,7 @@ def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None,
     return GenerateCall(
         prompt, sampling, wire.max_tokens if wire.HasField("max_tokens") else None,
         default_max_tokens=DEFAULT_MAX_TOKENS, stop=tuple(wire.stop), tenant=request.tenant,
-        account=account_of(request.tenant, metadata.get("authorization", "")),
+        account=account_of(request.tenant, metadata.get("authorization", "")), session=request.session,
         timeout_s=min(deadlines, default=None), n=wire.n if wire.HasField("n") else 1)
 
 

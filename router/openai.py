@@ -231,7 +231,7 @@ BOTH: dict[str, Check] = {
 TABLE: dict[Endpoint, dict[str, Check]] = {
     Endpoint.CHAT: BOTH | {
         "messages": messages, "logprobs": boolean, "max_completion_tokens": integer,
-        "safety_identifier": harmless(string), "prompt_cache_key": harmless(string),
+        "safety_identifier": harmless(string), "prompt_cache_key": string,
         "service_tier": only("auto", "default"), "top_logprobs": integer, "response_format": only({"type": "text"}),
         "tools": only([]), "tool_choice": only("none"), "parallel_tool_calls": only(), "functions": only([]),
         "function_call": only("none"), "modalities": only(["text"]), "audio": only(), "prediction": only(),
@@ -283,7 +283,7 @@ def parse(body: bytes, endpoint: Endpoint) -> Call:
         asked, SamplingParams(**{name: checked[name] for name in SAMPLING if name in checked},
                               logprobs=_logprobs(checked, endpoint)),
         max_tokens, None if endpoint is Endpoint.CHAT else DEFAULT_COMPLETION_TOKENS, checked.get("stop", ()),
-        max_tokens_field=max_tokens_field, n=n)
+        max_tokens_field=max_tokens_field, n=n, session=checked.get("prompt_cache_key") or "")
     return Call(checked["model"], generate, stream, checked.get("stream_options", False))
 
 

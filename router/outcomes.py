@@ -1,5 +1,5 @@
-"""What became of choices: how long outputs are, how far first tokens were from their predictions, and what the way that
-was not taken would have saved.
+"""What became of choices: how long outputs are, where sessions were decoded, how far first tokens were from their
+predictions, and what the way that was not taken would have saved.
 
 Owns these figures. Does not know how a price is made (prices.py).
 
@@ -10,18 +10,39 @@ It is counted against the kind that was chosen, so that a high one says which ki
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from baton.core.metrics import Metrics
+from baton.core.request import Request
 from baton.core.worker import Route
 
 ASSUMED_OUTPUT_TOKENS = 128.0
 """Of a request, until one has ended."""
 SMOOTHING = 0.02
+MAX_SESSIONS = 16_384
+"""Remembered; those that were quiet for longest are forgotten."""
 
 
 class Outcomes:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._mean_tokens = 0.0
+        self._homes: OrderedDict[tuple[str, str], str] = OrderedDict()
+        """(tenant, session) -> worker_id, the last to speak at the end."""
+
+    def home(self, request: Request) -> str:
+        """worker_id of where the last request of its session was decoded; "" if that is not known."""
+        return self._homes.get((request.tenant, request.session), "")
+
+    def decodes(self, request: Request, worker_id: str) -> None:
+        """It has a first token there."""
+        if not request.session:
+            return
+        session = request.tenant, request.session
+        self._homes[session] = worker_id
+        self._homes.move_to_end(session)
+        if len(self._homes) > MAX_SESSIONS:
+            self._homes.popitem(last=False)
 
     def expected_tokens(self, most: int) -> float:
         """Output of a choice that may have `most` tokens more."""

@@ -195,6 +195,7 @@ class Placing:
             priority=1 - PRIORITIES.index(terms_of(self._config.tenants, request.tenant).priority),
             deadline_s=run.deadline - asyncio.get_running_loop().time(),
             num_behind=len(self.admission),
+            home=self.outcomes.home(request),
         )
 
     async def _turn(self, run: Run) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from baton.core.metrics import Metrics
 from baton.core.worker import Role, Route
-from baton.router.outcomes import ASSUMED_OUTPUT_TOKENS, Outcomes
+from baton.router.outcomes import ASSUMED_OUTPUT_TOKENS, MAX_SESSIONS, Outcomes
 from tests.router.fake_fleet import ScriptedFleet, ScriptedWorker, request, simulate
 from tests.router.offers import choose, cost_policy, worker
 
@@ -60,6 +60,28 @@ def test_outputs_are_expected_to_be_as_long_as_they_were_and_never_longer_than_a
         outcomes.ended(20, num_choices=1)
     assert outcomes.expected_tokens(10_000) == pytest.approx(20, rel=0.01)
     assert outcomes.expected_tokens(7) == 7
+
+
+def test_a_session_is_known_by_tenant_and_the_quietest_is_forgotten() -> None:
+    outcomes = Outcomes(Metrics())
+    mine, theirs = request("a", tenant="me", session="s"), request("b", tenant="you", session="s")
+    outcomes.decodes(mine, "d0")
+    outcomes.decodes(request("c"), "d1")
+    assert (outcomes.home(mine), outcomes.home(theirs), outcomes.home(request("d"))) == ("d0", "", "")
+    for number in range(MAX_SESSIONS):
+        outcomes.decodes(request("e", tenant="you", session=str(number)), "d2")
+    assert (outcomes.home(mine), outcomes.home(request("e", tenant="you", session="7"))) == ("", "d2")
+
+
+def test_the_turns_of_a_session_are_decoded_on_one_worker() -> None:
+    async def main() -> None:
+        decodes = [ScriptedWorker(f"d{i}") for i in range(4)]
+        async with ScriptedFleet(*decodes) as fleet:
+            for number in range(6):
+                await fleet.answer(request(f"r{number}", range(number, number + 20), session="talk"))
+            assert sorted(len(d.submits) for d in decodes) == [0, 0, 0, 6]
+
+    simulate(main)
 
 
 def test_the_dispatcher_counts_first_tokens_and_tells_the_policy_what_it_learnt() -> None:
