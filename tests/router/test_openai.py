@@ -441,3 +441,8 @@ def test_the_tables_agree_that_what_is_not_built_is_named() -> None:
         parse(chat(min_tokens=5)[1], Endpoint.CHAT)
     with pytest.raises(NotSupported, match="or send 3, as n is"):
         parse(text(n=3, best_of=5)[1], Endpoint.COMPLETIONS)
+
+
+def test_the_cache_key_of_a_chat_is_its_session() -> None:
+    assert parse(chat(prompt_cache_key="talk")[1], Endpoint.CHAT).generate.session == "talk"
+    assert parse(chat()[1], Endpoint.CHAT).generate.session == ""
