@@ -14,7 +14,9 @@
 namespace baton {
 namespace {
 
-constexpr int kArgmaxChunk = 8192;  // columns of one task
+constexpr int kArgmaxChunk = 8192;    // columns of one task
+constexpr int kPreparedRows = 8;      // rows that one task makes activations of
+constexpr int kLeastShareRows = 128;  // fewer would read weights faster than they come
 
 // The rows from `row` on.
 Activations from_row(Activations x, int row) {
@@ -145,28 +147,55 @@ Activations Step::rounded(const BatonMatrix& w) const {
   return {p_.wide.get(), nullptr, nullptr, nullptr, w.k, activation_stride(w.k, w.format), w.format};
 }
 
+RowShares::RowShares(int rows, int num_threads) : rows(rows) {
+  const int even = (rows + num_threads - 1) / num_threads;
+  each = (std::max(even, kLeastShareRows) + 31) / 32 * 32;  // in pairs of AMX tiles
+  count = std::max(1, (rows + each - 1) / each);
+}
+
+template <typename Body>
+void Step::each_share(const RowShares& shares, int units, Body&& body) {
+  if (shares.count == 1) return parallel(units, [&](int unit, int thread) { body(0, unit, thread); });
+  std::vector<Taken> taken(shares.count);
+  parallel(shares.count * units, [&](int, int thread) {
+    for (int share = thread * shares.count / num_threads_;; share = (share + 1) % shares.count) {
+      const int unit = taken[share].units.fetch_add(1, std::memory_order_relaxed);
+      if (unit < units) return body(share, unit, thread);
+    }
+  });
+}
+
 template <typename Body>
 void Step::each_part(const CompiledOp& op, int panels, int each, Body&& body) {
   const BatonMatrix& w = *op.matrix;
   const bool made = op.source == Source::kRounded;
   const bool own = !made && p_.rows <= kOwnRows && p_.rows * padded(w.k) <= kOwnElements;
   const Activations shared = made ? rounded(w) : p_.activations.view(w.k, w.format);
-  if (!own && !made) parallel(p_.rows, [&](int row, int thread) { prepare(op, row, shared, p_.threads[thread]); });
+  const RowShares shares(p_.rows, num_threads_);
+  const int largest_share = std::min(p_.rows, shares.each);
+  if (!own && !made) {
+    each_share(shares, (largest_share + kPreparedRows - 1) / kPreparedRows, [&](int share, int unit, int thread) {
+      const int begin = share * shares.each + unit * kPreparedRows;
+      const int end = std::min(begin + kPreparedRows, shares.end(share));
+      for (int row = begin; row < end; row++) prepare(op, row, shared, p_.threads[thread]);
+    });
+  }
   p_.products++;
   const int runs = (panels + each - 1) / each;
   const size_t row_bytes = size_t(padded(w.k)) * element_bytes(w.format);
   const int chunk = std::min(kChunkRows, std::max(kChunkRows / 8, int(kChunkBytes / row_bytes) / 32 * 32));
-  const int chunks = (p_.rows + chunk - 1) / chunk;
-  // Chunks one after the other, so that all threads work on the same one: it stays in L2 for all its panels.
-  parallel(chunks * runs, [&](int task, int thread) {
+  const int chunks = (largest_share + chunk - 1) / chunk;
+  // Chunks one after the other, so that all threads of a share work on the same one: it stays in L2 for all its panels.
+  each_share(shares, chunks * runs, [&](int share, int unit, int thread) {
     ThreadSpace& space = space_of(thread);
     const Activations x = own ? space.activations.view(w.k, w.format) : shared;
     if (own && space.prepared != p_.products) {
       for (int row = 0; row < p_.rows; row++) prepare(op, row, x, space);
       space.prepared = p_.products;
     }
-    const int row = task / runs * chunk, panel = task % runs * each;
-    body(from_row(x, row), row, std::min(chunk, p_.rows - row), panel, std::min(panel + each, panels), space);
+    const int row = share * shares.each + unit / runs * chunk, num_rows = std::min(chunk, shares.end(share) - row);
+    const int panel = unit % runs * each;
+    if (num_rows > 0) body(from_row(x, row), row, num_rows, panel, std::min(panel + each, panels), space);
   });
 }
 

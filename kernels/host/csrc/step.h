@@ -1,11 +1,22 @@
 // One step in execution: a program, a team and a batch.
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "program.h"
 #include "team.h"
 
 namespace baton {
+
+// Rows of a step, in equal parts for groups of threads (one, where rows are many): what a thread makes of its rows, it
+// finds in its own L2 when the next product reads it.
+struct RowShares {
+  int rows, each, count;
+
+  RowShares(int rows, int num_threads);
+  int end(int share) const { return std::min(rows, (share + 1) * each); }
+};
 
 class Step {
  public:
@@ -23,6 +34,10 @@ class Step {
     int stride;
     bool accumulate;
   };
+  // Units of a share that are taken, on a line of its own.
+  struct alignas(64) Taken {
+    std::atomic<int> units{0};
+  };
   // Rows [begin, end) of a span.
   struct Item {
     const BatonSpan* span;
@@ -34,6 +49,10 @@ class Step {
     if (num_tasks > 1 && num_threads_ > 1) return team_.run(num_tasks, body);
     for (int task = 0; task < num_tasks; task++) body(task, 0);
   }
+  // body(share, unit, thread) for `units` units of each share, begun in order. A thread takes those of its own share,
+  // and then helps with the others.
+  template <typename Body>
+  void each_share(const RowShares& shares, int units, Body&& body);
   void execute(const CompiledOp& op);
   ThreadSpace& space_of(int thread);
   void begin();
