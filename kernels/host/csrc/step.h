@@ -38,6 +38,12 @@ class Step {
   struct alignas(64) Taken {
     std::atomic<int> units{0};
   };
+  // The greatest logit that a thread has seen of a row.
+  struct Greatest {
+    float value = 0;
+    int index = -1;  // none yet
+    bool beats(const Greatest& other) const;
+  };
   // Rows [begin, end) of a span.
   struct Item {
     const BatonSpan* span;
@@ -52,25 +58,26 @@ class Step {
   // body(share, unit, thread) for `units` units of each share, begun in order. A thread takes those of its own share,
   // and then helps with the others.
   template <typename Body>
-  void each_share(const RowShares& shares, int units, Body&& body);
+  void each_share(int shares, int units, Body&& body);
   void execute(const CompiledOp& op);
   ThreadSpace& space_of(int thread);
   void begin();
   void embed(const float* table);
   void prepare(const CompiledOp& op, int row, const Activations& out, ThreadSpace& space);
+  void prepare_all(const CompiledOp& op, const RowShares& shares, const Activations& out);
   Activations rounded(const BatonMatrix& w) const;
   // Activations for `op` in place, however its rows are chunked; body(x, row, num_rows, panel, end, space) for each
   // chunk of rows and each run of `each` of the first `panels` panels.
   template <typename Body>
   void each_part(const CompiledOp& op, int panels, int each, Body&& body);
   void product(const CompiledOp& op, const Target& to);
+  void head_product(const CompiledOp& op);
   void gated_product(const CompiledOp& op);
   void heads_product(const CompiledOp& op);
   void layer_is_stored(int layer);
   void list_attention_tasks();
   void attention(int layer);
   void keep_sampled_rows();
-  void argmax();
 
   BatonProgram& p_;
   BatonTeam& team_;
