@@ -145,9 +145,9 @@ Activations Step::rounded(const BatonMatrix& w) const {
 }
 
 RowShares::RowShares(int rows, int num_threads) : rows(rows) {
-  const int even = (rows + num_threads - 1) / num_threads;
-  each = (std::max(even, kLeastShareRows) + 31) / 32 * 32;  // in pairs of AMX tiles
-  count = std::max(1, (rows + each - 1) / each);
+  const int most = std::max(1, std::min(num_threads, rows / kLeastShareRows));
+  each = ((rows + most - 1) / most + 31) / 32 * 32;  // in pairs of AMX tiles
+  count = (rows + each - 1) / each;
 }
 
 template <typename Body>

@@ -9,8 +9,8 @@
 
 namespace baton {
 
-// Rows of a step, in equal parts for groups of threads (one, where rows are many): what a thread makes of its rows, it
-// finds in its own L2 when the next product reads it.
+// Rows of a step in parts, one unless rows are many: a thread keeps to its part, so that what it made of those rows lies
+// in its own L2 when the next product reads it.
 struct RowShares {
   int rows, each, count;
 
