@@ -3,7 +3,8 @@ torch.nn.functional.linear and beside what this machine reads from memory in the
 
 Each shape has as many copies of its weights as fill `--weights-mb`, multiplied one after the other, so that weights
 come from where a model's come from and not from a cache that one matrix fits in. A figure is what nine of ten single
-calls exceed: on a machine that does other things too, that is the least wrong. Memory is read in pieces, the same way.
+calls exceed: on a machine that does other things too, that is the least wrong. Memory is read in pieces, of which the
+fastest counts.
 
     python -m baton.bench.linear --threads 1 --rows 1,8,512 --formats bf16,int8
 """
@@ -128,21 +129,26 @@ def torch_us(format: str, x: torch.Tensor, n: int, total_bytes: int, seconds: fl
         return quick_s(lambda w: torch.nn.functional.linear(x, w), copies, seconds) * 1e6
 
 
-def read_bandwidth(num_bytes: int, seconds: float, threads: int = 1) -> float:
-    """GB/s, of all threads together: a long stream for each, fetched ahead, out of huge pages."""
+def read_bandwidth(num_bytes: int, seconds: float, threads: int) -> float:
+    """GB/s, of all threads together: a few long streams for each, fetched ahead, out of huge pages. Others' use of the
+    machine only makes it slower, so the best piece counts: what is read faster is an error."""
     host, memory = library.load(), huge_memory(num_bytes)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     ctypes.memset(start, 1, num_bytes)
     team, piece = host.baton_team_new(threads, 20), threads * READ_BYTES
     pieces = range(start, start + num_bytes - piece + 1, piece)
     try:
-        return piece / quick_s(lambda at: host.baton_read(team, at, piece), pieces, seconds) * 1e-9
+        return piece / min(times_s(lambda at: host.baton_read(team, at, piece), pieces, seconds)) * 1e-9
     finally:
         host.baton_team_free(team)
 
 
 def quick_s(work: Callable[[T], object], copies: Sequence[T], seconds: float) -> float:
     """The time that nine of ten calls exceed, of as many as fit into `seconds`, on one copy after the other."""
+    return statistics.quantiles(times_s(work, copies, seconds), n=10)[0]
+
+
+def times_s(work: Callable[[T], object], copies: Sequence[T], seconds: float) -> list[float]:
     for _ in range(2):
         work(copies[0])
     spent: list[float] = []
@@ -153,7 +159,7 @@ def quick_s(work: Callable[[T], object], copies: Sequence[T], seconds: float) ->
             break
         work(copy)
         spent.append(time.perf_counter() - before)
-    return statistics.quantiles(spent, n=10)[0]
+    return spent
 
 
 if __name__ == "__main__":

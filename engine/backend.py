@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HEAD_DIM_MULTIPLE, HEAD_DIM_MOST = 16, 256
 """What the host kernels' attention takes (kernels/host/csrc/program.cpp)."""
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Of the host kernels' results: another one whenever they change by a bit, so that builds that differ are no peers."""
 NO_VECTORS = ("the host kernels have only plain C for this CPU, which is slower than torch. Set engine.backend=host to "
               "use it all the same.")

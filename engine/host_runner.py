@@ -261,7 +261,7 @@ class HostRunner:
     def _put(self, work: _Work) -> None:
         place = work.place if work.reads_logits else 2
         if len(self._logits[place]) < work.num_sampled:
-            self._logits[place] = np.empty((work.num_sampled, self._vocab_size), np.float32)
+            self._logits[place] = self.room_for_logits(work.num_sampled)
         work.is_put = True
         self._library.baton_line_put(self._line, work.given(self._pool.ctypes.data, self._logits[place]))
 
@@ -314,11 +314,16 @@ class HostRunner:
             work.fill(self._before)
             self._put(work)
 
-    def logits(self, chunks: Sequence[ScheduledChunk]) -> Logits:
-        """Run the op list: [number of chunks that sample, vocab_size], in their order. A test may call it while no
-        step is in execution."""
+    def room_for_logits(self, num_sampled: int) -> Logits:
+        """Rows begin at a cache line, where the vocabulary allows it: then C writes them past the caches."""
+        room = library.aligned(num_sampled * self._vocab_size * 4).view(np.float32)
+        return room.reshape(num_sampled, self._vocab_size)
+
+    def logits(self, chunks: Sequence[ScheduledChunk], room: Logits | None = None) -> Logits:
+        """Run the op list: [number of chunks that sample, vocab_size], in their order; in `room`, if it is given. A
+        test may call it while no step is in execution."""
         work = _Work(chunks)
-        logits = np.empty((work.num_sampled, self._vocab_size), np.float32)
+        logits = self.room_for_logits(work.num_sampled) if room is None else room
         self._library.baton_step(self._program, self._team, work.given(self._pool.ctypes.data, logits).batch, 0)
         return logits
 

@@ -214,13 +214,17 @@ def test_a_row_gets_the_same_bits_in_any_batch(weights: str, kv: str, isa: str, 
     check_mixes(files, 64, (1, 15, 17, 40, 70), 40, quantization=weights, kv_dtype=kv, isa=isa)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
-def test_more_rows_than_a_product_takes_at_once_get_the_same_bits(weights: str, files: ModelFiles) -> None:
-    """1,100 rows in one step are three chunks of rows in a product (kChunkRows in csrc/program.h is 512)."""
+def test_more_rows_than_a_product_takes_at_once_get_the_same_bits(
+    weights: str, threads: int, files: ModelFiles
+) -> None:
+    """1,100 rows in one step are three chunks of rows in a product (kChunkRows in csrc/program.h is 512), or three
+    shares of three threads (csrc/step.h), of 384 rows but for the last."""
     rng = random.Random(5)
     tokens = [rng.randrange(64) for _ in range(1100)]
     blocks = tables_of([len(tokens)], 200)[0]
-    with opened(files, 200, quantization=weights, threads=3) as (runner, _):
+    with opened(files, 200, quantization=weights, threads=threads) as (runner, _):
         whole = runner.logits([chunk(tokens, 0, blocks)]).copy()
         for first in range(0, len(tokens), 100):
             parts = runner.logits([chunk(tokens[first : first + 100], first, blocks)])

@@ -205,13 +205,14 @@ def test_key_tiles_may_span_blocks(isa: str, team: int, format: str, block_size:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_scores_that_rise_along_the_context_are_rescaled(isa: str, team: int, format: str) -> None:
+@pytest.mark.parametrize("height", [10, 80])
+def test_scores_that_rise_along_the_context_are_rescaled(isa: str, team: int, format: str, height: int) -> None:
     """Each tile's scores pass the greatest so far by far, then fall: what was summed up first must shrink to nothing
-    and what comes last must not count."""
+    and what comes last must not count. From the greater height, weights by the first reference would be infinite."""
     pool = Pool(SMOL, format, 16, [600])
     random = torch.Generator().manual_seed(3)
     kv = torch.randn(600, 2, 3, 64, generator=random)
-    steep = torch.cat([torch.arange(400), torch.arange(400, 0, -2)]) / 40
+    steep = torch.cat([torch.arange(400), torch.arange(400, 0, -2)]) * (height / 400)
     kv[:, 0] *= 0.02
     kv[:, 0] += steep[:, None, None]
     pool.write(0, kv)

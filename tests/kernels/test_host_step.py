@@ -165,33 +165,43 @@ def test_ops_add_up_their_seconds_only_while_somebody_asks(model: Model) -> None
     run.close()
 
 
-def test_the_greatest_is_the_first_of_equals_and_no_number_is_greater_than_all(model: Model) -> None:
-    """As torch.argmax and numpy.argmax have it; vocabularies are longer than the kernels' chunks."""
-    rng, size = np.random.default_rng(2), 20_000
+@pytest.mark.parametrize("isa", library.isas())
+@pytest.mark.parametrize("size", [20_000, 20_003])
+@pytest.mark.parametrize("spoil", [None, np.nan, np.inf])
+def test_the_greatest_is_the_first_of_equals_and_no_number_is_greater_than_all(
+    spoil: float | None, size: int, isa: str, model: Model
+) -> None:
+    """As torch.argmax and numpy.argmax have it; vocabularies are longer than the kernels' chunks, and so many logits
+    pass the caches by, where their rows begin at a cache line."""
+    rng = np.random.default_rng(2)
     head = np.zeros((size, HIDDEN), np.float32)
-    head[[7, 8191, 8192, 19_999]] = rng.normal(0, 1, HIDDEN)
-    head[100:200] = -head[7]
-    for spoiled in (None, 12_345):
-        if spoiled is not None:
-            head[spoiled] = np.nan
-        panels = library.aligned(library.packed_bytes("fp32", *head.shape))
-        library.pack(head, "fp32", panels)
-        matrices = [library.Matrix(panels.ctypes.data, *head.shape, 0, 0)]
-        ops = [op("embed", vector=model.embedding), op("rms_norm", vector=model.norm), op("lm_head", matrix=0)]
-        logits, largest = np.zeros((len(TOKENS), size), np.float32), np.zeros(len(TOKENS), np.int32)
-        lib = library.load()
-        program = library.new_program("scalar", model.shape(vocab_size=size), ops, matrices)
-        team = lib.baton_team_new(2, 20)
-        tokens, spans = np.array(TOKENS, np.int32), np.array([0, len(TOKENS), 0, 0], np.int32)
-        blocks = np.zeros(2, np.int32)
-        pool = library.aligned(LAYERS * KV_HEADS * 2 * BLOCK * DIM * 4)
-        lib.baton_step(program, team, library.Batch(
-            tokens.ctypes.data, spans.ctypes.data, blocks.ctypes.data, None, pool.ctypes.data, logits.ctypes.data,
-            largest.ctypes.data, None, len(TOKENS), 1, len(TOKENS), 0), 0)
-        lib.baton_program_free(program)
-        lib.baton_team_free(team)
-        np.testing.assert_array_equal(largest, logits.argmax(axis=1))
-        assert set(largest) <= ({7, 100, 0} if spoiled is None else {spoiled})
+    head[[7, 127, 128, 19_999]] = rng.normal(0, 1, HIDDEN)
+    head[100:120] = -head[7]
+    if spoil is not None:
+        head[12_345] = spoil
+    panels = library.aligned(library.packed_bytes("fp32", *head.shape))
+    library.pack(head, "fp32", panels)
+    matrices = [library.Matrix(panels.ctypes.data, *head.shape, 0, 0)]
+    ops = [op("embed", vector=model.embedding), op("rms_norm", vector=model.norm), op("lm_head", matrix=0)]
+    logits = library.aligned(len(TOKENS) * size * 4).view(np.float32).reshape(len(TOKENS), size)
+    largest = np.zeros(len(TOKENS), np.int32)
+    lib = library.load()
+    program = library.new_program(isa, model.shape(vocab_size=size), ops, matrices)
+    team = lib.baton_team_new(2, 20)
+    tokens, spans = np.array(TOKENS, np.int32), np.array([0, len(TOKENS), 0, 0], np.int32)
+    blocks = np.zeros(2, np.int32)
+    pool = library.aligned(LAYERS * KV_HEADS * 2 * BLOCK * DIM * 4)
+    lib.baton_step(program, team, library.Batch(
+        tokens.ctypes.data, spans.ctypes.data, blocks.ctypes.data, None, pool.ctypes.data, logits.ctypes.data,
+        largest.ctypes.data, None, len(TOKENS), 1, len(TOKENS), 0), 0)
+    lib.baton_program_free(program)
+    lib.baton_team_free(team)
+    np.testing.assert_array_equal(largest, logits.argmax(axis=1))
+    assert set(largest) <= ({7, 100, 0} if spoil is None else {12_345})
+    if spoil is None:
+        x = model.embedding[TOKENS]
+        x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5) * model.norm
+        np.testing.assert_allclose(logits, x @ head.T, rtol=1e-4, atol=1e-5)
 
 
 WRONG: dict[str, tuple[dict[str, int], list[str], str]] = {

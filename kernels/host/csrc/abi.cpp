@@ -11,17 +11,20 @@ using namespace baton;
 
 int32_t baton_abi_version(void) { return BATON_ABI_VERSION; }
 
+// Four streams a thread, fetched into L2: of what was tried, this came fastest (bench/linear.py).
 int64_t baton_read(BatonTeam* team, const void* memory, int64_t num_bytes) {
-  constexpr int64_t kAhead = 32 * kLineBytes, kWords = kLineBytes / sizeof(int64_t);
-  const int64_t each = num_bytes / team->num_threads() / kLineBytes * kLineBytes;
+  constexpr int64_t kStreams = 4, kAhead = 32 * kLineBytes, kWords = kLineBytes / sizeof(int64_t);
+  const int64_t each = num_bytes / (team->num_threads() * kStreams) / kLineBytes * kLineBytes;
   std::atomic<int64_t> total{0};
   team->run(team->num_threads(), [&](int task, int) {
-    const char* begin = static_cast<const char*>(memory) + task * each;
+    const char* begin = static_cast<const char*>(memory) + task * kStreams * each;
     int64_t sums[kWords] = {};
-    for (const char* line = begin; line < begin + each; line += kLineBytes) {
-      __builtin_prefetch(line + kAhead);
-      for (int i = 0; i < kWords; i++) sums[i] += reinterpret_cast<const int64_t*>(line)[i];
-    }
+    for (int64_t at = 0; at < each; at += kLineBytes)
+      for (int stream = 0; stream < kStreams; stream++) {
+        const char* line = begin + stream * each + at;
+        __builtin_prefetch(line + kAhead, 0, 2);
+        for (int i = 0; i < kWords; i++) sums[i] += reinterpret_cast<const int64_t*>(line)[i];
+      }
     for (int64_t sum : sums) total += sum;
   });
   return total;

@@ -8,13 +8,17 @@
 //   weights [keys, 16] = 2^(scores - tops)                            bf16, pairs of keys side by side
 //   out [dim, 16] += V transposed [dim, keys] x weights [keys, 16]    V is transposed once for all queries of a task
 //
-// Keys go in chunks of kChunk from position 0 on. A lane's reference (tops) moves, and its sums are scaled, only when a
-// chunk passes it by kSlack. Nothing crosses lanes, and a lane whose queries see nothing of a chunk, or only its first
-// keys, gets weights that are exactly 0 for the rest: its bits are those of a query alone. Slots that nobody has
-// written are read as 0 in V and masked in the scores.
+// Keys go in chunks of kChunk from position 0 on. Sums of scores begin at minus the lane's reference, which is the
+// greatest score of its first chunk, and moves to that of a later one only if weights there add up to more than kMost.
+// Nothing crosses lanes, and a lane whose queries see nothing of a chunk, or only its first keys, gets weights that are
+// exactly 0 for the rest: its bits are those of a query alone. Slots that nobody has written are read as 0 in V and
+// masked in the scores.
 //
-// The scores of the next sixteen queries are computed between the softmax groups of these, so that nobody waits for the
-// last of them. Tiles and vectors share the multipliers: what a step costs is nearly the sum of both (measured).
+// What makes it fast (measured on Sapphire Rapids): of three tiles of queries one gets scores, one turns its scores
+// into weights and one adds up, a step of each in turn, because a processor that waits for a tile sees only so many
+// instructions ahead. A tile is stored two steps after its last product. A load of a tile takes the time of 16 vector
+// operations, so the operand that all steps share stays in its register. Zeroing a tile makes it wait for what it held;
+// loading one line 16 times does not.
 #include "vector_avx512.h"
 
 #include <algorithm>
@@ -24,6 +28,7 @@
 #include "isa.h"
 #include "kv_pool.h"
 #include "parts.h"
+#include "tiles_amx.h"
 
 namespace baton {
 namespace {
@@ -34,20 +39,9 @@ constexpr int kChunk = 64;         // keys between two looks at the reference: K
 constexpr int kGroups = kChunk / kDepth;
 constexpr int kTileBytes = 1024;   // 16 lines
 constexpr int kTileDims = 16;      // dims of an output tile
-constexpr int kHeldTiles = 4;      // output tiles held in registers 0-3; 4 and 5 are scores, 6 and 7 operands
-constexpr float kSlack = 8.0f;     // powers of two
+constexpr float kMost = 1024.0f;   // of a chunk's weights; 64 if all are as great as the reference
 constexpr int kRowsPerTask = 128;  // enough that transposing V is a small part of the work
-
-using Reg = Vec::Reg;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// What was written before is in memory after: GCC's tile loads do not tell the compiler that they read any.
-void settle() { __asm__ volatile("" ::: "memory"); }
+constexpr int kMaxHeadDim = 256;
 
 // 2^x to 8e-5, which bf16 does not see; x may be -inf.
 Reg weight_of(Reg x) {
@@ -60,67 +54,51 @@ Reg weight_of(Reg x) {
   return _mm512_scalef_ps(power, x);  // floors x
 }
 
-// Rows of two keys as rows of pairs: lane i of the result holds lane i of both.
-__m512i pair_up(Reg first, Reg second) {
-  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, both);
-}
-
-// Eight dims of 32 tokens, from rows of values to rows of dims: out + i * 64 gets dim i of all tokens.
-void transpose_dims(const uint16_t* const* rows, int dim, uint8_t* out) {
-  __m512i a[8], b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {  // quarter q holds token 8 q + i
-    const auto part = [&](int quarter) {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[8 * quarter + i] + dim));
-    };
-    a[i] = _mm512_castsi128_si512(part(0));
-    a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x00f0, part(1));
-    a[i] = _mm512_mask_broadcast_i32x4(a[i], 0x0f00, part(2));
-    a[i] = _mm512_mask_broadcast_i32x4(a[i], 0xf000, part(3));
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm512_unpacklo_epi16(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi16(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm512_unpacklo_epi32(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi32(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi32(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi32(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    _mm512_store_si512(out + 128 * i, _mm512_unpacklo_epi64(a[i], a[i + 4]));
-    _mm512_store_si512(out + 128 * i + 64, _mm512_unpackhi_epi64(a[i], a[i + 4]));
-  }
-}
-
 // Lanes' state of sixteen queries.
 struct alignas(64) Lanes {
-  float tops[kLanes], sums[kLanes];
+  float starts[kLanes], sums[kLanes];  // minus the reference; of weights
   int32_t positions[kLanes];
   int32_t first, last;  // positions of the first and last lane
 };
 
+// Tiles to[i] = from[i] + A[i] x B, a step for each i; A[i] and B are `depth` tiles deep. Strides are bytes from one
+// row of a tile to the next; steps are bytes from one step, or depth, to the next.
+struct Strip {
+  int num_steps, depth;
+  const uint8_t *from, *b;
+  int from_stride, from_step;
+  const uint8_t* const* a;
+  int a_stride, a_step;
+  uint8_t* to;
+};
+
+// Of a tile of queries and a chunk: how many of its keys have weights.
+struct Softening {
+  const float* scores;
+  uint8_t* weights;
+  int num_keys, done = 0;
+  Reg even = Vec::zero(), odd = Vec::zero();  // sums of weights
+
+  Softening(const float* scores, uint8_t* weights, int num_keys)
+      : scores(scores), weights(weights), num_keys(num_keys) {}
+};
+
+// kDim: head_dim, known to the compiler; 0: it is not.
+template <int kDim>
 class Attention {
  public:
   static size_t scratch_bytes(const BatonShape& shape) {
     const size_t queries = static_cast<size_t>(kRowsPerTask) * (shape.num_heads / shape.num_kv_heads);
     const size_t tiles = (queries + kLanes - 1) / kLanes, dim = shape.head_dim;
     const size_t chunk = kChunk * dim * 2;
-    return tiles * (sizeof(Lanes) + 3 * dim * kLanes * 2) + 3 * chunk + 2 * dim + 10 * kChunk * kLanes + 8 * kChunk;
+    return tiles * (sizeof(Lanes) + 3 * dim * kLanes * 2) + 3 * chunk + 2 * dim + 12 * kChunk * kLanes + 8 * kChunk;
   }
 
   Attention(const AttentionTask& task, uint8_t* scratch)
       : task_(task),
         pool_(task),
         group_(task.shape->num_heads / task.shape->num_kv_heads),
-        dim_(task.shape->head_dim),
+        given_dim_(task.shape->head_dim),
         num_queries_((task.row_end - task.row_begin) * group_),
         num_tiles_((num_queries_ + kLanes - 1) / kLanes),
         scaled_(task.shape->kv_format == BATON_INT8) {
@@ -128,65 +106,94 @@ class Attention {
     lanes_ = reinterpret_cast<Lanes*>(take(num_tiles_ * sizeof(Lanes)));
     queries_ = take(static_cast<size_t>(num_tiles_) * query_bytes());
     out_ = take(static_cast<size_t>(num_tiles_) * out_bytes());
-    values_ = take(kChunk * dim_ * 2);
-    copied_[0] = reinterpret_cast<uint16_t*>(take(kChunk * dim_ * 2));
-    copied_[1] = reinterpret_cast<uint16_t*>(take(kChunk * dim_ * 2));
-    nothing_ = reinterpret_cast<uint16_t*>(take(dim_ * 2));
+    packed_ = take(kChunk * dim() * 2);
+    for (uint16_t*& copied : copied_) copied = reinterpret_cast<uint16_t*>(take(kChunk * dim() * 2));
+    nothing_ = reinterpret_cast<uint16_t*>(take(dim() * 2));
     for (float*& scores : scores_) scores = reinterpret_cast<float*>(take(kChunk * kLanes * 4));
-    weights_ = take(kChunk * kLanes * 2);
+    for (uint8_t*& weights : weights_) weights = take(kChunk * kLanes * 2);
     for (float*& scales : scales_) scales = reinterpret_cast<float*>(take(kChunk * 4));
+    for (int i = 0; i < dim() / kTileDims; ++i) values_[i] = packed_ + i * kTileBytes;
   }
 
   void run() {
     static const TileConfig config;
     _tile_loadconfig(&config);
-    std::memset(nothing_, 0, dim_ * 2);
+    std::memset(nothing_, 0, dim() * 2);
     const int first = task_.span->start + task_.row_begin, end = task_.span->start + task_.row_end;
     for (int tile = 0; tile < num_tiles_; ++tile) load_queries(tile, first);
     for (int chunk = 0; chunk < end; chunk += kChunk) {
+      const int first_tile = std::max(chunk - first, 0) * group_ / kLanes;  // earlier ones see nothing of this chunk
+      look_ahead(chunk + kChunk, end, num_tiles_ - first_tile);
       pack(chunk, end);
-      attend(chunk, std::max(chunk - first, 0) * group_ / kLanes);  // earlier ones see nothing of this chunk
+      attend(chunk, first_tile);
     }
     for (int tile = 0; tile < num_tiles_; ++tile) store_out(tile);
     _tile_release();
   }
 
  private:
-  int query_bytes() const { return dim_ * kLanes * 2; }
-  int out_bytes() const { return dim_ * kLanes * 4; }
+  int dim() const { return kDim ? kDim : given_dim_; }
+  int query_bytes() const { return dim() * kLanes * 2; }
+  int out_bytes() const { return dim() * kLanes * 4; }
   uint8_t* queries(int tile) const { return queries_ + static_cast<int64_t>(tile) * query_bytes(); }
-  float* out(int tile) const { return reinterpret_cast<float*>(out_ + static_cast<int64_t>(tile) * out_bytes()); }
+  uint8_t* out(int tile) const { return out_ + static_cast<int64_t>(tile) * out_bytes(); }
+  float* out_row(int tile, int i) const { return reinterpret_cast<float*>(out(tile)) + i * kLanes; }
   // Of query i of the task, in q and in out.
   int64_t row_of(int i) const { return task_.span->row + task_.row_begin + i / group_; }
-  int64_t column_of(int i) const { return static_cast<int64_t>(task_.kv_head * group_ + i % group_) * dim_; }
+  int64_t column_of(int i) const { return static_cast<int64_t>(task_.kv_head * group_ + i % group_) * dim(); }
 
   // [dim / 2][16][2] bf16, scaled so that weights are powers of two: softmax(q . k / sqrt(head_dim)). Lanes behind the
   // last query ask for nothing.
   void load_queries(int tile, int first) {
-    const Reg scale = Vec::set(kLog2E / std::sqrt(static_cast<float>(dim_)));
-    for (int dim = 0; dim < dim_; dim += kDepth) {
+    const Reg scale = Vec::set(kLog2E / std::sqrt(static_cast<float>(dim())));
+    const int num = std::min(num_queries_ - tile * kLanes, kLanes);
+    const int64_t rows_ahead = static_cast<int64_t>(kLanes / group_) * task_.q_stride;  // the next tile's, about
+    const float* from[kLanes];
+    for (int lane = 0; lane < num; ++lane) {
+      const int i = tile * kLanes + lane;
+      from[lane] = task_.q + row_of(i) * task_.q_stride + column_of(i);
+      for (int at = 0; at < dim(); at += kLanes) __builtin_prefetch(from[lane] + rows_ahead + at);
+    }
+    for (int at = 0; at < dim(); at += kDepth) {
       Reg square[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int i = tile * kLanes + lane;
         square[lane] = Vec::zero();
-        if (i >= num_queries_) continue;
-        const float* q = task_.q + row_of(i) * task_.q_stride + column_of(i) + dim;
+        if (lane >= num) continue;
+        const float* q = from[lane] + at;
         square[lane] = reinterpret_cast<Reg>(
             _mm512_cvtne2ps_pbh(Vec::mul(Vec::load(q + kLanes), scale), Vec::mul(Vec::load(q), scale)));
       }
       Vec::transpose(square);
-      float* to = reinterpret_cast<float*>(queries(tile)) + dim / 2 * kLanes;
+      float* to = reinterpret_cast<float*>(queries(tile)) + at / 2 * kLanes;
       for (int pair = 0; pair < kLanes; ++pair) Vec::store(to + pair * kLanes, square[pair]);
     }
     Lanes& lanes = lanes_[tile];
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes.positions[lane] = first + std::min(tile * kLanes + lane, num_queries_ - 1) / group_;
-      lanes.tops[lane] = -INFINITY;
+      lanes.starts[lane] = 0.0f;
       lanes.sums[lane] = 0.0f;
     }
     lanes.first = lanes.positions[0];
     lanes.last = lanes.positions[kLanes - 1];
-    std::memset(out(tile), 0, out_bytes());
+  }
+
+  // Where the tokens of the next chunk lie, which are fetched during this one. The processor cannot guess where the
+  // next block is, and has room for few lines at a time: a few are asked for each time that something else was done.
+  void look_ahead(int chunk, int end, int num_tiles) {
+    const int times = kGroups * dim() / 8 + num_tiles * (2 * kGroups + dim() / kTileDims);
+    num_ahead_ = fetched_ = line_ = 0;
+    for (int token = chunk; token < std::min(chunk + kChunk, end); token += kLanes)
+      for (int which = 0; which < 2; ++which) ahead_[num_ahead_++] = pool_.elements(token, which);
+    ahead_bytes_ = kLanes * dim() * pool_.element_bytes();
+    lines_at_once_ = (num_ahead_ * ahead_bytes_ / 64 + times - 1) / times;
+  }
+
+  void fetch() {
+    for (int i = 0; i < lines_at_once_ && fetched_ < num_ahead_; ++i) {
+      __builtin_prefetch(ahead_[fetched_] + line_, 0, 2);
+      line_ += 64;
+      if (line_ == ahead_bytes_) line_ = 0, ++fetched_;
+    }
   }
 
   // Keys of a chunk as tiles, and its values transposed; tokens before `end` may be read.
@@ -195,32 +202,24 @@ class Attention {
     if (scaled_) std::memset(scales_[1], 0, kChunk * sizeof(float));
     for (int begin = 0; begin < written; begin += kLanes) {
       const int num = std::min(written - begin, kLanes);
-      keys_[begin / kLanes] = scaled_ ? copy_rows(chunk + begin, begin, num, 0) : pool_rows(chunk + begin, 0);
+      const uint16_t* keys = scaled_ ? copy_rows(chunk + begin, begin, num, 0) : pool_rows(chunk + begin, 0);
+      keys_[begin / kLanes] = reinterpret_cast<const uint8_t*>(keys);
     }
     // A group's second half may not exist: its scores are masked whatever they are.
     if ((written + kLanes - 1) / kLanes % 2) keys_[(written + kLanes - 1) / kLanes] = keys_[0];
     for (int begin = 0; begin < written; begin += kDepth) pack_values(chunk, begin, end);
   }
 
-  // Of a group. The tokens one chunk further on are fetched meanwhile, a few lines at a time, because the processor has
-  // room for few, and cannot guess where the next block lies.
   void pack_values(int chunk, int begin, int end) {
     const uint16_t* rows[kDepth];
-    const uint8_t* ahead[4];  // runs of K and V
     for (int half = 0; half < 2; ++half) {
       const int at = begin + half * kLanes, token = chunk + at, num = std::clamp(end - token, 0, kLanes);
       const uint16_t* from = num == 0 ? nothing_ : scaled_ ? copy_rows(token, at, num, 1) : pool_rows(token, 1);
-      for (int i = 0; i < kLanes; ++i) rows[half * kLanes + i] = i < num ? from + i * dim_ : nothing_;
-      for (int which = 0; which < 2; ++which)
-        ahead[2 * half + which] = pool_.elements(token + kChunk < end ? token + kChunk : chunk, which);
+      for (int i = 0; i < kLanes; ++i) rows[half * kLanes + i] = i < num ? from + i * dim() : nothing_;
     }
-    const int step = 8 * kLanes * pool_.element_bytes();
-    for (int dim = 0; dim < dim_; dim += 8) {
-      for (const uint8_t*& run : ahead) {
-        for (int line = 0; line < step; line += 64) __builtin_prefetch(run + line, 0, 2);
-        run += step;
-      }
-      transpose_dims(rows, dim, values_ + (begin * dim_ + dim * kDepth) * 2);
+    for (int at = 0; at < dim(); at += 8) {
+      fetch();
+      transpose_dims(rows, at, packed_ + (begin * dim() + at * kDepth) * 2);
     }
   }
 
@@ -230,9 +229,9 @@ class Attention {
 
   // int8 to bf16, which is exact, and the tokens' scales.
   const uint16_t* copy_rows(int token, int at, int num, int which) {
-    uint16_t* to = copied_[which] + at * dim_;
+    uint16_t* to = copied_[which] + at * dim();
     const int8_t* from = reinterpret_cast<const int8_t*>(pool_.elements(token, which));
-    for (int i = 0; i < num * dim_; i += 2 * kLanes) {
+    for (int i = 0; i < num * dim(); i += 2 * kLanes) {
       const __m512 low = Vec::load_int8(from + i), high = Vec::load_int8(from + i + kLanes);
       _mm512_store_si512(to + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
     }
@@ -246,172 +245,193 @@ class Attention {
   }
 
   void attend(int chunk, int first_tile) {
-    for (int group = 0; group < groups_seen(first_tile, chunk); ++group) {
-      score(first_tile, group);
-      store_scores(first_tile, group);
-    }
-    for (int tile = first_tile; tile < num_tiles_; ++tile) {
-      const int groups = groups_seen(tile, chunk);
-      const int next_groups = tile + 1 < num_tiles_ ? groups_seen(tile + 1, chunk) : 0;
-      const bool masked = lanes_[tile].first + 1 - chunk < groups * kDepth;
-      const __m512i seen =
-          _mm512_sub_epi32(_mm512_load_si512(lanes_[tile].positions), _mm512_set1_epi32(chunk - 1));
-      if (masked || scaled_) finish_scores(tile, groups, seen);
-      raise_tops(tile, groups);
-      const int held = std::min(dim_ / kTileDims, kHeldTiles);
-      load_tiles(tile, 0, held);
-      for (int group = 0; group < std::max(groups, next_groups); ++group) {
-        if (group < groups) soften(tile, group);
-        if (group < next_groups) score(tile + 1, group);
-        if (group < groups) mix(group, 0, held);
-        if (group < next_groups) store_scores(tile + 1, group);
-      }
-      store_tiles(tile, 0, held);
-      for (int at = held; at < dim_ / kTileDims; at += kHeldTiles) {
-        const int num = std::min(dim_ / kTileDims - at, kHeldTiles);
-        load_tiles(tile, at, num);
-        for (int group = 0; group < groups; ++group) mix(group, at, num);
-        store_tiles(tile, at, num);
-      }
+    for (int tile = first_tile - 1; tile <= num_tiles_; ++tile) {
+      const Strip to_score = tile + 1 < num_tiles_ ? scores_of(tile + 1, chunk) : Strip{};
+      const Strip to_mix = tile > first_tile ? sums_of(tile - 1, chunk) : Strip{};
+      const bool softens = tile >= first_tile && tile < num_tiles_;
+      if (softens) finish_scores(tile, chunk);
+      Softening softening{scores_[tile & 1], weights_[tile & 1], softens ? groups_seen(tile, chunk) * kDepth : 0};
+      if (kDim && to_score.num_steps == 2 * kGroups)
+        run_strip(to_score, 2 * kGroups, kDim / kDepth, softening, kChunk / 2);
+      else
+        run_strip(to_score, to_score.num_steps, to_score.depth, softening, kChunk / 2);
+      if (kDim && to_mix.depth == kGroups)
+        run_strip(to_mix, kDim / kTileDims, kGroups, softening, kChunk);
+      else
+        run_strip(to_mix, to_mix.num_steps, to_mix.depth, softening, kChunk);
+      soften(softening, kChunk);
+      if (!to_score.num_steps || !to_mix.num_steps) store_late();
+      if (softens) add_sums(tile, softening);
     }
   }
 
-  // Scores of a group of keys.
-  void score(int tile, int group) {
-    const uint16_t *low = keys_[2 * group], *high = keys_[2 * group + 1];
-    const uint8_t* q = queries(tile);
-    settle();
-    _tile_zero(4);
-    _tile_zero(5);
-    for (int dim = 0; dim < dim_; dim += kDepth) {
-      _tile_loadd(7, q + dim * kLanes * 2, 64);
-      _tile_loadd(6, low + dim, dim_ * 2);
-      _tile_dpbf16ps(4, 6, 7);
-      _tile_loadd(6, high + dim, dim_ * 2);
-      _tile_dpbf16ps(5, 6, 7);
+  Strip scores_of(int tile, int chunk) const {
+    const void* from = scaled_ ? static_cast<const void*>(nothing_) : lanes_[tile].starts;
+    return {2 * groups_seen(tile, chunk), dim() / kDepth,
+            static_cast<const uint8_t*>(from), queries(tile), 0, 0,
+            keys_, 2 * dim(), 2 * kDepth,
+            reinterpret_cast<uint8_t*>(scores_[tile & 1])};
+  }
+
+  Strip sums_of(int tile, int chunk) const {
+    const bool none = chunk == 0;
+    return {dim() / kTileDims, groups_seen(tile, chunk),
+            none ? reinterpret_cast<const uint8_t*>(nothing_) : out(tile), weights_[tile & 1],
+            none ? 0 : 64, none ? 0 : kTileBytes,
+            values_, 64, kDepth * dim() * 2,
+            out(tile)};
+  }
+
+  // Steps of the tiles in turn with those of the softening, which gets from half a chunk before `num_keys` to there.
+  // num_steps and depth are the strip's; where they are constants, nothing is decided as it runs.
+  BATON_INLINE void run_strip(const Strip& strip, int num_steps, int depth, Softening& softening, int num_keys) {
+    constexpr int kHalf = kChunk / 2;
+    if (late_[0]) store_late();
+#pragma GCC unroll 8
+    for (int step = 0; step < num_steps; ++step) {
+      switch (step % 4) {
+        case 0: run_step<0>(strip, step, depth); break;
+        case 1: run_step<1>(strip, step, depth); break;
+        case 2: run_step<2>(strip, step, depth); break;
+        default: run_step<3>(strip, step, depth);
+      }
+      fetch();
+      soften(softening, num_keys - kHalf + kHalf * (step + 1) / num_steps);
     }
   }
 
-  // Apart from `score`, to be called after the tile loads of other work: they are held up by stores before them.
-  void store_scores(int tile, int group) {
-    float* scores = scores_[tile % 2] + group * kDepth * kLanes;
-    _tile_stored(4, scores, 64);
-    _tile_stored(5, scores + kLanes * kLanes, 64);
+  // What the operands of two depths share is loaded once if there are no more than those.
+  template <int kSums>
+  BATON_INLINE void run_step(const Strip& strip, int step, int num_depths) {
+    constexpr int kOther = (kSums + 2) % 4;
+    load_tile<kSums>(strip.from + step * strip.from_step, strip.from_stride);
+    for (int depth = 0; depth < num_depths; depth += 2) {
+      const uint8_t *a = strip.a[step] + depth * strip.a_step, *b = strip.b + depth * kTileBytes;
+      if (step == 0 || num_depths > 2) load_tile<6>(b, 64);
+      load_tile<4>(a, strip.a_stride);
+      multiply_tiles<kSums, 4, 6>();
+      if (depth + 1 == num_depths) break;
+      if (step == 0 || num_depths > 2) load_tile<7>(b + kTileBytes, 64);
+      load_tile<5>(a + strip.a_step, strip.a_stride);
+      multiply_tiles<kSums, 5, 7>();
+    }
+    if (late_[kOther]) store_tile<kOther>(late_[kOther]);
+    late_[kOther] = nullptr;
+    late_[kSums] = strip.to + step * kTileBytes;
+  }
+
+  void store_late() {
+    if (late_[0]) store_tile<0>(late_[0]);
+    if (late_[1]) store_tile<1>(late_[1]);
+    if (late_[2]) store_tile<2>(late_[2]);
+    if (late_[3]) store_tile<3>(late_[3]);
+    for (uint8_t*& late : late_) late = nullptr;
   }
 
   // int8: scales the scores. Those of keys that a lane does not see become -inf.
-  void finish_scores(int tile, int groups, __m512i seen) {
-    for (int key = 0; key < groups * kDepth; ++key) {
-      const __mmask16 visible = _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(key));
-      float* row = scores_[tile % 2] + key * kLanes;
-      const Reg scale = Vec::set(scaled_ ? scales_[0][key] : 1.0f);
-      Vec::store(row, _mm512_mask_mul_ps(Vec::set(-INFINITY), visible, Vec::load(row), scale));
-    }
-  }
-
-  // Lanes that a score passes by kSlack take the chunk's greatest score as reference, and scale what they summed up.
-  void raise_tops(int tile, int groups) {
+  void finish_scores(int tile, int chunk) {
     Lanes& lanes = lanes_[tile];
-    const float* scores = scores_[tile % 2];
-    Reg most[4] = {Vec::set(-INFINITY), Vec::set(-INFINITY), Vec::set(-INFINITY), Vec::set(-INFINITY)};
-    for (int key = 0; key < groups * kDepth; key += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) most[i] = Vec::max(most[i], Vec::load(scores + (key + i) * kLanes));
-    const Reg greatest = Vec::max(Vec::max(most[0], most[1]), Vec::max(most[2], most[3]));
-    const Reg tops = Vec::load(lanes.tops);
-    const __mmask16 passed = _mm512_cmp_ps_mask(greatest, Vec::add(tops, Vec::set(kSlack)), _CMP_GT_OQ);
-    if (!passed) return;
-    const Reg scale = _mm512_mask_mov_ps(Vec::set(1.0f), passed, weight_of(Vec::sub(tops, greatest)));
-    Vec::store(lanes.tops, _mm512_mask_mov_ps(tops, passed, greatest));
-    Vec::store(lanes.sums, Vec::mul(Vec::load(lanes.sums), scale));
-    for (int dim = 0; dim < dim_; ++dim) {
-      float* row = out(tile) + dim * kLanes;
-      Vec::store(row, Vec::mul(Vec::load(row), scale));
-    }
-  }
-
-  // Scores of a group to weights, in pairs of keys.
-  void soften(int tile, int group) {
-    Lanes& lanes = lanes_[tile];
-    const Reg tops = Vec::load(lanes.tops);
-    Reg even = Vec::zero(), odd = Vec::zero();
-#pragma GCC unroll 4
-    for (int key = group * kDepth; key < (group + 1) * kDepth; key += 2) {
-      const float* scores = scores_[tile % 2] + key * kLanes;
-      Reg first = weight_of(Vec::sub(Vec::load(scores), tops));
-      Reg second = weight_of(Vec::sub(Vec::load(scores + kLanes), tops));
-      even = Vec::add(even, first);
-      odd = Vec::add(odd, second);
-      if (scaled_) {
-        first = Vec::mul(first, Vec::set(scales_[1][key]));
-        second = Vec::mul(second, Vec::set(scales_[1][key + 1]));
+    float* scores = scores_[tile & 1];
+    const int num_keys = groups_seen(tile, chunk) * kDepth;
+    if (scaled_ || lanes.first + 1 - chunk < num_keys) {
+      const __m512i seen = _mm512_sub_epi32(_mm512_load_si512(lanes.positions), _mm512_set1_epi32(chunk - 1));
+      const Reg start = scaled_ ? Vec::load(lanes.starts) : Vec::zero();
+      for (int key = 0; key < num_keys; ++key) {
+        const __mmask16 visible = _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(key));
+        float* row = scores + key * kLanes;
+        const Reg score = Vec::mul_add(Vec::load(row), Vec::set(scaled_ ? scales_[0][key] : 1.0f), start);
+        Vec::store(row, _mm512_mask_mov_ps(Vec::set(-INFINITY), visible, score));
       }
-      _mm512_store_si512(weights_ + key * kLanes * 2, pair_up(first, second));
     }
-    Vec::store(lanes.sums, Vec::add(Vec::load(lanes.sums), Vec::add(even, odd)));
+    if (chunk == 0) raise_tops(lanes, scores, num_keys, 0xffff);
   }
 
-  // Output tiles [at, at + num) of a tile of queries, in registers 0 to num - 1; num is 2 or 4.
-  void load_tiles(int tile, int at, int num) const {
-    const float* from = out(tile) + at * kTileDims * kLanes;
-    settle();
-    _tile_loadd(0, from, 64);
-    _tile_loadd(1, from + 256, 64);
-    if (num == 2) return;
-    _tile_loadd(2, from + 512, 64);
-    _tile_loadd(3, from + 768, 64);
+  // The greatest scores become the reference of lanes `which`; returns what scales the lanes' sums to it.
+  static Reg raise_tops(Lanes& lanes, float* scores, int num_keys, __mmask16 which) {
+    Reg most = Vec::load(scores);
+    for (int key = 1; key < num_keys; ++key) most = Vec::max(most, Vec::load(scores + key * kLanes));
+    most = _mm512_maskz_mov_ps(which, most);
+    for (int key = 0; key < num_keys; ++key)
+      Vec::store(scores + key * kLanes, Vec::sub(Vec::load(scores + key * kLanes), most));
+    Vec::store(lanes.starts, Vec::sub(Vec::load(lanes.starts), most));
+    return _mm512_mask_mov_ps(Vec::set(1.0f), which, weight_of(Vec::sub(Vec::zero(), most)));
   }
 
-  void store_tiles(int tile, int at, int num) const {
-    float* to = out(tile) + at * kTileDims * kLanes;
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + 256, 64);
-    if (num == 2) return;
-    _tile_stored(2, to + 512, 64);
-    _tile_stored(3, to + 768, 64);
+  // Of a chunk that is softened. Where its weights are too large, they are made again.
+  void add_sums(int tile, Softening& softening) {
+    Lanes& lanes = lanes_[tile];
+    Reg sums = Vec::load(lanes.sums);
+    const __mmask16 passed =
+        _mm512_cmp_ps_mask(Vec::add(softening.even, softening.odd), Vec::set(kMost), _CMP_GT_OQ);
+    if (passed) {
+      const Reg scale = raise_tops(lanes, scores_[tile & 1], softening.num_keys, passed);
+      sums = Vec::mul(sums, scale);
+      for (int i = 0; i < dim(); ++i) Vec::store(out_row(tile, i), Vec::mul(Vec::load(out_row(tile, i)), scale));
+      softening.done = 0;
+      softening.even = softening.odd = Vec::zero();
+      soften(softening, kChunk);
+    }
+    Vec::store(lanes.sums, Vec::add(sums, Vec::add(softening.even, softening.odd)));
   }
 
-  void mix(int group, int at, int num) const {
-    const uint8_t* values = values_ + group * kDepth * dim_ * 2 + at * kTileBytes;
-    settle();
-    _tile_loadd(7, weights_ + group * kTileBytes, 64);
-    _tile_loadd(6, values, 64);
-    _tile_dpbf16ps(0, 6, 7);
-    _tile_loadd(6, values + kTileBytes, 64);
-    _tile_dpbf16ps(1, 6, 7);
-    if (num == 2) return;
-    _tile_loadd(6, values + 2 * kTileBytes, 64);
-    _tile_dpbf16ps(2, 6, 7);
-    _tile_loadd(6, values + 3 * kTileBytes, 64);
-    _tile_dpbf16ps(3, 6, 7);
+  // Scores of keys up to `end` to weights, eight at a time, in pairs of keys.
+  BATON_INLINE void soften(Softening& softening, int end) const {
+    constexpr int kAtOnce = 8;
+    end = std::min(end / kAtOnce * kAtOnce, softening.num_keys);
+    Reg even = softening.even, odd = softening.odd;
+    for (; softening.done < end; softening.done += kAtOnce) {
+#pragma GCC unroll 4
+      for (int key = softening.done; key < softening.done + kAtOnce; key += 2) {
+        const float* scores = softening.scores + key * kLanes;
+        Reg first = weight_of(Vec::load(scores)), second = weight_of(Vec::load(scores + kLanes));
+        even = Vec::add(even, first);
+        odd = Vec::add(odd, second);
+        if (scaled_) {
+          first = Vec::mul(first, Vec::set(scales_[1][key]));
+          second = Vec::mul(second, Vec::set(scales_[1][key + 1]));
+        }
+        _mm512_store_si512(softening.weights + key * kLanes * 2, pair_up(first, second));
+      }
+    }
+    softening.even = even;
+    softening.odd = odd;
   }
 
   void store_out(int tile) const {
     alignas(64) float inverse[kLanes];
     Vec::store(inverse, Vec::div(Vec::set(1.0f), Vec::load(lanes_[tile].sums)));
     const int num = std::min(num_queries_ - tile * kLanes, kLanes);
-    for (int dim = 0; dim < dim_; dim += kLanes) {
+    const int64_t row = task_.shape->num_heads * dim(), rows_ahead = kLanes / group_ * row;
+    float* to[kLanes];
+    for (int lane = 0; lane < num; ++lane) {
+      const int i = tile * kLanes + lane;
+      to[lane] = task_.out + row_of(i) * row + column_of(i);
+      for (int at = 0; at < dim(); at += kLanes) __builtin_prefetch(to[lane] + rows_ahead + at, 1);
+    }
+    for (int at = 0; at < dim(); at += kLanes) {
       Reg square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = Vec::load(out(tile) + (dim + i) * kLanes);
+      for (int i = 0; i < kLanes; ++i) square[i] = Vec::load(out_row(tile, at + i));
       Vec::transpose(square);
-      for (int lane = 0; lane < num; ++lane) {
-        const int i = tile * kLanes + lane;
-        float* to = task_.out + row_of(i) * task_.shape->num_heads * dim_ + column_of(i) + dim;
-        Vec::store(to, Vec::mul(square[lane], Vec::set(inverse[lane])));
-      }
+      for (int lane = 0; lane < num; ++lane)
+        Vec::store(to[lane] + at, Vec::mul(square[lane], Vec::set(inverse[lane])));
     }
   }
 
   const AttentionTask& task_;
   const KvPool pool_;
-  const int group_, dim_, num_queries_, num_tiles_;
+  const int group_, given_dim_, num_queries_, num_tiles_;
   const bool scaled_;  // int8: scores and weights are multiplied by the tokens' scales
   Lanes* lanes_;
-  uint8_t *queries_, *out_;             // per tile of queries
-  uint8_t *values_, *weights_;          // of a chunk: [group][dim][32] and [group][16 pairs][16][2] bf16
-  uint16_t *copied_[2], *nothing_;      // K and V of a chunk where they cannot be read in place; a row of zeros
-  float *scores_[2], *scales_[2];       // [kChunk][16] of this and the next tile; [kChunk] of K and V
-  const uint16_t* keys_[2 * kGroups];   // rows of 16 tokens each
+  uint8_t *queries_, *out_;                           // per tile of queries
+  uint8_t* packed_;                                   // V of a chunk: [group][dim][32] bf16
+  uint16_t *copied_[2], *nothing_;                    // K and V where they cannot be read in place; a row of zeros
+  float *scores_[2], *scales_[2];                     // [kChunk][16] of this and the next tile; [kChunk] of K and V
+  uint8_t* weights_[2];                               // [group][16 pairs][16][2] bf16 of this and the last tile
+  const uint8_t* keys_[2 * kGroups];                  // tiles of 16 tokens each
+  const uint8_t* values_[kMaxHeadDim / kTileDims];    // tiles of 16 dims each
+  uint8_t* late_[4] = {};                             // where registers 0 to 3 are still to be stored
+  const uint8_t* ahead_[4 * kGroups];                 // 16 tokens each of the next chunk's K and V
+  int num_ahead_, ahead_bytes_, lines_at_once_, fetched_, line_;
 };
 
 bool fits_tiles(const BatonShape& shape) {
@@ -423,7 +443,11 @@ bool fits_tiles(const BatonShape& shape) {
 namespace amx {
 
 void attention(const AttentionTask& task, uint8_t* scratch) {
-  if (fits_tiles(*task.shape)) return Attention(task, scratch).run();
+  if (fits_tiles(*task.shape)) {
+    if (task.shape->head_dim == 64) return Attention<64>(task, scratch).run();
+    if (task.shape->head_dim == 128) return Attention<128>(task, scratch).run();
+    return Attention<0>(task, scratch).run();
+  }
   for (AttentionTask part = task; part.row_begin < task.row_end; part.row_begin = part.row_end) {
     part.row_end = std::min(part.row_begin + avx512::attention_rows(), task.row_end);
     avx512::attention(part, scratch);
@@ -431,7 +455,7 @@ void attention(const AttentionTask& task, uint8_t* scratch) {
 }
 
 size_t attention_scratch_bytes(const BatonShape& shape) {
-  return std::max(avx512::attention_scratch_bytes(shape), Attention::scratch_bytes(shape));
+  return std::max(avx512::attention_scratch_bytes(shape), Attention<0>::scratch_bytes(shape));
 }
 
 int attention_rows() { return kRowsPerTask; }

@@ -59,7 +59,7 @@ F first(F own, F below) {
   Isa {                                                                                                          \
     #isa, first(isa::rms_norm, (below).rms_norm), first(isa::to_activation, (below).to_activation),              \
         first(isa::swiglu, (below).swiglu), first(isa::rope, (below).rope), first(isa::weigh, (below).weigh),    \
-        first(isa::store_kv, (below).store_kv),                                                                  \
+        first(isa::keep_logits, (below).keep_logits), first(isa::store_kv, (below).store_kv),                    \
         first(isa::linear, (below).linear), first(isa::attention, (below).attention),                            \
         first(isa::attention_scratch_bytes, (below).attention_scratch_bytes),                                    \
         isa::attention_rows ? isa::attention_rows() : (below).attention_rows,                                    \

@@ -93,6 +93,22 @@ struct Ahead {
   }
 };
 
+// The tiles after those that two panels, read side by side, are at; at their end the first of the next two.
+struct NextTiles {
+  const uint8_t* weights;
+  int64_t panel_bytes;
+  const uint8_t* next;
+  int64_t left;  // tiles of a panel
+
+  void fetch() {
+    weights = --left > 0 ? weights + kTileBytes : next;
+    for (int i = 0; i < kTileRows; ++i) {
+      _mm_prefetch(weights + i * kLineBytes, _MM_HINT_T0);
+      _mm_prefetch(weights + panel_bytes + i * kLineBytes, _MM_HINT_T0);
+    }
+  }
+};
+
 template <typename Format>
 struct Product {
   const LinearTask& task;
@@ -113,8 +129,8 @@ struct Product {
   }
 
   // Row tile `tile` and kPanels panels; sums in registers 0 and 1.
-  template <int kPanels, _mm_hint kCache>
-  void one_tile(int tile, int panel, Ahead<kCache> ahead) const {
+  template <int kPanels, typename Fetching>
+  void one_tile(int tile, int panel, Fetching ahead) const {
     const uint8_t *x = activations(tile), *w = weights(panel);
     _tile_zero(0);
     _tile_zero(1);
@@ -174,10 +190,12 @@ struct Product {
     for (int i = rows.done(tile); i < height; ++i) columns.put(begin + i, factors.product(sums[i], begin + i));
   }
 
-  // Up to 16 rows: what counts is how fast weights come, and one stream that is fetched a tile ahead comes fastest
-  // (20 GB/s on a Sapphire Rapids core; four streams, or fetching further ahead: 14 to 18).
+  // Up to 16 rows: what counts is how fast weights come. Two panels side by side, each fetched a tile ahead, come 5 %
+  // faster than one after the other, and with 16 rows and a long k 20 %; fetching further ahead changes nothing.
   void few_rows(int begin, int end) const {
-    for (; begin < end; ++begin) one_tile<1>(0, begin, Ahead<_MM_HINT_T0>{weights(begin) + kTileBytes, kTileRows});
+    for (; end - begin >= 2; begin += 2)
+      one_tile<2>(0, begin, NextTiles{weights(begin), panel_bytes, weights(begin + 2), depth / kLineBytes});
+    if (begin < end) one_tile<1>(0, begin, Ahead<_MM_HINT_T0>{weights(begin) + kTileBytes, kTileRows});
   }
 
   template <int kPanels>

@@ -65,6 +65,8 @@ struct Isa {
   void (*swiglu)(const float* gate_up, int n, float* out);                 // n: of the output
   void (*rope)(float* head, const float* cos_sin, int head_dim);           // [cos half | sin half], half-split form
   void (*weigh)(const float* logits, int n, float most, float temperature, float* out);  // e^((x - most) / temperature)
+  // Logits to their row in memory, past the caches if `far` and `out` begins a line; the greatest, NaN if one is NaN.
+  float (*keep_logits)(const float* logits, int n, bool far, float* out);
   // k and v of one token and kv head (rotated, fp32) into run pointers' token slot, in shape.kv_format.
   void (*store_kv)(const float* values, int format, int head_dim, int block_size, int slot, uint8_t* run);
   void (*linear)(const LinearTask& task, int panel_begin, int panel_end);

@@ -14,6 +14,7 @@
   BATON_PART void swiglu(const float* gate_up, int n, float* out);                                            \
   BATON_PART void rope(float* head, const float* cos_sin, int head_dim);                                      \
   BATON_PART void weigh(const float* logits, int n, float most, float temperature, float* out);               \
+  BATON_PART float keep_logits(const float* logits, int n, bool far, float* out);                             \
   BATON_PART void store_kv(const float* values, int format, int head_dim, int block_size, int slot, uint8_t* run); \
   BATON_PART void linear(const LinearTask& task, int panel_begin, int panel_end);                             \
   BATON_PART void attention(const AttentionTask& task, uint8_t* scratch);                                     \

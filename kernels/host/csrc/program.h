@@ -94,6 +94,7 @@ constexpr int kOwnRows = 16;
 constexpr int kChunkRows = 512;
 constexpr size_t kChunkBytes = 1 << 20;
 constexpr int kGatedPanels = 4;  // most panels of a gated task, of gate and of up each
+constexpr int kHeadPanels = 2 * kGatedPanels;  // of a task of the LM head, which takes the same room
 
 struct Registers;
 

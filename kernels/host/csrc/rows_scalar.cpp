@@ -17,6 +17,8 @@ void weigh(const float* logits, int n, float most, float temperature, float* out
   weigh_row(logits, n, most, temperature, out);
 }
 
+float keep_logits(const float* logits, int n, bool far, float* out) { return keep_logits_row(logits, n, far, out); }
+
 void store_kv(const float* values, int format, int head_dim, int block_size, int slot, uint8_t* run) {
   store_kv_row(values, format, head_dim, block_size, slot, run);
 }

@@ -1,6 +1,7 @@
 // The row operations of an instruction set, over its `Vec` (include one of vector_*.h first). Each works on one row,
 // in one order of additions that depends on the row's length alone.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -86,6 +87,23 @@ void weigh_row(const float* logits, int n, float most, float temperature, float*
     const Reg below = Vec::sub(load_some(logits + i, count), Vec::set(most));
     store_some(out + i, exp_of(Vec::div(below, Vec::set(temperature))), count);
   });
+}
+
+// A maximum loses a NaN, 0 * NaN does not; 0 * infinity is NaN too, and then plain code looks again.
+float keep_logits_row(const float* logits, int n, bool far, float* out) {
+  const bool stream = far && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  Reg most = Vec::set(logits[0]), zeros = Vec::zero();
+  each_register(n, [&](int i, int count) {
+    const Reg part = load_some(logits + i, count);
+    if (stream && count == Vec::kWidth)
+      Vec::stream(out + i, part);
+    else
+      store_some(out + i, part, count);
+    most = Vec::max(most, Vec::keep_first(part, count, logits[0]));
+    zeros = Vec::mul_add(part, Vec::zero(), zeros);
+  });
+  if (Vec::sum(zeros) == 0) return Vec::greatest(most);
+  return *std::max_element(logits, logits + n, [](float a, float b) { return a < b || (b != b && a == a); });
 }
 
 // Values as T by `store` of a whole register, into as much of `out` as there is.

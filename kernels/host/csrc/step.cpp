@@ -14,7 +14,9 @@
 namespace baton {
 namespace {
 
-constexpr int kArgmaxChunk = 8192;  // columns of one task
+constexpr size_t kFarBytes = 1 << 20;  // so many logits do not stay in L2
+constexpr int kPreparedRows = 8;      // rows that one task makes activations of
+constexpr int kLeastShareRows = 128;  // fewer would read weights faster than they come
 
 // The rows from `row` on.
 Activations from_row(Activations x, int row) {
@@ -67,10 +69,7 @@ void Step::execute(const CompiledOp& op) {
       if (op.makes != Makes::kProduct) return gated_product(op);
       return product(op, {p_.wide.get(), op.matrix->n, false});
     case BATON_OP_LINEAR_RESIDUAL: return product(op, {p_.hidden.get(), p_.shape.hidden_size, true});
-    case BATON_OP_LM_HEAD:
-      product(op, {batch_.logits, op.matrix->n, false});
-      if (batch_.argmax) argmax();
-      return;
+    case BATON_OP_LM_HEAD: return head_product(op);
     case BATON_OP_ATTENTION: return attention(op.layer);
     case BATON_OP_KEEP_SAMPLED_ROWS: return keep_sampled_rows();
     case BATON_OP_EMBED: return embed(op.vector);
@@ -145,28 +144,59 @@ Activations Step::rounded(const BatonMatrix& w) const {
   return {p_.wide.get(), nullptr, nullptr, nullptr, w.k, activation_stride(w.k, w.format), w.format};
 }
 
+RowShares::RowShares(int rows, int num_threads) : rows(rows) {
+  const int most = std::max(1, std::min(num_threads, rows / kLeastShareRows));
+  each = ((rows + most - 1) / most + 31) / 32 * 32;  // in pairs of AMX tiles
+  count = (rows + each - 1) / each;
+}
+
+template <typename Body>
+void Step::each_share(int shares, int units, Body&& body) {
+  if (shares == 1) return parallel(units, [&](int unit, int thread) { body(0, unit, thread); });
+  std::vector<Taken> taken(shares);
+  parallel(shares * units, [&](int, int thread) {
+    for (int share = thread * shares / num_threads_;; share = (share + 1) % shares) {
+      const int unit = taken[share].units.fetch_add(1, std::memory_order_relaxed);
+      if (unit < units) return body(share, unit, thread);
+    }
+  });
+}
+
+void Step::prepare_all(const CompiledOp& op, const RowShares& shares, const Activations& out) {
+  const int units = (std::min(p_.rows, shares.each) + kPreparedRows - 1) / kPreparedRows;
+  each_share(shares.count, units, [&](int share, int unit, int thread) {
+    const int begin = share * shares.each + unit * kPreparedRows;
+    const int end = std::min(begin + kPreparedRows, shares.end(share));
+    for (int row = begin; row < end; row++) prepare(op, row, out, p_.threads[thread]);
+  });
+}
+
 template <typename Body>
 void Step::each_part(const CompiledOp& op, int panels, int each, Body&& body) {
   const BatonMatrix& w = *op.matrix;
   const bool made = op.source == Source::kRounded;
   const bool own = !made && p_.rows <= kOwnRows && p_.rows * padded(w.k) <= kOwnElements;
   const Activations shared = made ? rounded(w) : p_.activations.view(w.k, w.format);
-  if (!own && !made) parallel(p_.rows, [&](int row, int thread) { prepare(op, row, shared, p_.threads[thread]); });
+  const RowShares shares(p_.rows, num_threads_);
+  if (!own && !made) prepare_all(op, shares, shared);
   p_.products++;
-  const int runs = (panels + each - 1) / each;
   const size_t row_bytes = size_t(padded(w.k)) * element_bytes(w.format);
   const int chunk = std::min(kChunkRows, std::max(kChunkRows / 8, int(kChunkBytes / row_bytes) / 32 * 32));
-  const int chunks = (p_.rows + chunk - 1) / chunk;
-  // Chunks one after the other, so that all threads work on the same one: it stays in L2 for all its panels.
-  parallel(chunks * runs, [&](int task, int thread) {
+  const int chunks = (std::min(p_.rows, shares.each) + chunk - 1) / chunk;
+  // Threads that have the same rows have panels that follow each other, whose weights a product fetches ahead.
+  const int groups = std::max(1, num_threads_ / shares.count), runs = (panels + each * groups - 1) / (each * groups);
+  // Chunks one after the other, so that all threads of a share work on the same one: it stays in L2 for all its panels.
+  each_share(shares.count * groups, chunks * runs, [&](int share, int unit, int thread) {
     ThreadSpace& space = space_of(thread);
     const Activations x = own ? space.activations.view(w.k, w.format) : shared;
     if (own && space.prepared != p_.products) {
       for (int row = 0; row < p_.rows; row++) prepare(op, row, x, space);
       space.prepared = p_.products;
     }
-    const int row = task / runs * chunk, panel = task % runs * each;
-    body(from_row(x, row), row, std::min(chunk, p_.rows - row), panel, std::min(panel + each, panels), space);
+    const int rows = share / groups, row = rows * shares.each + unit / runs * chunk;
+    const int num_rows = std::min(chunk, shares.end(rows) - row), panel = (share % groups * runs + unit % runs) * each;
+    if (num_rows > 0 && panel < panels)
+      body(from_row(x, row), row, num_rows, panel, std::min(panel + each, panels), space);
   });
 }
 
@@ -263,23 +293,38 @@ void Step::keep_sampled_rows() {
   p_.rows = batch_.num_sampled;
 }
 
-void Step::argmax() {
-  const int n = p_.shape.vocab_size, chunks = (n + kArgmaxChunk - 1) / kArgmaxChunk;
-  std::vector<int32_t> best(size_t(p_.rows) * chunks);
-  parallel(int(best.size()), [&](int task, int) {
-    const int from = task % chunks * kArgmaxChunk;
-    const float* row = batch_.logits + size_t(task / chunks) * n;
-    best[task] = from + greatest(row + from, std::min(kArgmaxChunk, n - from));
-  });
-  for (int r = 0; r < p_.rows; r++) {
-    const float* row = batch_.logits + size_t(r) * n;
-    int32_t winner = best[size_t(r) * chunks];
-    for (int c = 1; c < chunks; c++) {
-      const int32_t other = best[size_t(r) * chunks + c];
-      if (is_greater(row[other], row[winner])) winner = other;
+// A few columns at once into the thread's own room, from where they go to memory while their greatest are looked up.
+void Step::head_product(const CompiledOp& op) {
+  const int n = op.matrix->n;
+  const bool far = size_t(p_.rows) * n * sizeof(float) > kFarBytes;
+  std::vector<Greatest> found(size_t(num_threads_) * p_.rows);
+  each_part(op, num_panels(n), kHeadPanels,
+            [&](const Activations& x, int row, int num_rows, int panel, int end, ThreadSpace& space) {
+    const int begin = panel * kPanel, width = std::min(end * kPanel, n) - begin, stride = (end - panel) * kPanel;
+    p_.isa.linear({x, op.matrix, space.columns.get(), num_rows, stride, false, panel}, panel, end);
+    Greatest* best = &found[size_t(&space - p_.threads.data()) * p_.rows + row];
+    for (int i = 0; i < num_rows; i++) {
+      const float* values = &space.columns[size_t(i) * stride];
+      const float most = p_.isa.keep_logits(values, width, far, &batch_.logits[size_t(row + i) * n + begin]);
+      if (!batch_.argmax || best[i].beats({most, begin})) continue;
+      best[i] = {most, begin + greatest(values, width)};
     }
-    batch_.argmax[r] = winner;
+  });
+  for (int r = 0; batch_.argmax && r < p_.rows; r++) {
+    Greatest best;
+    for (int thread = 0; thread < num_threads_; thread++) {
+      const Greatest& other = found[size_t(thread) * p_.rows + r];
+      if (other.beats(best)) best = other;
+    }
+    batch_.argmax[r] = best.index;
   }
+}
+
+// The first of equals is the greater.
+bool Step::Greatest::beats(const Greatest& other) const {
+  if (index < 0 || other.index < 0) return index >= 0;
+  if (is_greater(value, other.value)) return true;
+  return !is_greater(other.value, value) && index < other.index;
 }
 
 bool is_greater(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }

@@ -22,6 +22,7 @@ struct Vec {
   static Reg set(float x) { return _mm256_set1_ps(x); }
   static Reg load(const float* x) { return _mm256_loadu_ps(x); }
   static void store(float* out, Reg x) { _mm256_storeu_ps(out, x); }
+  static void stream(float* out, Reg x) { _mm256_stream_ps(out, x); }  // past the caches; `out` begins a line
   static Reg load_first(const float* x, int n) { return _mm256_maskload_ps(x, first(n)); }
   static void store_first(float* out, Reg x, int n) { _mm256_maskstore_ps(out, first(n), x); }
 

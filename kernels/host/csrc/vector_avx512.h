@@ -26,6 +26,7 @@ struct Vec {
   static Reg set(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* x) { return _mm512_loadu_ps(x); }
   static void store(float* out, Reg x) { _mm512_storeu_ps(out, x); }
+  static void stream(float* out, Reg x) { _mm512_stream_ps(out, x); }  // past the caches; `out` begins a line
   static Reg load_first(const float* x, int n) { return _mm512_maskz_loadu_ps(first(n), x); }
   static void store_first(float* out, Reg x, int n) { _mm512_mask_storeu_ps(out, first(n), x); }
 

@@ -21,6 +21,7 @@ struct Vec {
   static Reg set(float x) { return Reg{x, x, x, x}; }
   static Reg load(const float* x) { return load_first(x, kWidth); }
   static void store(float* out, Reg x) { std::memcpy(out, &x, sizeof x); }
+  static void stream(float* out, Reg x) { store(out, x); }  // plain processors have no way past the caches
   static Reg load_first(const float* x, int n) {
     Reg r{};
     std::memcpy(&r, x, n * sizeof(float));
