@@ -1,8 +1,9 @@
 """Which workers have room: the bulkhead around each of them.
 
 A worker that is full works no faster for a longer queue of its own, and what waits there is lost to better choices. So
-a worker gets what it can run and SLACK more, to have the next one at hand; one that computes prompts gets no more while
-it has `worker_queue_s` of them before it. Of both, as much as its health allows (health.py). Does not know the queue.
+a decode worker gets what it can run and SLACK more, to have the next one at hand; and nobody goes while every worker
+that computes prompts has `worker_queue_s` of them before it. Of both, as much as their health allows (health.py). Does
+not know the queue.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ class Room:
         shares = [(c, self.health.share(c.info, c.load, now)) for c in side]
         return [(c, share) for c, share in shares if share] or [(c, START_SHARE) for c in side]
 
-    def _slots(self, candidate: Candidate, share: float) -> int:
-        pool = self.config.prefill if candidate.info.role is Role.PREFILL else self.config.decode
+    def _slots(self, candidate: Candidate, share: float) -> float:
+        """A prefill worker has a queue in seconds instead: the price knows who is worth a longer one."""
         if share < FLOOR:
             return 1
-        return max(FEW, math.ceil(share * pool.max_sequences)) + (SLACK if share == 1.0 else 0)
+        if candidate.info.role is Role.PREFILL:
+            return math.inf
+        return max(FEW, math.ceil(share * self.config.decode.max_sequences)) + (SLACK if share == 1.0 else 0)
 
     def _queue_s(self, candidate: Candidate) -> float:
         model = candidate.load.model

@@ -108,7 +108,8 @@ class Setup:
 
     def config(self) -> Config:
         common = [
-            f"router.policy={self.policy}", "router.max_inflight=1000000", f"router.request_timeout_s={FOREVER_S}",
+            f"router.policy={self.policy}", "router.max_inflight=1000000", "router.max_queued=1000000",
+            f"router.max_queue_wait_s={FOREVER_S}", f"router.request_timeout_s={FOREVER_S}",
             f"router.assumed_prefill_tokens_per_s={PREFILL_TOKENS_PER_S / self.grain}",
             f"router.assumed_bandwidth_bytes_per_s={WIRE_BYTES_PER_S}",
             "prefill.max_waiting=1000000", "decode.max_waiting=1000000", f"handoff.lease_ttl_s={FOREVER_S}",
@@ -125,6 +126,7 @@ class Setup:
             "prefill.max_sequences=1", f"prefill.max_step_tokens={CHUNK_TOKENS // 4 // self.grain}",
             f"prefill.max_chunk_tokens={CHUNK_TOKENS // 4 // self.grain}", "decode.max_sequences=1000000",
             "router.local_prefill_max_tokens=0", "router.fetch_min_tokens=1000000000",
+            f"router.worker_queue_s={FOREVER_S}",  # each is bound to a worker when it comes
         ]
 
     def _production(self) -> list[str]:
