@@ -80,6 +80,7 @@ nightly: $(VENV)/.dev
 	@$(BIN)/baton simulate --seed 0 --seeds $(WORLDS) --jobs 2
 	@$(BIN)/python -m tests.planted.hunt
 	@$(BIN)/python -m baton.bench.freeze --transport tcp --transport shm --transport nccl --runs 100
+	@$(BIN)/python -m baton.bench.overload --times 10
 	@$(BIN)/python -m baton.chaos --duration $(CHAOS_S) --seed $(CHAOS_SEED)
 
 # Files that are generated and committed; tests/test_docs.py fails when they are stale.
