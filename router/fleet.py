@@ -132,7 +132,7 @@ class Fleet:
         self._change = asyncio.Event()
         self._scopes: tuple[tuple[HashScope, int], ...] | None = None
         self._longest: int | None = None
-        self._draining: list[WorkerInfo] | None = None
+        self._said_drain: dict[str, None] = {}
         self.num_changes = 0
         """Grows with everything that is heard of or sent to some worker."""
         self._num_dropped = 0
@@ -221,9 +221,11 @@ class Fleet:
         return not self._links if link is None else link.state is WorkerState.CONNECTING
 
     def draining(self) -> list[WorkerInfo]:
-        if self._draining is None:
-            self._draining = [link.info for link in self._links.values() if link.state is WorkerState.DRAINING]
-        return self._draining
+        """Who said so and has not gone back on it."""
+        links = (self._links.get(worker_id) for worker_id in self._said_drain)
+        found = [link.info for link in links if link is not None and link.state is WorkerState.DRAINING]
+        self._said_drain = dict.fromkeys(info.worker_id for info in found)
+        return found
 
     def fits(self, one: WorkerInfo, other: WorkerInfo) -> bool:
         """May either of them lend to the other?"""
@@ -376,7 +378,6 @@ class Fleet:
     # ---- helpers of the above ----
 
     def _notify(self) -> None:
-        self._draining = None
         self.num_changes += 1
         self._change.set()
         self._change = asyncio.Event()
@@ -385,6 +386,8 @@ class Fleet:
         self.on_change()
 
     def _heard(self, link: Link) -> None:
+        if link.load.draining:
+            self._said_drain[link.info.worker_id] = None
         self._touch(link)
         self.on_report()
 

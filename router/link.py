@@ -369,9 +369,9 @@ class Link:
         self._follow_state()
         if self._synced:
             self._follow(message.kv_events)
+        self._around.reported(self)
         if self.state is not before:
             self._around.changed()
-        self._around.reported(self)
 
     def _follow_state(self) -> None:
         """What its newest load says of its state."""
