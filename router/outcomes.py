@@ -11,6 +11,7 @@ It is counted against the kind that was chosen, so that a high one says which ki
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from baton.core.metrics import Metrics
 from baton.core.request import Request
@@ -18,17 +19,47 @@ from baton.core.worker import Route
 
 ASSUMED_OUTPUT_TOKENS = 128.0
 """Of a request, until one has ended."""
-SMOOTHING = 0.02
+ASSUMED_HANDOFF_S = 0.005
+"""Until TRUST_AFTER of them were measured."""
+CALM_S = 0.01
+"""A shorter queue does not blur what a hand-off takes."""
+MAX_LATE_S = 0.25
+"""More is not a hand-off's doing."""
+TRUST_AFTER = 16
+SMOOTHING = 0.05
 MAX_SESSIONS = 16_384
 """Remembered; those that were quiet for longest are forgotten."""
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Of what was added, the latest most."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, seen: float) -> None:
+        self.count += 1
+        self.value += (seen - self.value) * max(SMOOTHING, 1 / self.count)
 
 
 class Outcomes:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._mean_tokens = 0.0
+        self._num_tokens = _Mean()
+        """Of a choice that has ended."""
+        self._late = {"remote": _Mean(), "local": _Mean()}
+        """Seconds by which first tokens came later than queue, prefill and fetch say, where no queue was."""
         self._homes: OrderedDict[tuple[str, str], str] = OrderedDict()
         """(tenant, session) -> worker_id, the last to speak at the end."""
+
+    @property
+    def handoff_s(self) -> float:
+        """What a hand-off adds to the time of a first token: what remote ones are late, less what local ones are."""
+        remote, local = self._late["remote"], self._late["local"]
+        if remote.count < TRUST_AFTER:
+            return ASSUMED_HANDOFF_S
+        return max(0.0, remote.value - (local.value if local.count >= TRUST_AFTER else 0.0))
 
     def home(self, request: Request) -> str:
         """worker_id of where the last request of its session was decoded; "" if that is not known."""
@@ -46,7 +77,7 @@ class Outcomes:
 
     def expected_tokens(self, most: int) -> float:
         """Output of a choice that may have `most` tokens more."""
-        return min(float(most), self._mean_tokens or ASSUMED_OUTPUT_TOKENS)
+        return min(float(most), self._num_tokens.value if self._num_tokens.count else ASSUMED_OUTPUT_TOKENS)
 
     def first_token(self, route: Route, after_s: float) -> None:
         """It came so long after the request was dispatched by this route."""
@@ -57,14 +88,17 @@ class Outcomes:
         self._metrics.inc("baton_ttft_predictions_total", prefill=kind)
         self._metrics.inc("baton_ttft_predicted_seconds_total", predicted_s, prefill=kind)
         self._metrics.inc("baton_ttft_error_seconds_total", abs(after_s - predicted_s), prefill=kind)
+        told = dict(route.terms)
+        if told["queue"] <= CALM_S:
+            late_s = after_s - predicted_s + told.get("handoff", 0.0)
+            self._late[kind].add(min(MAX_LATE_S, max(-MAX_LATE_S, late_s)))
         rejected = rejected_cost_s(route)
         if rejected is not None:
             regret_s = max(0.0, after_s - predicted_s - (rejected - route.cost_s))
             self._metrics.inc("baton_routing_regret_seconds_total", regret_s, prefill=kind)
 
     def ended(self, num_output_tokens: int, num_choices: int) -> None:
-        tokens = num_output_tokens / num_choices
-        self._mean_tokens += (tokens - self._mean_tokens) * (SMOOTHING if self._mean_tokens else 1.0)
+        self._num_tokens.add(num_output_tokens / num_choices)
 
 
 def rejected_cost_s(route: Route) -> float | None:

@@ -192,6 +192,7 @@ class Placing:
             num_tokens,
             len(delivery.unfinished),
             output_tokens=self.outcomes.expected_tokens(max(1, num_left)),
+            handoff_s=self.outcomes.handoff_s,
             priority=1 - PRIORITIES.index(terms_of(self._config.tenants, request.tenant).priority),
             deadline_s=run.deadline - asyncio.get_running_loop().time(),
             num_behind=len(self.admission),

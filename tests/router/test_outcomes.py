@@ -6,7 +6,14 @@ import pytest
 
 from baton.core.metrics import Metrics
 from baton.core.worker import Role, Route
-from baton.router.outcomes import ASSUMED_OUTPUT_TOKENS, MAX_SESSIONS, Outcomes
+from baton.router.outcomes import (
+    ASSUMED_HANDOFF_S,
+    ASSUMED_OUTPUT_TOKENS,
+    MAX_LATE_S,
+    MAX_SESSIONS,
+    TRUST_AFTER,
+    Outcomes,
+)
 from tests.router.fake_fleet import ScriptedFleet, ScriptedWorker, request, simulate
 from tests.router.offers import choose, cost_policy, worker
 
@@ -60,6 +67,34 @@ def test_outputs_are_expected_to_be_as_long_as_they_were_and_never_longer_than_a
         outcomes.ended(20, num_choices=1)
     assert outcomes.expected_tokens(10_000) == pytest.approx(20, rel=0.01)
     assert outcomes.expected_tokens(7) == 7
+
+
+def test_what_a_hand_off_takes_is_what_remote_first_tokens_are_late_and_local_ones_are_not() -> None:
+    outcomes, remote = Outcomes(Metrics()), remote_route()
+    local = choose(cost_policy(), 400, worker("d0"))
+    without_s = remote.ttft_s - dict(remote.terms)["handoff"]
+    for _ in range(TRUST_AFTER - 1):
+        outcomes.first_token(remote, without_s + 0.03)
+    assert outcomes.handoff_s == ASSUMED_HANDOFF_S
+    outcomes.first_token(remote, without_s + 0.03)
+    assert outcomes.handoff_s == pytest.approx(0.03)
+    for _ in range(TRUST_AFTER):
+        outcomes.first_token(local, local.ttft_s + 0.01)
+    assert outcomes.handoff_s == pytest.approx(0.02), "what both wait for is not the hand-off's"
+
+
+def test_queues_and_stalls_are_not_taken_for_hand_offs() -> None:
+    outcomes, calm = Outcomes(Metrics()), remote_route()
+    queued = choose(cost_policy(limit=0), 400, worker("p0", queued=500), worker("d0"))
+    for _ in range(2 * TRUST_AFTER):
+        outcomes.first_token(queued, queued.ttft_s + 5.0)
+    assert outcomes.handoff_s == ASSUMED_HANDOFF_S
+    for _ in range(TRUST_AFTER):
+        outcomes.first_token(calm, calm.ttft_s + 60.0)
+    assert outcomes.handoff_s <= MAX_LATE_S
+    for _ in range(3 * TRUST_AFTER):
+        outcomes.first_token(calm, 0.0)
+    assert outcomes.handoff_s == 0.0
 
 
 def test_a_session_is_known_by_tenant_and_the_quietest_is_forgotten() -> None:
