@@ -7,8 +7,6 @@ somebody asks.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from dataclasses import dataclass
 
 from baton.core.config import RouterConfig
@@ -48,14 +46,15 @@ class Decider:
         self._policy = policy
         self._config = config
         self._dice = dice
-        self._turns = itertools.count()
+        self.num_decisions = 0
+        """Of the policy, so far: the `turn` of the next."""
 
     @property
     def compares_all(self) -> bool:
         return self._policy.compares_all
 
     def choose(self, facts: Facts, candidates: Candidates) -> Decision:
-        facts = dataclasses.replace(facts, turn=next(self._turns))
+        self.num_decisions += 1
         state = self._dice.state if self._dice is not None else None
         route = self._policy.price(facts, candidates)
         return Decision(facts, candidates, self._config, route, state)

@@ -191,6 +191,7 @@ class Placing:
         return Facts(
             num_tokens,
             len(delivery.unfinished),
+            self._decider.num_decisions,
             output_tokens=self.outcomes.expected_tokens(max(1, num_left)),
             handoff_s=self.outcomes.handoff_s,
             priority=1 - PRIORITIES.index(terms_of(self._config.tenants, request.tenant).priority),

@@ -14,6 +14,7 @@ A document holds no token of the prompt. Replaying one needs nothing else, and n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -92,13 +93,20 @@ def plain(value: Any) -> Any:
     """Dataclasses as objects, tuples as arrays; a worker is its name; what JSON has no number for is text."""
     if isinstance(value, WorkerInfo):
         return value.worker_id
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (tuple, list)):
+        return [plain(part) for part in value]
+    if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return [plain(part) for part in value] if isinstance(value, (tuple, list)) else value
+    names = _fields_of(type(value))
+    return value if names is None else {name: plain(getattr(value, name)) for name in names}
+
+
+@functools.cache
+def _fields_of(kind: type) -> tuple[str, ...] | None:
+    """None: it is no dataclass."""
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 def _candidate(one: Candidate, names: Iterable[str]) -> dict[str, Any]:

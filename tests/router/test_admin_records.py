@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+from baton.core.config import RouterConfig
 from baton.core.worker import Role
+from baton.router.baselines import RoundRobin
 from baton.router.grpc_front import AdminFront, Identity
 from baton.router.recorded import replay
 from baton.wire.admin_pb2 import ExplainRequest, NewestRequest, TraceRequest
@@ -28,6 +30,19 @@ def test_the_newest_requests_are_told_with_where_they_stand_on_one_clock() -> No
             for told in newest:
                 assert told == await admin.Trace(TraceRequest(request_id=told.request_id), None)
                 assert 0 <= told.zero_s <= told.total_s
+
+    simulate(main)
+
+
+def test_who_goes_in_turns_goes_by_the_decisions_of_its_router() -> None:
+    async def main() -> None:
+        policy = RoundRobin(RouterConfig())
+        async with ScriptedFleet(*(ScriptedWorker(f"d{i}") for i in range(3)), policy=policy) as fleet:
+            for i in range(6):
+                await fleet.answer(request(f"r{i}"))
+            records = [fleet.dispatcher.traces.get(f"r{i}") for i in range(6)]
+            assert [r.decisions[0].facts.turn for r in records if r] == list(range(6))
+            assert [r.route.decode for r in records if r and r.route] == ["d0", "d1", "d2"] * 2
 
     simulate(main)
 

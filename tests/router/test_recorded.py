@@ -82,7 +82,7 @@ def test_a_recorded_decision_is_made_again_with_the_same_pick_and_price(
     decider = Decider(make_policy(config, dice), config, dice)
     candidates = offered(drawn)
     for num_tokens in asked:
-        decision = decider.choose(Facts(num_tokens), candidates)
+        decision = decider.choose(Facts(num_tokens, turn=decider.num_decisions), candidates)
         again = replay(told_again(decision))
         assert (again.same_pick, again.same_cost) == (True, True), (decision.route, again.route)
 
@@ -92,7 +92,7 @@ def test_ties_and_turns_come_out_again_and_do_differ(policy: PolicyName) -> None
     config = RouterConfig(policy=policy, local_prefill_max_tokens=1)
     dice = Dice(7)
     decider = Decider(make_policy(config, dice), config, dice)
-    decisions = [decider.choose(Facts(500), twins(4)) for _ in range(40)]
+    decisions = [decider.choose(Facts(500, turn=decider.num_decisions), twins(4)) for _ in range(40)]
     picks = {(d.route.decode, d.route.prefill) for d in decisions if d.route is not None}
     assert len(picks) > 3, "one of many equals was taken every time: this proves nothing"
     assert all(replay(told_again(d)).same_pick for d in decisions)
