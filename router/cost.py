@@ -198,7 +198,7 @@ def _reason(prices: Prices, chosen: _Option, terms: Terms, next_best: _Option | 
     if way.holder is not None:
         words += f"; {way.num_fetched} tokens pulled from {way.holder.info.worker_id} first"
     if not chosen.is_local and prices.pressure > 1.0:
-        words += f"; computing counts {prices.pressure:.1f} times, so many prompts wait behind it"
+        words += f"; computing counts {prices.pressure:.1f} times, so many wait for it"
     if not chosen.is_local and not alike(way.worker, decode):
         lent, read = (c.info.capability.layout.dtype for c in (way.worker, decode))
         words += f"; KV is converted from {lent} to {read}"

@@ -32,8 +32,12 @@ from baton.router.policy import Candidate, Candidates, Facts
 
 MAX_HOLDERS = 4
 """Holders looked at for one prompt, those that hold most."""
+PRESSURE_RISE = 4.0
+"""Prompts that a second of computing delays, for each that waits now: more come before the queue is empty. 1 / (1 -
+utilisation) in an M/G/1 queue that is busy three quarters of the time; 1 and 2 were worse in overload, and 4 no worse
+below it (docs/notes/0010)."""
 MAX_PRESSURE = 4.0
-"""Computing costs at most so many times its time: beyond, hits are bought with queues (docs/routing.md)."""
+"""Computing costs at most so many times its time: beyond, hits are bought with queues (docs/notes/0010)."""
 AWAY_S = 0.005
 """Where a session's KV is, the index says; what it does not say is worth about this."""
 
@@ -90,9 +94,10 @@ class Prices:
         """What a second of somebody else counts."""
         self._typical: StepModel | None = None
         behind = sum(p.num_sequences for p in candidates.prefill) + facts.num_behind
-        self.pressure = min(MAX_PRESSURE, max(1.0, behind / max(1, len(candidates.prefill))))
-        """Prompts per prefill worker, waiting in the router or there, between 1 and MAX_PRESSURE. Whatever is computed
-        now, so many wait for; so this is what a second of computing costs."""
+        waiting = behind / max(1, len(candidates.prefill)) - 1.0
+        self.pressure = min(MAX_PRESSURE, max(1.0, 1.0 + PRESSURE_RISE * waiting))
+        """What a second of computing costs: itself, and those that wait for it, per prefill worker, there or in the
+        router. One in computation waits for nobody."""
 
     # ---- computing ----
 

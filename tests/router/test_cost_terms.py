@@ -12,7 +12,7 @@ import pytest
 from baton.core.step_model import StepModel
 from baton.core.worker import WorkerLoad
 from baton.router.policy import Candidate, Facts
-from baton.router.prices import MAX_PRESSURE, Prices
+from baton.router.prices import MAX_PRESSURE, PRESSURE_RISE, Prices
 from tests.router.fake_fleet import BLOCK
 from tests.router.offers import choose, cost_policy, fleet, worker
 
@@ -75,7 +75,7 @@ def test_a_hit_is_worth_more_the_more_prompts_wait() -> None:
         facts = Facts(450 * BLOCK, num_behind=behind)
         route = choose(cost_policy(limit=0, fetch_min_tokens=10**6), facts, holder, other, like(worker("d0")))
         assert route.prefill is not None
-        assert ("prompts wait behind it" in route.reason) == (sequences > 1 or behind > 2)
+        assert ("so many wait for it" in route.reason) == (sequences > 1 or behind > 2)
         return route.prefill.worker_id
 
     assert [choice(1), choice(2), choice(3)] == ["p1", "p0", "p0"]
@@ -87,8 +87,9 @@ def test_pressure_rises_with_those_who_wait_and_is_bounded() -> None:
         offered = fleet(worker("p0", sequences=sequences), worker("p1"), worker("d0"))
         return Prices(Facts(100, num_behind=behind), cost_policy()._config, offered).pressure
 
-    assert [pressure(n) for n in (0, 2, 3, 4, 100)] == [1.0, 1.0, 1.5, 2.0, MAX_PRESSURE]
-    assert pressure(2, behind=4) == 3.0
+    per_worker = PRESSURE_RISE / 2
+    assert [pressure(n) for n in (0, 2, 3, 100)] == [1.0, 1.0, 1.0 + per_worker, MAX_PRESSURE]
+    assert pressure(2, behind=1) == 1.0 + per_worker, "those that wait in the router count as well"
 
 
 def test_a_worker_slower_than_its_peers_gets_what_its_speed_is_worth() -> None:
