@@ -23,6 +23,7 @@ from baton.cli.status import Address, AsJson, reached, router_address, table
 from baton.core.errors import SetupError
 from baton.core.worker import first_token_s
 from baton.router.policy import Facts
+from baton.router.trace import RUNNING
 
 TIMEOUT_S = 10.0
 MAX_ROWS = 12
@@ -36,7 +37,7 @@ Terms = Iterable[tuple[str, float]]
 
 
 def explain(
-    request_id: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Default: the newest request.")] = "",
+    request_id: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Default: the newest that has ended.")] = "",
     replay: Annotated[
         Path | None,
         typer.Option("--replay", metavar="FILE", help="Make the decisions of a saved record again; asks no router."),
@@ -99,12 +100,15 @@ def replayed(told: Record) -> bool:
 
 def explanation(told: Record) -> Iterator[str]:
     ttft = "no token came" if told["ttft_s"] is None else f"the first token after {ms(told['ttft_s'])}"
+    outcome = "still running" if told["outcome"] == RUNNING else f"ended with {told['outcome']}"
     yield (
-        f"{told['request_id']}: ended with {told['outcome']}; {told['num_prompt_tokens']} prompt tokens, "
+        f"{told['request_id']}: {outcome}; {told['num_prompt_tokens']} prompt tokens, "
         f"{told['cached_tokens']} of them cached, {told['num_output_tokens']} output tokens; {ttft}, "
-        f"all of it after {ms(told['total_s'])}"
+        f"{'so far' if told['outcome'] == RUNNING else 'all of it after'} {ms(told['total_s'])}"
     )
     attempts, decisions = told["attempts"], told["decisions"]
+    if not attempts:
+        yield "It was not sent to any worker."
     for number, attempt in enumerate(attempts, 1):
         at, where = ms(attempt["start_s"]), picked(attempt["route"])
         yield f"\nattempt {number} of {len(attempts)}, {at} after it came: {where}"
@@ -116,7 +120,7 @@ def explanation(told: Record) -> Iterator[str]:
         yield from prices(attempt["route"])
         if number == len(attempts):
             yield from happened(told, attempt)
-        if attempt["outcome"] not in ("stop", "length"):
+        if attempt["outcome"] not in ("stop", "length", RUNNING):
             yield f"  It ended with {attempt['outcome']} after {ms(attempt['end_s'] - attempt['start_s'])}."
     if decisions and decisions[-1]["route"] is None:
         yield "\nThe last time it was to go somewhere, nobody could take it:"

@@ -28,7 +28,7 @@ TIMEOUT_S = 10.0
 
 
 def trace(
-    request_id: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Default: the newest request.")] = "",
+    request_id: Annotated[str, typer.Argument(metavar="[REQUEST]", help="Default: the newest that has ended.")] = "",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write trace events for ui.perfetto.dev instead.")
     ] = None,
@@ -92,7 +92,7 @@ def trace_lines(answer: RequestTrace) -> Iterator[str]:
     )
     for number, attempt in enumerate(answer.attempts, 1):
         yield f"attempt {number}: {attempt.route.reason}"
-        if attempt.outcome not in ("", "stop", "length"):
+        if attempt.outcome not in ("stop", "length", "running"):
             yield f"  ended: {attempt.outcome}"
     # The router's own bar carries the reason again, which has been said.
     reasons = {attempt.route.reason for attempt in answer.attempts}

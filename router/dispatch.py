@@ -47,7 +47,7 @@ from baton.router.placing import REFUSED_WAIT_S, Placing
 from baton.router.policy import Policy
 from baton.router.quarantine import MAX_CRASHES, Quarantine
 from baton.router.run import RETRYABLE, Around, Run
-from baton.router.trace import TraceLog, TraceRecord, timeline
+from baton.router.trace import RUNNING, TraceLog, TraceRecord, timeline
 from baton.router.waiting import WaitingLine
 
 MAX_ASKED = 8
@@ -153,7 +153,7 @@ class Dispatcher:
                 self._admission.ended(run)
                 self._placing.outcomes.ended(run.delivery.num_output_tokens, len(request.choices))
             self._admission.look()
-            self._record(run, outcome or run.delivery.how_it_ended())
+            self.traces.add(self._account(run, outcome or run.delivery.how_it_ended()))
 
     # ---- admission ----
 
@@ -340,21 +340,24 @@ class Dispatcher:
 
     # ---- the end ----
 
-    def _record(self, run: Run, outcome: str) -> None:
+    def running(self, request_id: str) -> TraceRecord | None:
+        """How far a request has come that has not ended; None for any other."""
+        run = self._live.get(request_id)
+        return None if run is None else self._account(run, RUNNING)
+
+    def _account(self, run: Run, outcome: str) -> TraceRecord:
         total_s = asyncio.get_running_loop().time() - run.arrived
-        delivery = run.delivery
-        self.traces.add(
-            TraceRecord(
-                run.request.request_id,
-                outcome,
-                len(run.request.prompt),
-                delivery.num_output_tokens,
-                delivery.cached_tokens,
-                run.arrived,
-                run.ttft_s,
-                total_s,
-                tuple(run.records),
-                tuple(run.decisions),
-                timeline(run.records, delivery.spans, run.ttft_s, total_s),
-            )
+        delivery, attempts = run.delivery, run.attempts()
+        return TraceRecord(
+            run.request.request_id,
+            outcome,
+            len(run.request.prompt),
+            delivery.num_output_tokens,
+            delivery.cached_tokens,
+            run.arrived,
+            run.ttft_s,
+            total_s,
+            attempts,
+            tuple(run.decisions),
+            timeline(attempts, delivery.spans, run.ttft_s, total_s),
         )

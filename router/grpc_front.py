@@ -22,7 +22,7 @@ from baton.router.limits import account_of
 from baton.router.link import WorkerState
 from baton.router.output import Delta, Usage
 from baton.router.recorded import document
-from baton.router.trace import TraceRecord
+from baton.router.trace import RUNNING, TraceRecord
 from baton.wire import admin_pb2, admin_pb2_grpc, codec, inference_pb2, inference_pb2_grpc
 
 DEFAULT_MAX_TOKENS = 128
@@ -157,12 +157,15 @@ class AdminFront(admin_pb2_grpc.AdminServicer):
         return admin_pb2.RequestRecord(json=json.dumps(document(self._record(request.request_id))))
 
     def _record(self, request_id: str) -> TraceRecord:
-        """Of that request; empty: the newest."""
-        traces = self._dispatcher.traces
-        record = traces.get(request_id) if request_id else next(iter(traces.recent(1)), None)
+        """Of that request; empty: the newest that has ended."""
+        dispatcher, traces = self._dispatcher, self._dispatcher.traces
+        if request_id:
+            record = dispatcher.running(request_id) or traces.get(request_id)
+        else:
+            record = next(iter(traces.recent(1)), None)
         if record is None:
             asked = f"request {shown(request_id)}" if request_id else "any request"
-            raise NotFound(f"no trace of {asked}: only the newest finished ones are kept.", "request_id")
+            raise NotFound(f"no trace of {asked}: those that run and the newest finished ones are kept.", "request_id")
         return record
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainProgress:
@@ -214,5 +217,5 @@ def _trace(record: TraceRecord) -> admin_pb2.RequestTrace:
     return admin_pb2.RequestTrace(
         request_id=record.request_id, attempts=attempts, spans=[codec.SPAN.encode(s) for s in record.timeline.spans],
         prompt_tokens=record.num_prompt_tokens, cached_tokens=record.cached_tokens,
-        output_tokens=record.num_output_tokens, finished=True, arrived_s=record.arrived_s, zero_s=record.zero_s,
-        total_s=record.total_s)
+        output_tokens=record.num_output_tokens, finished=record.outcome != RUNNING, arrived_s=record.arrived_s,
+        zero_s=record.zero_s, total_s=record.total_s)

@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
-    names = _fields_of(type(value))
+    names = _fields_of(value.__class__)
     return value if names is None else {name: plain(getattr(value, name)) for name in names}
 
 

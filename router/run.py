@@ -38,7 +38,7 @@ from baton.core.request import Request
 from baton.router.attempt import Attempt
 from baton.router.decisions import Decision
 from baton.router.delivery import Delivery
-from baton.router.trace import AttemptRecord
+from baton.router.trace import RUNNING, AttemptRecord
 
 RETRYABLE = (Overloaded, PeerLost, Incompatible, IntegrityError)
 """Said by one worker, these may be different at another."""
@@ -116,6 +116,11 @@ class Run:
         """Its attempt streams, and no move of it is under way."""
         attempt = self.attempt
         return attempt is not None and self.move is None and attempt.life.at("streaming")
+
+    def attempts(self) -> tuple[AttemptRecord, ...]:
+        """Those that are over, then those under way."""
+        under_way = (a for a in (self.attempt, self.move) if a is not None and not a.life.ended)
+        return (*self.records, *(self._told(a, RUNNING) for a in under_way))
 
     # ---- the reader's side ---------------------------------------------------------------------------------------
 
@@ -306,8 +311,11 @@ class Run:
         if attempt is None or attempt.life.ended:
             return
         attempt.close(event, why)
+        self.records.append(self._told(attempt, outcome))
+
+    def _told(self, attempt: Attempt, outcome: str) -> AttemptRecord:
         start_s, now_s = attempt.opened_at - self.arrived, asyncio.get_running_loop().time() - self.arrived
-        self.records.append(AttemptRecord(attempt.epoch, attempt.route, start_s, now_s, outcome))
+        return AttemptRecord(attempt.epoch, attempt.route, start_s, now_s, outcome)
 
     def _wake(self) -> None:
         if self._news is not None and not self._news.done():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from baton.core.worker import Route, Span, Timeline
 from baton.router.decisions import Decision
 
+RUNNING = "running"
+"""The outcome of what has not ended yet."""
 CAPACITY = 256
 CAPACITY_BYTES = 16 << 20
 RECORD_BYTES, SPAN_BYTES = 2_000, 300
@@ -28,7 +30,7 @@ class AttemptRecord:
     start_s: float
     end_s: float
     outcome: str
-    """Finish reason, or the code of the error that ended it."""
+    """Finish reason, or the code of the error that ended it, or RUNNING."""
 
 
 @dataclass(frozen=True, slots=True)

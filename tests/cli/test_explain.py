@@ -83,6 +83,8 @@ def test_a_request_that_nobody_could_take_says_who_was_offered() -> None:
     told = recorded(ScriptedWorker("d0"))
     facts = {"num_tokens": 40, "num_choices": 1, "turn": 3}
     told["decisions"].append({**told["decisions"][0], "facts": facts, "route": None, "decode": []})
+    assert "It was not sent to any worker." not in explanation(told)
+    assert "It was not sent to any worker." in explanation({**told, "attempts": []})
     said = "\n".join(explanation(told)).partition("nobody could take it")[2]
     assert said.split() == [":", "asked:", "40", "tokens", "of", "KV;", "offered:", "nobody"]
 

@@ -58,4 +58,4 @@ def test_a_client_finds_out_why_by_the_id_it_was_told(tmp_path: Path, baton: Bat
         assert len([e for e in events if e["name"] == "step"]) == CLIENTS * 7
         unknown = baton("explain", "cmpl-nobody", "--router", grpc)
         assert unknown.returncode == 1
-        assert "only the newest finished ones are kept" in unknown.stderr
+        assert "the newest finished ones are kept" in unknown.stderr

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
+from baton.cli.explain import explanation
 from baton.core.config import RouterConfig
-from baton.core.worker import Role
+from baton.core.worker import Role, WorkerLoad
 from baton.router.baselines import RoundRobin
 from baton.router.grpc_front import AdminFront, Identity
 from baton.router.recorded import replay
 from baton.wire.admin_pb2 import ExplainRequest, NewestRequest, TraceRequest
-from tests.router.fake_fleet import ScriptedFleet, ScriptedWorker, request, simulate
+from tests.router.fake_fleet import ScriptedFleet, ScriptedWorker, refuse, request, simulate
 
 
 def admin_of(fleet: ScriptedFleet) -> AdminFront:
@@ -30,6 +32,28 @@ def test_the_newest_requests_are_told_with_where_they_stand_on_one_clock() -> No
             for told in newest:
                 assert told == await admin.Trace(TraceRequest(request_id=told.request_id), None)
                 assert 0 <= told.zero_s <= told.total_s
+
+    simulate(main)
+
+
+def test_a_request_that_runs_is_told_as_far_as_it_has_come() -> None:
+    async def main() -> None:
+        refusing = ScriptedWorker("d0", script=refuse("overloaded"))
+        async with ScriptedFleet(refusing, ScriptedWorker("d1", load=WorkerLoad(num_running=9))) as fleet:
+            admin = admin_of(fleet)
+            running = asyncio.create_task(fleet.answer(request("r", max_tokens=50)))
+            await asyncio.sleep(0.2)
+            trace = await admin.Trace(TraceRequest(request_id="r"), None)
+            told = json.loads((await admin.Explain(ExplainRequest(request_id="r"), None)).json)
+            assert (trace.finished, told["outcome"]) == (False, "running")
+            assert [a.outcome for a in trace.attempts] == ["overloaded", "running"]
+            assert 0 < trace.output_tokens < 50
+            assert [a["decision"] for a in told["attempts"]] == [0, 1]
+            said = list(explanation(told))
+            assert said[0].startswith("r: still running; ")
+            assert not (await admin.Newest(NewestRequest(count=9), None)).traces
+            await running
+            assert (await admin.Trace(TraceRequest(request_id="r"), None)).finished
 
     simulate(main)
 
