@@ -40,6 +40,7 @@ from baton.router.cost import CostPolicy
 from baton.router.dispatch import Dispatcher
 from baton.router.fleet import Fleet
 from baton.router.index import PrefixIndex
+from baton.router.room import FEW
 
 BLOCK, SHARED_BLOCKS, OWN_BLOCKS = 16, 64, 128
 PROMPTS, COPIES = 8, 3
@@ -93,7 +94,7 @@ class Worker:
 def random_load(rng: Random, role: Role) -> WorkerLoad:
     if role is Role.PREFILL:
         return WorkerLoad(rng.randrange(8000), num_running=1, model=MODEL)
-    rows = rng.randrange(20)
+    rows = rng.randrange(FEW)
     return WorkerLoad(
         num_running=rows, context_tokens=2000 * rows, available_blocks=60_000, total_blocks=65_536, model=MODEL
     )
