@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -139,6 +140,30 @@ def test_a_prefix_is_no_longer_on_its_way_when_its_attempt_has_ended(end: str) -
                 await asyncio.sleep(5)
                 assert len(worker.submits) == 2
                 assert fleet.fleet.coming.num_entries == 20, "of the second attempt alone"
+                task.cancel()
+
+    simulate(main)
+
+
+@pytest.mark.parametrize(("stride", "num_computing"), [(STRIDE, 1), (len(LONG), 8)], ids=["", "nothing expected"])
+def test_a_burst_of_equal_prefixes_is_computed_by_one_of_many_that_are_equally_busy(
+    stride: int, num_computing: int
+) -> None:
+    """Idle ones would all compute it: nobody would wait less for another."""
+
+    async def main() -> None:
+        decode = roomy("d0", script=mute)
+        prefills = [roomy(f"p{i}", Role.PREFILL) for i in range(8)]
+        for worker in prefills:
+            worker.load = replace(worker.load, queued_prefill_tokens=400, num_running=1)
+        async with ScriptedFleet(decode, *prefills, local_prefill_max_tokens=0) as fleet:
+            fleet.fleet.coming = Coming(stride)
+            prompts = [request(f"r{i}", (*LONG, i), deadline_s=99.0) for i in range(8)]
+            tasks = [asyncio.create_task(fleet.answer(prompt)) for prompt in prompts]
+            await asyncio.sleep(0.1)
+            assert len(decode.submits) == len(prompts)
+            assert len({s.route.prefill for s in decode.submits}) == num_computing
+            for task in tasks:
                 task.cancel()
 
     simulate(main)
