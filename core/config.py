@@ -160,7 +160,7 @@ class RouterConfig(_Tree):
     )
     max_body_bytes: Count = Field(8 << 20, description="Largest HTTP body accepted.")
     max_inflight: Count = Field(512, description="Requests in the router at once; more get 429.")
-    worker_queue_s: Seconds = Field(1.0, description="A request waits in the router, not on a worker, while every worker that could compute its prompt has so many seconds of others' prompts before it.")
+    worker_queue_s: Seconds = Field(10.0, description="A request waits in the router, not on a worker, while every worker that could compute its prompt has so many seconds of others' prompts before it. Less is fairer and fits a tight limit on TTFT; more lets prices see the whole queue.")
     max_queued: Count = Field(256, description="Requests that may wait in the router for a worker with room; more get 429.")
     max_queue_wait_s: Seconds = Field(30.0, description="A request that would wait in the router for longer than this, or past its deadline, gets 429 at once.")
     tenants: dict[str, TenantConfig] = Field(
