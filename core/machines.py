@@ -157,7 +157,8 @@ DECODE_REQUEST = Machine(
         Move("moving_out", "abandon", "running", "resumed where it paused; a late release hears `good=False`"),
         Move("fallback", "spare", "called", "another prefill worker of the route is called for what is not verified"),
         Move("fallback", "retry", "ended", "`retry_route`: R prices again; verified full blocks stay in the cache"),
-        Move(ANY, "end", "ended", "finished, refused, cancelled, deadline passed, router lost for `router.orphan_window_s`: one path"),
+        Move(ANY, "end", "ended",
+             "finished, refused, cancelled, deadline passed, router lost for `router.orphan_window_s`: one path"),
     ),
 )
 

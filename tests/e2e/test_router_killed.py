@@ -1,5 +1,5 @@
-"""kill -9 of a router under streaming load, on a stack of real processes: its clients read on at the other one, and what
-they have in the end is what an undisturbed stream says, to the byte."""
+"""kill -9 of a router under streaming load, on a stack of real processes: its clients read on at the other one, and
+what they have in the end is what an undisturbed stream says, to the byte."""
 
 from __future__ import annotations
 
