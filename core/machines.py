@@ -157,7 +157,8 @@ DECODE_REQUEST = Machine(
         Move("moving_out", "abandon", "running", "resumed where it paused; a late release hears `good=False`"),
         Move("fallback", "spare", "called", "another prefill worker of the route is called for what is not verified"),
         Move("fallback", "retry", "ended", "`retry_route`: R prices again; verified full blocks stay in the cache"),
-        Move(ANY, "end", "ended", "finished, refused, cancelled, deadline passed, router lost: one path"),
+        Move(ANY, "end", "ended",
+             "finished, refused, cancelled, deadline passed, router lost for `router.orphan_window_s`: one path"),
     ),
 )
 
@@ -270,7 +271,8 @@ WORKER = Machine(
         Move("draining", "bury", "dead"),
         Move("dead", "open", "connecting", "a stream opens again"),
         Move("dead", "timeout", "dead"),
-        Move("ready", "break", "connecting", "the stream broke: its requests are dispatched again"),
+        Move("ready", "break", "connecting",
+             "the stream broke: its requests wait a second for the next one, then go elsewhere"),
         Move("suspect", "break", "connecting", "the same"),
         Move("draining", "break", "connecting", "the same"),
     ),
@@ -304,7 +306,7 @@ ATTEMPT = Machine(
         Move("streaming", "finish", "finished"),
         Move("sent", "move", "moved"),
         Move("streaming", "move", "moved"),
-        Move("sent", "lose", "lost", "stream broke, worker failed, gap in the tokens"),
+        Move("sent", "lose", "lost", "stream broke and did not come back, worker failed, gap in the tokens"),
         Move("streaming", "lose", "lost", "the same"),
         Move("sent", "timeout", "expired"),
         Move("streaming", "timeout", "expired"),

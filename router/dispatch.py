@@ -169,7 +169,8 @@ class Dispatcher:
         if last_seen is not None:
             run.to_ask = [last_seen, *(w for w in self._fleet.talking(Role.DECODE) if w != last_seen)][:MAX_ASKED]
         self._placing.check_length(run)
-        self._admission.check(run)
+        if last_seen is None:  # else it runs: its client was let in at another router
+            self._admission.check(run)
         self._live[request.request_id] = run
         self._budget.admitted()
         return run

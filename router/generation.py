@@ -33,6 +33,7 @@ from baton.core.errors import (
 from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import MAX_CHOICES, Choice, FinishReason, Request, SamplingParams
+from baton.router.bookmark import Bookmark, Unread
 from baton.router.limits import Charge, RateLimits
 from baton.router.output import Delta, Output, Usage
 from baton.router.text import TextCodec
@@ -58,8 +59,12 @@ class ModelNotFound(NotFound):
 class TokenSource(Protocol):
     """Where tokens come from: the dispatcher."""
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
-        """Closing the iterator cancels the request."""
+    def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+        """Closing the iterator cancels the request. `last_seen`: it had begun, and then it ran there."""
+        ...
+
+    def whereabouts(self, request_id: str) -> str:
+        """The worker that a running request is on; empty if none is."""
         ...
 
     def check_early(self, tenant: str, deadline_s: float) -> None:
@@ -118,6 +123,8 @@ class Job:
     arrived_s: float
     """Loop time."""
     account: str = ""
+    bookmark: Bookmark | None = None
+    """Where its reader is; None: at the beginning."""
 
 
 class Generation:
@@ -139,12 +146,18 @@ class Generation:
             raise ModelNotFound(f"the model {shown(name)} is not served here. "
                                 f"Use {self.served_name!r} (GET /v1/models).", "model")
 
-    async def prepare(self, call: GenerateCall, request_id: str) -> Job:
+    def whereabouts(self, request_id: str) -> str:
+        return self._tokens.whereabouts(request_id)
+
+    async def prepare(self, call: GenerateCall, request_id: str, bookmark: Bookmark | None = None) -> Job:
         """Tokens and limits of a call. Raises InvalidRequest naming the field at fault; it is counted here."""
         with self.refusals_counted():
-            return await self._prepare(call, request_id)
+            if bookmark is not None and len(bookmark.places) != call.n:
+                raise InvalidRequest(f"the lost stream has {len(bookmark.places)} choices, and n is {call.n}. Send "
+                                     "the same request again.", "n")
+            return await self._prepare(call, request_id, bookmark)
 
-    async def _prepare(self, call: GenerateCall, request_id: str) -> Job:
+    async def _prepare(self, call: GenerateCall, request_id: str, bookmark: Bookmark | None) -> Job:
         arrived_s = asyncio.get_running_loop().time()
         check_stop(call.stop)
         dataclasses.replace(call.sampling, max_tokens=1).check()
@@ -166,7 +179,7 @@ class Generation:
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
             tenant=call.tenant,
             deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS])
-        return Job(request, call.stop, arrived_s, call.account)
+        return Job(request, call.stop, arrived_s, call.account, bookmark)
 
     async def tokenize(self, text: str) -> list[int]:
         """As `run` would read the text; any length up to what could be a prompt."""
@@ -181,21 +194,23 @@ class Generation:
         """The output as it comes. Raises what the request failed with; closing it cancels the request."""
         record = _Record(job, self.metrics, asyncio.get_running_loop().time)
         output = Output(self.codec, job.request, job.stop)
+        unread = Unread(job.bookmark) if job.bookmark is not None else None
         last: Delta | None = None
         charge: Charge | None = None
         try:
             charge = await self._limits.charge(job.account, job.request)
-            async with aclosing(self._tokens.generate(job.request)) as chunks:
+            last_seen = job.bookmark.worker if job.bookmark is not None else None
+            async with aclosing(self._tokens.generate(job.request, last_seen)) as chunks:
                 async for chunk in chunks:
-                    delta = output.take(chunk)
-                    if delta is None:
-                        continue
-                    record.saw(delta)
-                    if not delta.last:
-                        yield delta
-                        continue
-                    last = delta
-                    if output.runs_on:
+                    for delta in (output.take(chunk),) if unread is None else _news(output, chunk, unread):
+                        if delta is None:
+                            continue
+                        record.saw(delta)
+                        if delta.last:
+                            last = delta
+                        else:
+                            yield delta
+                    if last is not None and output.runs_on:
                         break  # else the source ends by itself now
             if last is None:
                 raise InternalError(f"request {job.request.request_id} ended without a finish reason.")
@@ -273,6 +288,13 @@ class Generation:
     @staticmethod
     async def _off_loop_if_long(num_chars: int, encode: Callable[[], list[int]]) -> list[int]:
         return encode() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode)
+
+
+def _news(output: Output, chunk: TokenChunk, unread: Unread) -> Iterator[Delta | None]:
+    """What a chunk adds to what its reader has."""
+    for part in unread.parts(chunk):
+        delta = output.take(part)
+        yield None if delta is None else unread.news(delta)
 
 
 class _Record:

@@ -14,6 +14,7 @@ from baton.core.metrics import Metrics, rendered
 from baton.core.request import FinishReason, SamplingParams
 from baton.core.services import Dial
 from baton.core.worker import Role, WorkerLoad
+from baton.router.bookmark import Bookmark, Place
 from baton.router.dispatch import Dispatcher
 from baton.router.exposition import worker_samples
 from baton.router.fleet import Fleet, WorkerView
@@ -50,14 +51,25 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
         with self._generation.refusals_counted():
             self._check_model(request.model)
             call = _call(request, context.time_remaining(), dict(context.invocation_metadata() or ()))
-        request_id = request.request_id or new_request_id("gen")
-        job = await self._generation.prepare(call, request_id)
+            resumed = Bookmark.parse(request.resume, "resume") if request.resume else None
+            if resumed is not None and request.request_id not in ("", resumed.request_id):
+                raise InvalidRequest("resume is of another request than request_id names. Leave that out.", "resume")
+        request_id = resumed.request_id if resumed is not None else request.request_id or new_request_id("gen")
+        job = await self._generation.prepare(call, request_id, resumed)
+        bookmark = resumed or Bookmark(request_id, 0, [Place() for _ in job.request.choices])
+        bookmark.where = lambda: self._generation.whereabouts(request_id)
         async with aclosing(self._generation.run(job)) as deltas:
             async for delta in deltas:
+                place = bookmark.places[delta.choice]
+                if place.ended:
+                    continue  # its reader has that
+                place.opened, place.said, place.ended = True, delta.finish is not None, delta.finish is not None
+                place.num_tokens += len(delta.token_ids)
                 yield inference_pb2.GenerateResponse(
                     request_id=request_id, text=delta.text, token_ids=delta.token_ids, choice=delta.choice,
                     finish_reason=FINISH[delta.finish] if delta.finish else None,
-                    usage=_usage(delta.usage) if delta.last else None, logprobs=self._scored(delta))
+                    usage=_usage(delta.usage) if delta.last else None, logprobs=self._scored(delta),
+                    bookmark=str(bookmark))
 
     def _scored(self, delta: Delta) -> list[inference_pb2.ScoredPosition]:
         def scored(token_id: int, logprob: float) -> inference_pb2.ScoredToken:

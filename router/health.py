@@ -23,15 +23,19 @@ HALF, RECOVERY = 0.5, 1.1
 FLOOR = 0.1
 TOGETHER_S = 0.25
 """Failures within this time of the first have one cause: a broken stream takes all its requests along."""
+MAX_WORKERS = 65_536
+"""Remembered; of more, those that were met first are strangers again."""
 OPEN_FIRST_S, OPEN_MAX_S = 1.0, 30.0
 """How long a circuit stays open; doubles each time its probe fails."""
 
 
 @dataclass(slots=True)
 class _Circuit:
-    boot_id: str
-    ramp_from: float
+    boot_id: str = ""
+    ramp_from: float = 0.0
     """When this boot was first seen; -inf: it was no fresh one."""
+    well: bool = False
+    """It has all of its share, and nothing is to be worked out."""
     share: float = 1.0
     failed_at: float = float("-inf")
     opened_at: float | None = None
@@ -46,11 +50,16 @@ class Health:
     def share(self, info: WorkerInfo, load: WorkerLoad, now: float) -> float:
         """Of what it could take; 0: its circuit is open. When that has been for long enough: as little as one request.
         """
-        circuit = self._circuit(info, load, now)
+        circuit = self._circuits.get(info.worker_id)
+        if circuit is None or circuit.boot_id != info.boot_id:
+            circuit = self._meet(info, load, now)
+        if circuit.well:
+            return 1.0
         if circuit.opened_at is not None:
             return 0.0 if now < circuit.opened_at + circuit.open_s else FLOOR / 100
-        ramp = START_SHARE + (1 - START_SHARE) * (now - circuit.ramp_from) / RAMP_S
-        return min(1.0, ramp) * circuit.share
+        ramp = min(1.0, START_SHARE + (1 - START_SHARE) * (now - circuit.ramp_from) / RAMP_S)
+        circuit.well = ramp * circuit.share == 1.0
+        return ramp * circuit.share
 
     def succeeded(self, worker_id: str) -> None:
         """It brought a token."""
@@ -66,7 +75,7 @@ class Health:
         circuit = self._circuits.get(worker_id)
         if circuit is None or now < circuit.failed_at + TOGETHER_S:
             return
-        circuit.failed_at = now
+        circuit.failed_at, circuit.well = now, False
         circuit.share *= HALF
         if circuit.opened_at is not None:  # the probe
             circuit.opened_at, circuit.open_s = now, min(OPEN_MAX_S, 2 * circuit.open_s)
@@ -74,12 +83,11 @@ class Health:
             circuit.opened_at = now
             self.metrics.inc("baton_circuits_opened_total", worker=worker_id)
 
-    def _circuit(self, info: WorkerInfo, load: WorkerLoad, now: float) -> _Circuit:
+    def _meet(self, info: WorkerInfo, load: WorkerLoad, now: float) -> _Circuit:
         """A new boot of a known worker keeps its record: one that crashes under every request is no better for it."""
-        circuit = self._circuits.get(info.worker_id)
-        if circuit is None:
-            circuit = self._circuits[info.worker_id] = _Circuit("", 0.0)
-        if circuit.boot_id != info.boot_id:
-            circuit.boot_id = info.boot_id
-            circuit.ramp_from = now if load.steps < FRESH_STEPS else float("-inf")
+        circuit = self._circuits.setdefault(info.worker_id, _Circuit())
+        circuit.boot_id, circuit.well = info.boot_id, False
+        circuit.ramp_from = now if load.steps < FRESH_STEPS else float("-inf")
+        while len(self._circuits) > MAX_WORKERS:
+            del self._circuits[next(iter(self._circuits))]
         return circuit

@@ -18,6 +18,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from baton.core.config import RouterConfig
 from baton.core.errors import BatonError, InternalError, InvalidRequest, NotFound, Overloaded, PeerLost
 from baton.router import replies
+from baton.router.bookmark import Bookmark, Place
 from baton.router.exposition import CONTENT_TYPE, Told, exposition
 from baton.router.generation import Generation, Job, new_request_id, shown
 from baton.router.limits import account_of
@@ -47,6 +49,10 @@ DISCARD_FACTOR = 4
 """Of a body that is too large, this many times the limit is read and thrown away: most clients only look for the
 answer when they have sent everything."""
 TENANT_HEADER = "x-baton-tenant"
+
+LAST_EVENT_ID = "last-event-id"
+PREFIXES = {Endpoint.CHAT: "chatcmpl", Endpoint.COMPLETIONS: "cmpl"}
+"""Of request ids."""
 
 log = logging.getLogger(__name__)
 
@@ -123,21 +129,23 @@ class _Generations:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_request_id("chatcmpl" if self._endpoint is Endpoint.CHAT else "cmpl")
-        exchange = _Exchange(send, request_id)
+        request = Request(scope, receive)
+        exchange = _Exchange(send, new_request_id(PREFIXES[self._endpoint]))
         try:
             if self._front.stopping.is_set:
                 raise _stopping()
-            call = await self._read(Request(scope, receive))
+            call = await self._read(request)
+            bookmark = self._bookmark(request, call, exchange)
             with self._bounded(receive, exchange):
-                await self._answer(call, exchange)
+                await self._answer(call, exchange, bookmark)
         except ClientDisconnect:
-            log.debug("request %s: its client left", request_id)
+            log.debug("request %s: its client left", exchange.request_id)
         except BatonError as e:
             await exchange.fail(e)
         except Exception:
-            log.exception("request %s failed", request_id)
-            await exchange.fail(InternalError(f"internal error. The router's log says more under {request_id}."))
+            log.exception("request %s failed", exchange.request_id)
+            why = f"internal error. The router's log says more under {exchange.request_id}."
+            await exchange.fail(InternalError(why))
 
     @contextmanager
     def _bounded(self, receive: Receive, exchange: _Exchange) -> Iterator[None]:
@@ -166,10 +174,27 @@ class _Generations:
         account = account_of(tenant, request.headers.get("authorization", ""))
         return replace(call, generate=replace(call.generate, tenant=tenant, account=account))
 
-    async def _answer(self, call: Call, exchange: _Exchange) -> None:
+    def _bookmark(self, request: Request, call: Call, exchange: _Exchange) -> Bookmark | None:
+        """Where the client is in a stream that it has lost: the reply is the rest of it, under its id."""
+        text = request.headers.get(LAST_EVENT_ID)
+        if not text:
+            return None
+        with self._front.generation.refusals_counted():
+            bookmark = Bookmark.parse(text, LAST_EVENT_ID)
+            if not re.fullmatch(f"{PREFIXES[self._endpoint]}-[0-9a-f]{{32}}", bookmark.request_id):
+                raise InvalidRequest(f"{LAST_EVENT_ID} is of another endpoint. Send it where the stream came from.",
+                                     LAST_EVENT_ID)
+            if not call.stream:
+                raise InvalidRequest(f"{LAST_EVENT_ID} resumes a stream. Send the same body again, with stream true.",
+                                     "stream")
+        exchange.request_id = bookmark.request_id
+        return bookmark
+
+    async def _answer(self, call: Call, exchange: _Exchange, bookmark: Bookmark | None) -> None:
         generation = self._front.generation
-        job = await generation.prepare(call.generate, exchange.request_id)
-        shape = replies.Shape(self._endpoint, exchange.request_id, int(self._front.unix_time()), call.model,
+        job = await generation.prepare(call.generate, exchange.request_id, bookmark)
+        created = bookmark.created if bookmark is not None else int(self._front.unix_time())
+        shape = replies.Shape(self._endpoint, exchange.request_id, created, call.model,
                               f"fp_{generation.codec.card.fingerprint[:12]}", call.include_usage,
                               job.request.sampling.logprobs is not None, generation.codec.spelled)
         await (self._stream if call.stream else self._collect)(job, shape, exchange)
@@ -183,13 +208,12 @@ class _Generations:
                     await exchange.whole(200, replies.encode(shape.whole(answers, delta.usage)))
 
     async def _stream(self, job: Job, shape: replies.Shape, exchange: _Exchange) -> None:
-        opened: set[int] = set()
-        async with aclosing(self._front.generation.run(job)) as deltas:
+        generation, request_id = self._front.generation, shape.request_id
+        bookmark = job.bookmark or Bookmark(request_id, shape.created, [Place() for _ in job.request.choices])
+        bookmark.where = lambda: generation.whereabouts(request_id)
+        async with aclosing(generation.run(job)) as deltas:
             async for delta in deltas:
-                news = shape.news(delta)
-                if delta.choice not in opened:
-                    news = shape.opening(delta.choice) + news
-                    opened.add(delta.choice)
+                news = shape.news(delta, bookmark)
                 if news or not exchange.started:
                     await exchange.event(news, last=delta.last)
 

@@ -122,25 +122,40 @@ class _ChoiceText:
         self._num_said = 0
         """Of these, not held back."""
         self._hidden: list[ShownToken] = []
+        self._held: tuple[int, TokenLogprob | None] | None = None
+        """A token that is silent if the text ends with it: known when another one follows, or the end. So what was said
+        after so many tokens does not depend on how they were bundled."""
 
     def take(self, chunk: TokenChunk) -> tuple[str, int, FinishReason | None]:
         """Text to say, how many of the tokens count, and the finish, if this is its end."""
         texts, used = [], 0
-        for token_id in chunk.token_ids:
+        for index, token_id in enumerate(chunk.token_ids):
+            texts.append(self._release())
+            if self._matcher.stopped:
+                break
             used += 1
-            ends_here = chunk.finish is FinishReason.STOP and used == len(chunk.token_ids)
-            if not (ends_here and token_id in self._silent_at_end):
-                if chunk.logprobs:
-                    self._hidden.append(ShownToken(token_id, self._num_read, chunk.logprobs[used - 1]))
-                texts.append(self._read(self._detokenizer.push(token_id)))
+            self._held = (token_id, chunk.logprobs[index] if chunk.logprobs else None)
+            if token_id not in self._silent_at_end:
+                texts.append(self._release())
             if self._matcher.stopped:
                 break
         finish = chunk.finish
+        if finish is not None and finish is not FinishReason.STOP:
+            texts.append(self._release())
         if finish is not None and not self._matcher.stopped:
             texts += [self._read(self._detokenizer.flush()), self._matcher.flush()]
         said = "".join(texts)
         self._num_said += len(said)
         return said, used, FinishReason.STOP if self._matcher.stopped else finish
+
+    def _release(self) -> str:
+        """The held token's text, as far as it can be said."""
+        if self._held is None:
+            return ""
+        (token_id, logprob), self._held = self._held, None
+        if logprob is not None:
+            self._hidden.append(ShownToken(token_id, self._num_read, logprob))
+        return self._read(self._detokenizer.push(token_id))
 
     def _read(self, piece: str) -> str:
         self._num_read += len(piece)

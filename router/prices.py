@@ -38,6 +38,9 @@ utilisation) in an M/G/1 queue that is busy three quarters of the time; 1 and 2 
 below it (docs/notes/0010)."""
 MAX_PRESSURE = 4.0
 """Computing costs at most so many times its time: beyond, hits are bought with queues (docs/notes/0010)."""
+STEPS_OUT = 1.5
+"""Decode steps that who arrives waits for: the one that runs, half of it on average, and the one scheduled behind it
+(docs/notes/0007)."""
 AWAY_S = 0.005
 """Where a session's KV is, the index says; what it does not say is worth about this."""
 
@@ -126,9 +129,13 @@ class Prices:
         chunk = worker.load.chunk_tokens
         num_chunks = -(-uncached // chunk)
         prefill_s = model.prefill_s(max(0, self.facts.num_tokens - uncached), uncached, chunk)
+        step_s, steps_out = model.step_s, 0.0
+        if worker.info.role is Role.DECODE and worker.num_sequences:  # its chunks share steps with all who decode
+            step_s, steps_out = model.decode_step_s(worker.num_sequences, worker.context_tokens), STEPS_OUT
+            prefill_s += num_chunks * (step_s - model.step_s)
         if queue_s is None:
-            queue_s = worker.queue_s(model)
-        return Way(worker, queue_s, prefill_s, num_chunks, num_chunks * model.step_s, uncached)
+            queue_s = worker.queue_s(model) + steps_out * step_s
+        return Way(worker, queue_s, prefill_s, num_chunks, num_chunks * step_s, uncached)
 
     def ahead_s(self, way: Way) -> float:
         """All that a prefill worker's part costs."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from baton.core.errors import BatonError
 from baton.core.request import FinishReason, TokenLogprob
+from baton.router.bookmark import Bookmark
 from baton.router.openai import Endpoint
 from baton.router.output import Delta, ShownToken, Usage
 
@@ -26,9 +27,14 @@ def encode(document: Any) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def event(document: Any) -> bytes:
-    """One server-sent event. JSON has no bare line feed, so one `data:` line holds it."""
-    return b"data: " + encode(document) + b"\n\n"
+def event(document: Any, bookmark: Bookmark | None = None) -> bytes:
+    """One server-sent event, and where its reader is after it. JSON has no bare line feed, so one `data:` line holds
+    it."""
+    return _id(bookmark) + b"data: " + encode(document) + b"\n\n"
+
+
+def _id(bookmark: Bookmark | None) -> bytes:
+    return f"id: {bookmark}\n".encode() if bookmark is not None else b""
 
 
 def error_body(error: BatonError) -> dict[str, Any]:
@@ -81,26 +87,36 @@ class Shape:
         choices = [self._answered(index, answer) for index, answer in enumerate(answers)]
         return {**self._head(kind), "choices": choices, "usage": usage_body(usage)}
 
-    def opening(self, index: int) -> bytes:
+    def news(self, delta: Delta, bookmark: Bookmark) -> bytes:
+        """What a delta adds to its choice, then why the choice ended, then, after the last one, usage where asked for
+        and [DONE]. Empty if it adds nothing to what the reader has, whose bookmark moves on with each event."""
+        place = bookmark.places[delta.choice]
+        said = b""
+        if not place.opened:
+            place.opened = True
+            said = self._opening(delta.choice, bookmark)
+        place.num_tokens += len(delta.token_ids)
+        place.said = delta.finish is not None
+        if self.logprobs and (delta.text or delta.shown):
+            said += self._event(delta.choice, self._piece(delta.text), self._scored(delta.shown), None, bookmark)
+        elif delta.text:
+            said += _id(bookmark) + self._spoken(delta.choice, delta.text)
+        if delta.finish is not None and not place.ended:
+            place.ended = True
+            nothing: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
+            said += self._event(delta.choice, nothing, None, delta.finish, bookmark)
+        if delta.last and self.include_usage and not bookmark.has_usage:
+            bookmark.has_usage = True
+            usage = {**self._head(self._chunk_object), "choices": [], "usage": usage_body(delta.usage)}
+            said += event(usage, bookmark)
+        return said + DONE if delta.last else said
+
+    def _opening(self, index: int, bookmark: Bookmark) -> bytes:
         """The first event of a chat's choice: who speaks. A completion has none."""
         if not self._is_chat:
             return b""
-        return self._event(index, {"delta": {"role": "assistant", "content": "", "refusal": None}}, None, None)
-
-    def news(self, delta: Delta) -> bytes:
-        """What a delta adds to its choice, then why the choice ended, then, after the last one, usage where asked for
-        and [DONE]. Empty if it adds nothing."""
-        said = b""
-        if self.logprobs and (delta.text or delta.shown):
-            said = self._event(delta.choice, self._piece(delta.text), self._scored(delta.shown), None)
-        elif delta.text:
-            said = self._spoken(delta.choice, delta.text)
-        if delta.finish is not None:
-            nothing: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-            said += self._event(delta.choice, nothing, None, delta.finish)
-        if delta.last and self.include_usage:
-            said += event({**self._head(self._chunk_object), "choices": [], "usage": usage_body(delta.usage)})
-        return said + DONE if delta.last else said
+        opening = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+        return self._event(index, opening, None, None, bookmark)
 
     @property
     def _is_chat(self) -> bool:
@@ -120,11 +136,11 @@ class Shape:
     def _piece(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}} if self._is_chat else {"text": text}
 
-    def _event(self, index: int, said: dict[str, Any], tokens: dict[str, Any] | None,
-               finish: FinishReason | None) -> bytes:
+    def _event(self, index: int, said: dict[str, Any], tokens: dict[str, Any] | None, finish: FinishReason | None,
+               bookmark: Bookmark | None = None) -> bytes:
         choice = {"index": index, **said, "logprobs": tokens, "finish_reason": finish.value if finish else None}
         usage = {"usage": None} if self.include_usage else {}
-        return event({**self._head(self._chunk_object), "choices": [choice], **usage})
+        return event({**self._head(self._chunk_object), "choices": [choice], **usage}, bookmark)
 
     def _spoken(self, index: int, text: str) -> bytes:
         """As `_event`, several times faster."""

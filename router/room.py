@@ -31,13 +31,14 @@ class Room:
 
     def is_open(self, facts: Facts, candidates: Candidates) -> bool:
         """Could some worker decode it, and some worker begin its prompt soon?"""
-        decode = [d for d, _ in self._with_slots(candidates.decode) if d.has_room(facts)]
+        decode = [(d, share) for d, share in self._with_slots(candidates.decode) if d.has_room(facts)]
         if not decode:
             return False
-        if any(d.uncached(facts.num_tokens) <= self.config.router.local_prefill_max_tokens for d in decode):
+        router = self.config.router
+        computing = self._with_slots(candidates.prefill) if candidates.prefill else decode
+        if any(self._queue_s(c) < share * router.worker_queue_s for c, share in computing):
             return True
-        computing = self._with_slots(candidates.prefill or decode)
-        return any(self._queue_s(c) < share * self.config.router.worker_queue_s for c, share in computing)
+        return any(d.uncached(facts.num_tokens) <= router.local_prefill_max_tokens for d, _ in decode)
 
     def narrowed(self, candidates: Candidates) -> Candidates:
         """Without workers that have no slot, as long as others of their role have."""

@@ -146,14 +146,14 @@ def test_the_command_prints_and_keeps_a_row_for_each_cell(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_a_public_trace_gives_the_published_cell() -> None:
-    """Cost on the synthetic trace, 4 workers, load 0.85: hit 0.344, mean 0.67 s, p99 3.14 s over five seeds of the
-    simulation that docs/routing.md compares with."""
+def test_on_a_public_trace_baton_is_no_worse_than_the_published_cost_policy() -> None:
+    """Synthetic trace, 4 workers, load 0.85. The simulation that docs/routing.md compares with gives hit 0.344, mean
+    0.665 s, p99 3.14 s over five seeds, to a policy that knows each queue and cache at every instant."""
     data = data_dir()
     trace = data / "traces/mooncake_synthetic_trace.jsonl.gz" if data else None
     if trace is None or not trace.is_file():
         pytest.skip("BATON_DATA has no public traces")
     cell = replay(read_trace(trace), Setup("fcfs", "cost", num_prefill=4, num_decode=1), 0.85)
-    assert cell.hit == pytest.approx(0.344, rel=0.05)
-    assert cell.mean_ttft_s == pytest.approx(0.665, rel=0.05)
-    assert cell.p99_ttft_s == pytest.approx(3.139, rel=0.05)
+    assert cell.hit > 0.95 * 0.344
+    assert cell.mean_ttft_s < 1.05 * 0.665
+    assert cell.p99_ttft_s < 1.05 * 3.139

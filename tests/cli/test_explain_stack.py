@@ -29,7 +29,8 @@ def test_a_client_finds_out_why_by_the_id_it_was_told(tmp_path: Path, baton: Bat
         assert (nothing.returncode, (tmp_path / "none.json").exists()) == (1, False), nothing.stderr
 
         def ask(number: int) -> str:
-            body = {"model": "hash", "prompt": f"Leg {number % 2} of the relay. " * 60, "max_tokens": 8}
+            body = {"model": "hash", "prompt": f"Leg {number % 2} of the relay. " * 60, "max_tokens": 8,
+                    "ignore_eos": True}  # fmt: skip
             reply = httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S)
             assert reply.json()["id"] == reply.headers["x-request-id"]
             return str(reply.headers["x-request-id"])

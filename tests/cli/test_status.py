@@ -16,7 +16,7 @@ def fleet() -> FleetStatus:
     for name in NAMES:
         worker = status.workers.add(state=WorkerState.Value("CONNECTING"))
         worker.info.worker_id, worker.info.address = name, "127.0.0.1:40000"
-        worker.ledger.free = 1456
+        worker.ledger.free, worker.load.model.num_decode_steps = 1456, 3
     status.pairs.add(prefill=NAMES[0], decode=NAMES[1], transport="shm", bytes_per_s=1.2e9)
     status.counters.add(name="baton_requests_total", value=3)
     return status

@@ -111,6 +111,8 @@ class EchoDispatcher:
     hang_after: int | None = None
     """Stay silent for ever once this many tokens of a choice are out."""
     requests: list[Request] = field(default_factory=list)
+    last_seen: list[str | None] = field(default_factory=list)
+    """Of each request, where it is said to have run."""
     cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
 
     def check_early(self, tenant: str, deadline_s: float) -> None:
@@ -120,8 +122,13 @@ class EchoDispatcher:
     def max_model_len(self) -> int:
         return MAX_MODEL_LEN
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+    def whereabouts(self, request_id: str) -> str:
+        return "worker/0" if request_id in self.cancelled else ""
+
+    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+        """Says everything from the start, as a source does that knows nothing of what was before."""
         self.requests.append(request)
+        self.last_seen.append(last_seen)
         left = self.cancelled.setdefault(request.request_id, asyncio.Event())
         turns = itertools.zip_longest(*(self._chunks(request, choice.index) for choice in request.choices))
         try:

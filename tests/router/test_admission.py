@@ -11,7 +11,7 @@ import pytest
 from baton.core.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Overloaded
 from baton.core.messages import Submit
 from baton.core.worker import WorkerLoad
-from baton.router.health import OPEN_FIRST_S, TOGETHER_S
+from baton.router.health import OPEN_FIRST_S, RAMP_S, TOGETHER_S
 from tests.router.fake_fleet import (
     Act,
     Script,
@@ -214,6 +214,39 @@ def test_who_was_refused_and_comes_back_when_told_is_let_in() -> None:
             free(full, 60)
             assert await fleet.answer(request("late", deadline_s=1.8, max_tokens=2))
             await asyncio.gather(*tasks)
+
+    simulate(main)
+
+
+def test_a_stream_that_was_begun_at_another_router_is_not_refused() -> None:
+    async def main() -> None:
+        full = worker()
+        async with ScriptedFleet(full, max_queued=1) as fleet:
+            tasks = await ask_all(fleet, "waits")
+            with pytest.raises(Overloaded):
+                await fleet.answer(request("new"))
+            resumed = fleet.dispatcher.generate(request("begun"), last_seen="d0")
+            assert (await anext(resumed)).token_ids == tuple(expected(request("begun"))[:1])
+            await resumed.aclose()
+            free(full, 60)
+            await asyncio.gather(*tasks)
+
+    simulate(main)
+
+
+def test_a_fresh_worker_gets_a_part_of_its_places_at_first_and_then_all() -> None:
+    async def main() -> None:
+        fresh = worker(free=SLOTS, script=lambda submit: iter([]))
+        fresh.load = replace(fresh.load, steps=0)
+        async with ScriptedFleet(fresh) as fleet:
+            tasks = await ask_all(fleet, *(f"r{i}" for i in range(100)))
+            first = len(fresh.submits)
+            assert 0.2 * SLOTS < first < 0.35 * SLOTS
+            await asyncio.sleep(RAMP_S)
+            assert len(fresh.submits) > first, "the rest comes by and by, whoever has ended"
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     simulate(main)
 

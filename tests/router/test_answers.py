@@ -112,7 +112,7 @@ def test_an_error_ends_all_answers(tmp_path: Path) -> None:
         async with open_front(tmp_path, source) as world, httpx.AsyncClient() as client:
             body = {"model": MODEL, "messages": HI, "n": 2, "stream": True}
             reply = await client.post(world.url + "/v1/chat/completions", json=body)
-            events = [json.loads(e.removeprefix("data: ")) for e in reply.text.split("\n\n")[:-2]]
+            events = [json.loads(e.partition("data: ")[2]) for e in reply.text.split("\n\n")[:-2]]
             assert "broken" in events[-1]["error"]["message"]
             assert reply.text.endswith("data: [DONE]\n\n")
             finished = [e["choices"][0]["index"] for e in events[:-1] if e["choices"][0]["finish_reason"]]
@@ -146,7 +146,7 @@ def test_a_chats_log_probs_come_with_its_text_whole_or_streamed(tmp_path: Path, 
                 for entry, token_id in zip(content, script, strict=True):
                     check_chat_entry(entry, token_id, count)
             reply = await client.post(world.url + "/v1/chat/completions", json=body | {"stream": True})
-            events = [json.loads(e.removeprefix("data: ")) for e in reply.text.split("\n\n")[:-2]]
+            events = [json.loads(e.partition("data: ")[2]) for e in reply.text.split("\n\n")[:-2]]
             for choice in whole:
                 own = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
                 pieces = [c["logprobs"]["content"] for c in own if c["logprobs"]]
@@ -178,7 +178,7 @@ def test_a_completions_log_probs_are_lists_beside_its_text(tmp_path: Path, chunk
                 assert len(top) == 2
             assert any(token.startswith("bytes:") for token in known["tokens"]), "the rocket has more than one token"
             reply = await client.post(world.url + "/v1/completions", json=body | {"stream": True})
-            parts = [json.loads(e.removeprefix("data: "))["choices"][0] for e in reply.text.split("\n\n")[:-2]]
+            parts = [json.loads(e.partition("data: ")[2])["choices"][0] for e in reply.text.split("\n\n")[:-2]]
             for name in known:
                 assert [x for part in parts if part["logprobs"] for x in part["logprobs"][name]] == known[name]
             body["logprobs"] = 0
@@ -197,7 +197,7 @@ def test_tokens_of_a_stop_string_have_no_log_probs(tmp_path: Path, stream: bool,
             body = {"model": MODEL, "messages": HI, "logprobs": True, "stop": "; te", "stream": stream}
             reply = await client.post(world.url + "/v1/chat/completions", json=body)
             if stream:
-                events = [json.loads(e.removeprefix("data: ")) for e in reply.text.split("\n\n")[:-2]]
+                events = [json.loads(e.partition("data: ")[2]) for e in reply.text.split("\n\n")[:-2]]
                 found = [e["choices"][0]["logprobs"] for e in events]
                 content = [t for known in found if known for t in known["content"]]
             else:
@@ -210,7 +210,7 @@ def test_tokens_of_a_stop_string_have_no_log_probs(tmp_path: Path, stream: bool,
 @pytest.mark.parametrize("wrong", [(), (scored(5, 1), scored(6, 1))])
 def test_tokens_without_the_log_probs_they_should_have_are_a_workers_bug(tmp_path: Path, wrong: tuple[Any]) -> None:
     class Careless(EchoDispatcher):
-        async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
             yield TokenChunk(request.request_id, 1, 0, (5,), logprobs=wrong)
 
     async def scenario() -> None:
@@ -230,7 +230,7 @@ class Relay(EchoDispatcher):
 
     baton_at = 0
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
         async for chunk in super().generate(request):
             kept = max(0, min(self.baton_at - chunk.first_index, len(chunk.token_ids)))
             if kept:

@@ -12,7 +12,7 @@ import pytest
 from baton.core.step_model import StepModel
 from baton.core.worker import WorkerLoad
 from baton.router.policy import Candidate, Facts
-from baton.router.prices import MAX_PRESSURE, PRESSURE_RISE, Prices
+from baton.router.prices import MAX_PRESSURE, PRESSURE_RISE, STEPS_OUT, Prices
 from tests.router.fake_fleet import BLOCK
 from tests.router.offers import choose, cost_policy, fleet, worker
 
@@ -103,6 +103,16 @@ def test_a_decode_worker_that_never_prefilled_is_priced_with_its_peers_speed() -
     fresh = dataclasses.replace(FAST, token_s=1.0, num_prefill_steps=0)
     told = terms(400, worker("p0", "beef", prefill_tokens_per_s=200.0), like(worker("d0"), fresh))
     assert told["prefill"] == pytest.approx(FAST.step_s + 400 / 200.0)
+
+
+def test_a_prompt_computed_where_others_decode_shares_its_steps_with_them() -> None:
+    """Each of its chunks takes as long as their step and its own tokens, and the steps that are out come first."""
+    told = terms(512, like(worker("d0", sequences=10), context_tokens=80_000, chunk_tokens=128))
+    step_s = FAST.decode_step_s(10, 80_000)
+    assert told["queue"] == pytest.approx(STEPS_OUT * step_s)
+    own_s = FAST.prefill_s(0, 512, 512) - FAST.step_s
+    assert told["prefill"] == pytest.approx(own_s + 4 * step_s)
+    assert told["stall"] == pytest.approx(10 * own_s), "their steps they had anyway"
 
 
 def test_what_is_coming_counts_as_held_where_it_is_computed() -> None:

@@ -159,7 +159,7 @@ async def streamed(doors: Doors) -> tuple[int, str]:
             return reply.status_code, reply.json()["error"]["code"]
         last, done = reply.text.split("\n\n")[-3:-1]
         assert done == "data: [DONE]"
-        return 504, json.loads(last.removeprefix("data: "))["error"]["code"]
+        return 504, json.loads(last.partition("data: ")[2])["error"]["code"]
 
 
 async def by_grpc(doors: Doors) -> tuple[int, str]:
@@ -212,7 +212,7 @@ def test_a_calls_own_deadline_frees_its_request_too(tmp_path: Path, point: str) 
 class Endless(EchoDispatcher):
     """Says more than any socket's buffers take."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)
         left = self.cancelled.setdefault(request.request_id, asyncio.Event())
         try:

@@ -140,7 +140,7 @@ def test_a_client_of_a_moved_request_waits_no_longer_than_a_few_steps() -> None:
         came: list[float] = []
 
         async def read() -> None:
-            async for chunk in s.network.ask("client", s.router.name, "generate", request=asked):
+            async for chunk in s.network.ask("client", s.router.name, "generate", request=asked, last_seen=None):
                 assert isinstance(chunk, TokenChunk)
                 came.append(s.loop.now)
 
