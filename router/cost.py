@@ -23,7 +23,7 @@ import bisect
 import heapq
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
 from baton.core.config import RouterConfig
@@ -67,7 +67,7 @@ class CostPolicy:
         decode = [d for d in candidates.decode if d.has_room(facts)] or list(candidates.decode)
         if not decode:
             return None
-        search = _Search(Prices(facts, self._config, candidates), decode, self._rng.getrandbits(32) | 1)
+        search = _Search(Prices(facts, self._config, candidates), decode, self._rng)
         found = search.cheapest()
         chosen, others = found[0], found[1:]
         prices, way = search.prices, chosen.way
@@ -88,11 +88,10 @@ class CostPolicy:
 class _Search:
     """The cheapest options for one request."""
 
-    def __init__(self, prices: Prices, decode: Sequence[Candidate], odd: int) -> None:
-        """`odd`: any odd number. It puts equals in an order that no two routers share."""
+    def __init__(self, prices: Prices, decode: Sequence[Candidate], rng: random.Random) -> None:
         self.prices = prices
-        self._ways = _in_order(((prices.ahead_s(way), way) for way in map(prices.way, prices.candidates.prefill)), odd)
-        self._places = _in_order(((place.after_s, place) for place in map(prices.place, decode)), odd)
+        self._ways = _in_order([(prices.ahead_s(w), w) for w in map(prices.way, prices.candidates.prefill)], rng)
+        self._places = _in_order([(place.after_s, place) for place in map(prices.place, decode)], rng)
         self._converts = not self._is_uniform() and not any(
             self._fits(way, place) and alike(way.worker, place.worker)
             for _, place in self._places for _, way in self._ways
@@ -178,10 +177,14 @@ class _Search:
         return len({w.info.capability.layout.dtype for w in workers}) == 1
 
 
-def _in_order(priced: Iterable[tuple[float, T]], odd: int) -> list[tuple[float, T]]:
-    """Cheapest first, equals as `odd` has it."""
-    keyed = sorted((cost_s, i * odd & 0xFFFFFFFF, one) for i, (cost_s, one) in enumerate(priced, 1))
-    return [(cost_s, one) for cost_s, _, one in keyed]
+def _in_order(priced: list[tuple[float, T]], rng: random.Random) -> list[tuple[float, T]]:
+    """Cheapest first. Equals begin at any of them, so that equal routers do not all pick the first."""
+    turn = rng.getrandbits(32) % len(priced) if priced else 0
+    return sorted(priced[turn:] + priced[:turn], key=_first)
+
+
+def _first(priced: tuple[float, object]) -> float:
+    return priced[0]
 
 
 def _cost_s(option: _Option) -> float:

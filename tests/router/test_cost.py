@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from baton.core.config import RouterConfig
@@ -103,6 +105,14 @@ def test_a_worker_that_has_measured_nothing_is_priced_like_its_peers() -> None:
 def test_equal_prices_are_spread_by_the_seed() -> None:
     policy, idle = cost_policy(), [worker("p0"), *(worker(f"d{i}") for i in range(3))]
     assert {choose(policy, 50, *idle).decode for _ in range(50)} == {"d0", "d1", "d2"}
+
+
+def test_every_pair_of_equal_workers_has_its_turn_and_none_of_them_twice_as_often_as_it_should() -> None:
+    policy, idle = cost_policy(), [*(worker(f"p{i}") for i in range(4)), *(worker(f"d{i}") for i in range(4))]
+    routes = [choose(policy, 500, *idle) for _ in range(1600)]
+    counts = Counter((route.prefill and route.prefill.worker_id, route.decode) for route in routes)
+    assert len(counts) == 16
+    assert max(counts.values()) < 200
 
 
 def test_the_reason_names_the_choice_its_terms_and_the_next_best() -> None:
