@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "usage": {"stream_options": {"include_usage": True}},
     "stop string": {"stop": ["STOP"], "stream_options": {"include_usage": True}},
     "stop at the end": {"stop": ["rest"]},
+    "held back to the end": {"stop": ["rest!"]},
     "choices": {"n": 3, "stream_options": {"include_usage": True}},
     "log-probs": {"logprobs": 2, "stop": ["STOP"]},
     "cut": {"max_tokens": 7},
