@@ -158,7 +158,9 @@ class Dispatcher:
     # ---- admission ----
 
     def _admit(self, request: Request, last_seen: str | None) -> Run:
-        if last_seen is not None and (before := self._live.pop(request.request_id, None)) is not None:
+        before = self._live.get(request.request_id)
+        if last_seen is not None and before is not None and before.request.tenant == request.tenant:
+            del self._live[request.request_id]
             before.fail(Cancelled("its client reads on over another connection"), "cancel")
         if len(self._live) >= self._config.max_inflight:
             raise self._too_many()

@@ -173,7 +173,8 @@ class Generation:
             raise InvalidRequest(f"timeout_s is {call.timeout_s!r}; it must be a positive number of seconds.",
                                  "timeout_s")
         deadline_s = min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
-        self._tokens.check_early(call.tenant, deadline_s)
+        if bookmark is None:  # else it was let in at another router
+            self._tokens.check_early(call.tenant, deadline_s)
         prompt = await self._encode(call.prompt)
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),

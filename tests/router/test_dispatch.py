@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -418,6 +419,20 @@ def test_attempts_that_all_fail_end_with_the_last_error() -> None:
             with pytest.raises(PeerLost, match="failed 3 times"):
                 await fleet.answer(request())
             assert fleet.dispatcher.traces.get("r").outcome == "peer_lost"  # type: ignore[union-attr]
+
+    simulate(main)
+
+
+def test_nobody_reads_on_where_another_tenant_reads() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0", script=mute)) as fleet:
+            theirs = asyncio.ensure_future(fleet.answer(request()))
+            await asyncio.sleep(1)
+            mine = dataclasses.replace(request(), tenant="another")
+            with pytest.raises(InvalidRequest, match="is running"):
+                await anext(fleet.dispatcher.generate(mine, last_seen="d0"))
+            assert not theirs.done()
+            theirs.cancel()
 
     simulate(main)
 
