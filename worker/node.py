@@ -173,12 +173,15 @@ class WorkerNode:
         if call.mode is LendMode.CACHED:
             return CachedLending(parts, call, seq)
         lease = parts.leases.grant(call, parts.worker_id, parts.boot_id, parts.clock())
-        return ComputeLending(parts, call, seq, lease, lambda: self._tell_taken(call))
+        return ComputeLending(parts, call, seq, lease, lambda: self._tell_taken(call.router_id, call.epoch))
 
-    def _tell_taken(self, call: PrefillCall) -> None:
+    def _tell_taken(self, router_id: str, epoch: int) -> None:
+        """Its router with whatever is said next, the others soon."""
         for outbox in self._outboxes:
-            if outbox.router_id == call.router_id:
-                outbox.take(call.epoch)
+            if outbox.router_id == router_id:
+                outbox.take(epoch)
+            else:
+                outbox.flush_soon()
 
     def _running_intake(self, call: PrefillCall) -> Intake:
         running = call.running
@@ -240,7 +243,7 @@ class WorkerNode:
             outbox.close()
 
     def _submit(self, submit: Submit, outbox: Outbox) -> None:
-        outbox.take(submit.epoch)
+        self._tell_taken(outbox.router_id, submit.epoch)
         request, log = submit.request, TokenLog(submit, outbox)
         try:
             if self._intake(request.request_id, outbox.router_id, submit.epoch) is not None:

@@ -16,6 +16,9 @@ from baton.core.messages import KVEvents, KVSnapshot, StepMessage, TokenChunk
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 65_536
+NEWS_S = 0.02
+"""Routers hear of each other's new work within this time: a step can be twenty times as long, and until they know they
+all send to the same idle worker."""
 
 
 class Outbox:
@@ -30,6 +33,7 @@ class Outbox:
         self._snapshot: KVSnapshot | None = None
         self._taken: list[int] = []
         self._ready = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         self.router_id = ""
         """Who reads it, once it said so."""
         self.greeted = False
@@ -70,8 +74,14 @@ class Outbox:
         if self._chunks or self._events or self.closed or even_empty:
             self._ready.set()
 
+    def flush_soon(self) -> None:
+        """The load is news, but for no more than one message every NEWS_S."""
+        if self._soon is None and not self.closed:
+            self._soon = asyncio.get_running_loop().call_later(NEWS_S, self.flush, True)
+
     def close(self) -> None:
         self.closed = True
+        self._hush()
         self._ready.set()
 
     async def next(self, heartbeat_s: float) -> StepMessage | None:
@@ -83,6 +93,7 @@ class Outbox:
         except TimeoutError:
             heartbeat = True
         self._ready.clear()
+        self._hush()
         if self.closed and not self._chunks:
             return None
         chunks, self._chunks = tuple(self._chunks), []
@@ -90,3 +101,9 @@ class Outbox:
         snapshot, self._snapshot = self._snapshot, None
         taken, self._taken = tuple(self._taken), []
         return self._compose(chunks=chunks, kv_events=events, snapshot=snapshot, taken=taken, heartbeat=heartbeat)
+
+    def _hush(self) -> None:
+        """Whatever is said now holds the news."""
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None

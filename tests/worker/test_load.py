@@ -70,6 +70,26 @@ def test_another_router_hears_of_the_load_and_not_of_the_attempt() -> None:
     play(story)
 
 
+def test_routers_hear_of_each_others_work_while_a_long_step_runs() -> None:
+    async def story(bench: Bench) -> None:
+        prefill, decode = bench.prefill[0], bench.decode[0]
+        mine = {machine.worker_id: Listening(machine, bench, "r1") for machine in (prefill, decode)}
+        others = {machine.worker_id: Listening(machine, bench, "r2") for machine in (prefill, decode)}
+        await asyncio.sleep(0.1)
+        assert prefill.runner is not None
+        prefill.runner.slowness = 50.0  # longer than a heartbeat
+        heard = mine[decode.worker_id].submit(request("a", PROMPT), 3, prefill=prefill)
+        told = {name: len(stream.messages) for name, stream in others.items()}
+        await asyncio.sleep(0.1)
+        for name, stream in others.items():
+            (news,) = stream.messages[told[name] :]
+            assert news.load.num_waiting + news.load.num_running + news.load.num_arriving == 1
+        prefill.runner.slowness = 1.0
+        await heard.ended()
+
+    play(story)
+
+
 def test_a_prompt_that_first_fetches_its_prefix_is_taken_when_it_waits_to_be_computed() -> None:
     async def story(bench: Bench) -> None:
         holder, decode = bench.decode
