@@ -23,7 +23,9 @@ from baton.core.config import child_env
 from baton.core.errors import SetupError
 
 RESTART_S = 0.2
-STOP_GRACE_S = 8.0
+STOP_GRACE_S = 18.0
+"""A worker that was told to stop may still keep what a killed router had begun (router.orphan_window_s), and then what
+it lends to a killed reader (handoff.lease_ttl_s)."""
 _TAIL_BYTES = 2000
 
 
