@@ -27,26 +27,44 @@ after 5 s of silence the kernel asks for it every 5 s."""
 PROBE_S = 5
 
 
-class _Protocol(HttpToolsProtocol):
-    """llhttp sets no limit to the head of a request; a client that never ends it would fill our memory."""
+class _Pipelined(Exception):
+    """A request came before the one ahead of it was answered."""
 
-    _in_head = False
-    _head_bytes = 0
-    """Received since there was last no head under way."""
+
+class _Protocol(HttpToolsProtocol):
+    """One request at a time, and a bound on what is no body: llhttp has none for heads, trailers and chunk extensions,
+    and a client that never ends them would fill our memory. Requests in a pipeline are refused: no client of these
+    APIs sends them, and while one waits its client's going would not be heard."""
+
+    _in_message = False
+    _num_bytes = 0
+    """Received since the message under way last brought a part of its body, or its head."""
 
     def data_received(self, data: bytes) -> None:
+        self._num_bytes += len(data)
         super().data_received(data)
-        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
-        if self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The head of the request has more than {MAX_HEADER_BYTES} bytes.")
+        if not self._in_message:
+            self._num_bytes = 0
+        elif self._num_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"More than {MAX_HEADER_BYTES} bytes of headers.")
 
     def on_message_begin(self) -> None:
-        self._in_head = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            raise _Pipelined
+        self._in_message = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._num_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):

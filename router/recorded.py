@@ -79,6 +79,8 @@ def document(record: TraceRecord) -> dict[str, Any]:
 def decision_document(decision: Decision) -> dict[str, Any]:
     told = decision.candidates
     names = {c.info.worker_id for c in (*told.decode, *told.prefill, *told.holders)}
+    if decision.moved_from is not None:
+        names.add(decision.moved_from.worker_id)
     return {
         "facts": plain(decision.facts),
         **{name: [_candidate(c, names) for c in getattr(told, name)] for name in _OFFERED},
