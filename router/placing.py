@@ -174,16 +174,23 @@ class Placing:
         held = self._held(hashes)
         coming = _merged([fleet.coming.match(chain) for chain in hashes.values()])
 
+        now = asyncio.get_running_loop().time()
+
         def able(candidate: Candidate) -> bool:
             info = candidate.info
             return info.worker_id not in run.avoided and context_limit(info.capability) > longest
 
-        def offered(role: Role, has_room: Callable[[Candidate], bool]) -> list[Candidate]:
-            preferred = None if self._decider.compares_all else has_room
-            return fleet.candidates(role, held, coming, able, preferred, facts.home)
+        def trusted(candidate: Candidate) -> bool:
+            return able(candidate) and self.health.share(candidate.info, candidate.load, now) > 0
 
-        decode = offered(Role.DECODE, lambda d: d.has_room(facts))
-        return Candidates(decode, offered(Role.PREFILL, lambda _: True), fleet.fits, fleet.holders(held))
+        def offered(role: Role, has_room: Callable[[Candidate], bool]) -> list[Candidate]:
+            """Of a large fleet only few are offered: who is not trusted shall not take their places."""
+            preferred = None if self._decider.compares_all else has_room
+            return (fleet.candidates(role, held, coming, trusted, preferred, facts.home)
+                    or fleet.candidates(role, held, coming, able, preferred, facts.home))
+
+        decode = offered(Role.DECODE, lambda d: d.has_room(facts) and self._room.has_slot(d))
+        return Candidates(decode, offered(Role.PREFILL, self._room.has_slot), fleet.fits, fleet.holders(held))
 
     def _facts(self, run: Run, num_tokens: int) -> Facts:
         request, delivery = run.request, run.delivery
@@ -203,7 +210,7 @@ class Placing:
     async def _turn(self, run: Run) -> None:
         """Let those go first who came or were refused before. Who was running goes on at once: he has waited already.
         Once it is its turn, nothing waits before it is sent."""
-        if run.attempt is None:
+        if not run.let_in:
             await self.admission.turn(run)
         give_up = min(run.deadline, (run.refused_since or run.arrived) + REFUSED_WAIT_S)
         if run.num_failures or await self._line.turn(run.request.request_id, give_up):

@@ -40,6 +40,11 @@ class Room:
             return True
         return any(d.uncached(facts.num_tokens) <= router.local_prefill_max_tokens for d, _ in decode)
 
+    def has_slot(self, candidate: Candidate) -> bool:
+        """May it get one more? Of a large fleet, a shortlist prefers those that may: the idlest may all be broken."""
+        share = self.health.share(candidate.info, candidate.load, asyncio.get_running_loop().time())
+        return share > 0 and candidate.num_sequences < self._slots(candidate, share)
+
     def narrowed(self, candidates: Candidates) -> Candidates:
         """Without workers that have no slot, as long as others of their role have."""
         decode, prefill = (
