@@ -214,7 +214,7 @@ def test_a_row_gets_the_same_bits_in_any_batch(weights: str, kv: str, isa: str, 
     check_mixes(files, 64, (1, 15, 17, 40, 70), 40, quantization=weights, kv_dtype=kv, isa=isa)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 4, 5])
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_more_rows_than_a_product_takes_at_once_get_the_same_bits(
     weights: str, threads: int, files: ModelFiles

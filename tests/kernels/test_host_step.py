@@ -70,8 +70,10 @@ def model() -> Model:
 class Run:
     """One step over TOKENS, prefix of one sequence, of which the rows of `sampled` are sampled."""
 
-    def __init__(self, model: Model, ops: Sequence[library.Op], sampled: Sequence[int] = (18,)) -> None:
-        self.num_rows, self.logits = len(TOKENS), np.zeros((len(sampled), VOCABULARY), np.float32)
+    def __init__(
+        self, model: Model, ops: Sequence[library.Op], sampled: Sequence[int] = (18,), num_rows: int = len(TOKENS)
+    ) -> None:
+        self.num_rows, self.logits = num_rows, np.zeros((len(sampled), VOCABULARY), np.float32)
         self.layers_done, self.largest = np.zeros(1, np.int32), np.zeros(len(sampled), np.int32)
         self._lib = library.load()
         self._program = library.new_program("scalar", model.shape(), ops, model.matrices)
@@ -80,7 +82,7 @@ class Run:
         self._arrays = [np.array(a, np.int32) for a in (TOKENS, [0, self.num_rows, 0, 0], [1, 0], sampled)]
         places = [a.ctypes.data for a in self._arrays] + [
             a.ctypes.data for a in (self._pool, self.logits, self.largest, self.layers_done)]
-        self._batch = library.Batch(*places, self.num_rows, 1, len(sampled), 0)
+        self._batch = library.Batch(*places, self.num_rows, int(num_rows > 0), len(sampled), 0)
 
     def go(self, first_op: int = 0) -> int:
         return int(self._lib.baton_step(self._program, self._team, self._batch, first_op))
@@ -146,6 +148,12 @@ def test_a_step_that_samples_nothing_ends_when_the_last_layer_is_stored(model: M
     run = Run(model, model.ops(), sampled=())
     assert run.go() == len(model.ops())
     assert int(run.layers_done[0]) == LAYERS
+    run.close()
+
+
+def test_a_step_of_no_rows_is_over_at_once(model: Model) -> None:
+    run = Run(model, model.ops(), sampled=(), num_rows=0)
+    assert run.go() == len(model.ops())
     run.close()
 
 

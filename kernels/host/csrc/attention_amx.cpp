@@ -11,7 +11,8 @@
 // Keys go in chunks of kChunk from position 0 on. Sums of scores begin at minus the lane's reference, which is the
 // greatest score of its first chunk, and moves to that of a later one only if weights there add up to more than kMost.
 // Nothing crosses lanes, and a lane whose queries see nothing of a chunk, or only its first keys, gets weights that are
-// exactly 0 for the rest: its bits are those of a query alone. Slots that nobody has written are read as 0 in V and
+// exactly 0 for the rest: its bits are those of a query alone, as long as K and V are finite (0 times a NaN is none).
+// Scores that lie more than 1e5 above all of the first chunk's lose bits to the reference. Slots that nobody has written are read as 0 in V and
 // masked in the scores.
 //
 // What makes it fast (measured on Sapphire Rapids): of three tiles of queries one gets scores, one turns its scores

@@ -90,6 +90,7 @@ void weigh_row(const float* logits, int n, float most, float temperature, float*
 }
 
 // A maximum loses a NaN, 0 * NaN does not; 0 * infinity is NaN too, and then plain code looks again.
+// What is streamed past the caches is ordered by the locked count with which a task of the team ends.
 float keep_logits_row(const float* logits, int n, bool far, float* out) {
   const bool stream = far && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   Reg most = Vec::set(logits[0]), zeros = Vec::zero();

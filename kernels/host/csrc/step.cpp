@@ -146,7 +146,8 @@ Activations Step::rounded(const BatonMatrix& w) const {
 
 RowShares::RowShares(int rows, int num_threads) : rows(rows) {
   const int most = std::max(1, std::min(num_threads, rows / kLeastShareRows));
-  each = ((rows + most - 1) / most + 31) / 32 * 32;  // in pairs of AMX tiles
+  each = (std::max(rows, 1) + most - 1) / most;
+  each = (each + 31) / 32 * 32;  // in pairs of AMX tiles
   count = (rows + each - 1) / each;
 }
 
