@@ -10,7 +10,8 @@ Life of a request here:
    the queue is full, or if by the measured rate (drain_rate.py) it would wait too long or end past its deadline
 2. `turn`: it goes at once if nobody waits and a worker has room, else it takes a seat
 3. `look`, whenever a worker may have got room: the first in order goes, one at a time, so that each sees what those
-   before it were given
+   before it were given. While it needs more memory than any worker has free, smaller ones behind it go first; not for
+   ever: then what becomes free is left for it
 4. `ended`: what it turned out to cost is learnt
 """
 
@@ -26,27 +27,33 @@ from baton.core.metrics import Metrics
 from baton.router.drain_rate import DrainRate
 from baton.router.fair_queue import FairQueue, Seat
 from baton.router.run import Run
+from baton.router.waiting import MAX_OVERTAKEN
 
 MARGIN = 1.25
 """A predicted wait is taken to be so many times longer: who is let in should not be sent away later."""
 PATIENCE = 2.0
 """Who was let in waits for up to so many times `max_queue_wait_s`: the rate may fall meanwhile."""
 RETRY_MAX_S = 60.0
+MAX_PASSED = 8
+"""So many that are too large may be passed at a time: each is asked about at each look."""
 
 
 class _Waiter:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.granted = asyncio.get_running_loop().create_future()
+        self.overtaken = 0
 
 
 class Admission:
-    def __init__(self, config: RouterConfig, metrics: Metrics, is_open: Callable[[Run], bool]) -> None:
+    def __init__(self, config: RouterConfig, metrics: Metrics, is_open: Callable[[Run], bool],
+                 is_too_large: Callable[[Run], bool]) -> None:
         """`is_open`: could a worker take this request now, and begin soon? True if nobody will say better by
-        waiting."""
+        waiting. `is_too_large`: it lacks nothing but memory."""
         self._config = config
         self._metrics = metrics
         self._is_open = is_open
+        self._is_too_large = is_too_large
         self._queue: FairQueue[_Waiter] = FairQueue(config.tenants)
         self._rate = DrainRate()
         self._going: Seat[_Waiter] | None = None
@@ -83,6 +90,7 @@ class Admission:
         seat = self._queue.enter(run.request.tenant, tokens, _Waiter(run))
         self._observe()
         try:
+            self.look()  # it may be smaller than those before it
             async with asyncio.timeout_at(until):
                 await seat.waiter.granted
         except TimeoutError:
@@ -97,14 +105,16 @@ class Admission:
 
     def look(self) -> None:
         """Some worker may have room now."""
-        first = self._queue.first
-        if first is None or self._going is not None or not self._is_open(first.waiter.run):
+        if self._going is not None:
             return
-        self._going = first
-        self._queue.leave(first)
-        self._rate.went(first.tokens, asyncio.get_running_loop().time())
-        if not first.waiter.granted.done():
-            first.waiter.granted.set_result(None)
+        seat = self._next()
+        if seat is None:
+            return
+        self._going = seat
+        self._queue.leave(seat)
+        self._rate.went(seat.tokens, asyncio.get_running_loop().time())
+        if not seat.waiter.granted.done():
+            seat.waiter.granted.set_result(None)
 
     def ended(self, run: Run) -> None:
         """It has all its tokens."""
@@ -114,9 +124,11 @@ class Admission:
         self._rate.ended(round(run.delivery.num_output_tokens / num_choices), service_s)
 
     def retry_after_s(self, tokens: float) -> float:
-        """When so many tokens' worth of those that wait will have gone; whole seconds, as HTTP wants them."""
+        """When so many tokens' worth of those that wait will have gone; whole seconds, as HTTP wants them. While nobody
+        goes, no sooner than after as long again."""
         now = asyncio.get_running_loop().time()
-        return min(RETRY_MAX_S, max(1.0, math.ceil(self._rate.wait_s(round(tokens), now))))
+        wait_s = max(self._rate.wait_s(round(tokens), now), self._rate.stalled_s(now))
+        return min(RETRY_MAX_S, max(1.0, math.ceil(wait_s)))
 
     def _refuse(self, tenant: str, deadline_s: float, service_s: float) -> None:
         queued, limit_s = len(self._queue), self._config.max_queue_wait_s
@@ -134,6 +146,20 @@ class Admission:
 
     def _goes_at_once(self, run: Run) -> bool:
         return not self._queue and self._going is None and self._is_open(run)
+
+    def _next(self) -> Seat[_Waiter] | None:
+        """Whose turn it is; None: a worker must get room first."""
+        passed: list[_Waiter] = []
+        for seat in self._queue.head(MAX_PASSED):
+            waiter = seat.waiter
+            if self._is_open(waiter.run):
+                for other in passed:
+                    other.overtaken += 1
+                return seat
+            if waiter.overtaken >= MAX_OVERTAKEN or not self._is_too_large(waiter.run):
+                return None
+            passed.append(waiter)
+        return None
 
     def _gone(self, seat: Seat[_Waiter]) -> None:
         if self._going is seat:

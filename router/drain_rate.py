@@ -24,6 +24,8 @@ class DrainRate:
     _tokens: float = 0.0
     _busy_s: float = 0.0
     _busy_since: float | None = None
+    _went_at: float = 0.0
+    """When somebody went last, or began to wait where nobody did."""
     _output_tokens: float = 0.0
     """Of a request; 0 until one has ended."""
     _token_s: float = 0.0
@@ -42,6 +44,10 @@ class DrainRate:
         self._pass(now)
         return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
 
+    def stalled_s(self, now: float) -> float:
+        """So long somebody waits and nobody has gone."""
+        return 0.0 if self._busy_since is None else now - self._went_at
+
     def service_s(self, request: Request) -> float:
         """From dispatch to the last token; 0 until one has ended."""
         return self._token_s * self._outputs(request)
@@ -49,11 +55,14 @@ class DrainRate:
     def waiting(self, somebody: bool, now: float) -> None:
         """Somebody waits from now on, or nobody does."""
         self._pass(now)
+        if self._busy_since is None:
+            self._went_at = now
         self._busy_since = now if somebody else None
 
     def went(self, tokens: int, now: float) -> None:
         self._pass(now)
         self._tokens += tokens
+        self._went_at = now
 
     def ended(self, num_output_tokens: int, service_s: float) -> None:
         """A request has its last token, so long after it was dispatched."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -56,9 +56,9 @@ class FairQueue(Generic[Waiter]):
     def __len__(self) -> int:
         return len(self._seats)
 
-    @property
-    def first(self) -> Seat[Waiter] | None:
-        return self._seats[0] if self._seats else None
+    def head(self, num: int) -> Sequence[Seat[Waiter]]:
+        """Those that go next, in order."""
+        return self._seats[:num]
 
     @property
     def tokens(self) -> int:

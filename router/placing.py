@@ -54,7 +54,7 @@ class Placing:
     def __init__(self, fleet: Fleet, decider: Decider, line: WaitingLine, config: Config, metrics: Metrics) -> None:
         self.health = Health(metrics)
         self.outcomes = Outcomes(metrics)
-        self.admission = Admission(config.router, metrics, self._is_open)
+        self.admission = Admission(config.router, metrics, self._is_open, self._is_too_large)
         self._config = config.router
         self._fleet = fleet
         self._decider = decider
@@ -159,6 +159,13 @@ class Placing:
         facts = self._facts(run, run.delivery.num_shared_tokens)
         candidates = self._candidates(run, facts)
         return not candidates.decode or self._room.is_open(facts, candidates)
+
+    def _is_too_large(self, run: Run) -> bool:
+        """Asked of one that is not open: would a smaller one be?"""
+        if self._line.somebody_waits:
+            return False
+        facts = self._facts(run, run.delivery.num_shared_tokens)
+        return self._room.is_too_large(facts, self._candidates(run, facts))
 
     def _candidates(self, run: Run, facts: Facts) -> Candidates:
         """As of now; in one breath (admitted, its turn, priced) they are looked up once."""

@@ -40,6 +40,11 @@ class Room:
             return True
         return any(d.uncached(facts.num_tokens) <= router.local_prefill_max_tokens for d, _ in decode)
 
+    def is_too_large(self, facts: Facts, candidates: Candidates) -> bool:
+        """Is memory all that it lacks? Then one that needs less could go where it cannot."""
+        with_slots = self._with_slots(candidates.decode)
+        return bool(with_slots) and not any(d.has_room(facts) for d, _ in with_slots)
+
     def has_slot(self, candidate: Candidate) -> bool:
         """May it get one more? Of a large fleet, a shortlist prefers those that may: the idlest may all be broken."""
         share = self.health.share(candidate.info, candidate.load, asyncio.get_running_loop().time())

@@ -12,6 +12,7 @@ from baton.core.errors import BatonError, DeadlineExceeded, InternalError, Inval
 from baton.core.messages import Submit
 from baton.core.worker import WorkerLoad
 from baton.router.health import OPEN_FIRST_S, RAMP_S, TOGETHER_S
+from baton.router.waiting import MAX_OVERTAKEN
 from tests.router.fake_fleet import (
     Act,
     Script,
@@ -225,6 +226,7 @@ def test_a_stream_that_was_begun_at_another_router_is_not_refused() -> None:
             tasks = await ask_all(fleet, "waits")
             with pytest.raises(Overloaded):
                 await fleet.answer(request("new"))
+            full.knows["begun"] = request("begun")
             resumed = fleet.dispatcher.generate(request("begun"), last_seen="d0")
             assert (await anext(resumed)).token_ids == tuple(expected(request("begun"))[:1])
             await resumed.aclose()
@@ -247,6 +249,41 @@ def test_a_fresh_worker_gets_a_part_of_its_places_at_first_and_then_all() -> Non
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    simulate(main)
+
+
+def test_smaller_requests_pass_one_that_no_worker_has_memory_for_until_they_have_passed_it_often_enough() -> None:
+    async def main() -> None:
+        tight = worker(free=60)
+        tight.load = replace(tight.load, available_blocks=5)
+        async with ScriptedFleet(tight) as fleet:
+            (large,) = await ask_all(fleet, "large", prompt=range(40))
+            for i in range(MAX_OVERTAKEN):
+                assert await fleet.answer(request(f"r{i}")) == expected(request(f"r{i}"))
+            (last,) = await ask_all(fleet, "last")
+            await asyncio.sleep(5.0)
+            assert not large.done()
+            assert not last.done(), "what becomes free is left for the large one"
+            tight.load = replace(tight.load, available_blocks=640)
+            tight.say()
+            await asyncio.gather(large, last)
+            assert [s.request.request_id for s in tight.submits[-2:]] == ["large", "last"]
+
+    simulate(main, range(3))
+
+
+def test_who_is_refused_while_nobody_goes_is_told_to_stay_away_for_as_long_again() -> None:
+    async def main() -> None:
+        full = worker()
+        async with ScriptedFleet(full, max_queued=1) as fleet:
+            tasks = await ask_all(fleet, "waits")
+            await asyncio.sleep(20.0)
+            with pytest.raises(Overloaded) as caught:
+                await fleet.answer(request("new"))
+            assert 20 <= caught.value.retry_after_s <= 21
+            free(full, 60)
+            await asyncio.gather(*tasks)
 
     simulate(main)
 

@@ -19,9 +19,9 @@ TERMS = {
 
 def drained(queue: FairQueue[str]) -> list[str]:
     order = []
-    while queue.first is not None:
-        order.append(queue.first.waiter)
-        queue.leave(queue.first)
+    while head := queue.head(1):
+        order.append(head[0].waiter)
+        queue.leave(head[0])
     return order
 
 
@@ -52,8 +52,7 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     for _ in range(50):
         queue.enter("a", 10, "a")
     for _ in range(30):
-        assert queue.first is not None
-        queue.leave(queue.first)
+        queue.leave(*queue.head(1))
     for _ in range(20):
         queue.enter("b", 10, "b")
     head = Counter(drained(queue)[:20])
@@ -91,9 +90,9 @@ def test_while_two_wait_neither_gets_a_request_more_than_its_share(sent: list[tu
 
 def drained_pairs(queue: FairQueue[tuple[str, int]]) -> list[tuple[str, int]]:
     order = []
-    while queue.first is not None:
-        order.append(queue.first.waiter)
-        queue.leave(queue.first)
+    while head := queue.head(1):
+        order.append(head[0].waiter)
+        queue.leave(head[0])
     return order
 
 
