@@ -148,7 +148,7 @@ RowShares::RowShares(int rows, int num_threads) : rows(rows) {
   const int most = std::max(1, std::min(num_threads, rows / kLeastShareRows));
   each = (std::max(rows, 1) + most - 1) / most;
   each = (each + 31) / 32 * 32;  // in pairs of AMX tiles
-  count = (rows + each - 1) / each;
+  count = std::max(1, (rows + each - 1) / each);
 }
 
 template <typename Body>
