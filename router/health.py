@@ -2,7 +2,8 @@
 
 Each worker has a share in (0, 1] of what it could take. Failures of the worker halve it, successes bring it back, and
 what fails together counts once (as congestion control does it: one cut per round trip). A share below FLOOR opens the
-circuit: nothing goes there for a while, then one request at a time, until one of them succeeds. A fresh boot begins at
+circuit: nothing goes there for a while, then one request, and the next after as long again, until one of them succeeds.
+What it still runs, or gets from other routers, says nothing about whether it may be tried. A fresh boot begins at
 START_SHARE and gets the rest over RAMP_S: its caches are empty, and after a mass restart everybody comes at once.
 
 What a client did wrong, refusals and deadlines that a client chose short say nothing about a worker and never get here.
@@ -48,18 +49,24 @@ class Health:
     _circuits: dict[str, _Circuit] = field(default_factory=dict)
 
     def share(self, info: WorkerInfo, load: WorkerLoad, now: float) -> float:
-        """Of what it could take; 0: its circuit is open. When that has been for long enough: as little as one request.
-        """
+        """Of what it could take; 0: its circuit is open. When that has been for long enough it may be `tried`."""
         circuit = self._circuits.get(info.worker_id)
         if circuit is None or circuit.boot_id != info.boot_id:
             circuit = self._meet(info, load, now)
         if circuit.well:
             return 1.0
-        if circuit.opened_at is not None:
-            return 0.0 if now < circuit.opened_at + circuit.open_s else FLOOR / 100
         ramp = min(1.0, START_SHARE + (1 - START_SHARE) * (now - circuit.ramp_from) / RAMP_S)
+        if circuit.opened_at is not None:
+            return 0.0 if now < circuit.opened_at + circuit.open_s else ramp
         circuit.well = ramp * circuit.share == 1.0
         return ramp * circuit.share
+
+    def tried(self, worker_id: str, now: float) -> None:
+        """A request goes there: of an open circuit, no other one until this has failed or succeeded, or said nothing
+        for as long as the circuit was open."""
+        circuit = self._circuits.get(worker_id)
+        if circuit is not None and circuit.opened_at is not None:
+            circuit.opened_at = now
 
     def succeeded(self, worker_id: str) -> None:
         """It brought a token."""

@@ -150,7 +150,12 @@ class Placing:
         candidates = self._room.narrowed(self._candidates(run, facts))
         decision = self._decider.choose(facts, candidates)
         run.decisions.append(decision)
-        return decision.route
+        route, now = decision.route, asyncio.get_running_loop().time()
+        if route is not None:
+            self.health.tried(route.decode, now)
+            if route.prefill is not None:
+                self.health.tried(route.prefill.worker_id, now)
+        return route
 
     def _is_open(self, run: Run) -> bool:
         """Could it be sent now, and begin soon? Also if nobody is ready: `place` knows how long to wait for that."""

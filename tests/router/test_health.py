@@ -6,7 +6,7 @@ import pytest
 
 from baton.core.metrics import Metrics
 from baton.core.worker import Role, WorkerInfo, WorkerLoad
-from baton.router.health import FLOOR, FRESH_STEPS, OPEN_FIRST_S, OPEN_MAX_S, RAMP_S, START_SHARE, TOGETHER_S, Health
+from baton.router.health import FRESH_STEPS, OPEN_FIRST_S, OPEN_MAX_S, RAMP_S, START_SHARE, TOGETHER_S, Health
 from tests.router.fake_fleet import capability
 
 OLD, NEW = WorkerLoad(steps=FRESH_STEPS), WorkerLoad()
@@ -59,7 +59,10 @@ def test_who_keeps_failing_gets_nothing_then_one_then_all() -> None:
     at = opened(health, 0.0)
     assert metrics.value("baton_circuits_opened_total", worker="w") == 1
     assert health.share(info(), OLD, at + OPEN_FIRST_S * 0.9) == 0.0
-    assert 0.0 < health.share(info(), OLD, at + OPEN_FIRST_S) < FLOOR
+    assert health.share(info(), OLD, at + OPEN_FIRST_S) > 0.0
+    health.tried("w", at + OPEN_FIRST_S)
+    assert health.share(info(), OLD, at + 1.9 * OPEN_FIRST_S) == 0.0
+    assert health.share(info(), OLD, at + 2 * OPEN_FIRST_S) > 0.0, "its probe was lost, or runs for long"
     health.succeeded("w")
     assert health.share(info(), OLD, at + OPEN_FIRST_S) == pytest.approx(START_SHARE * 1.1)
 
