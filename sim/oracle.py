@@ -158,7 +158,7 @@ class Oracle:
         limit = job.request.deadline_s + waited + self.grace_s + record.trouble_s(record.started_s, now)
         require(took <= limit, f"{name} ended after {took:.2f} s, its limit was {limit:.2f}")
         if not (record.is_answered or record.left):
-            late = job.may_miss_deadline and isinstance(record.error, DeadlineExceeded | Cancelled)
+            late = job.may_miss_deadline and isinstance(record.error, DeadlineExceeded | Cancelled | Overloaded)
             crowded = isinstance(record.error, Overloaded | NobodyReady) and took >= PLACE_WAIT_S
             cut_off = record.router_lost and isinstance(record.error, PeerLost)
             excused = late or crowded or cut_off or self._is_rightly_quarantined(record)
