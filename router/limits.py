@@ -4,7 +4,9 @@ An account is a tenant, or a digest of an API key. The buckets are shared by all
 store does not answer, this router limits alone until it does: counted, logged once, and no request fails for it.
 
 Life of a charge: `charge` takes one request and the tokens it is thought to need, or raises RateLimited -> it runs ->
-`settle` gives back what it did not use; all of it if it failed.
+`settle` gives back what it did not use; all of it if it failed before its client had a token: what was read is paid for,
+however it ended, or a client would set its deadline so that nothing ever is. A client that goes while the charge is taken
+gets all of it back.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 
 from baton.cluster.rates import Buckets, MemoryBuckets, Rates
@@ -65,7 +67,12 @@ class RateLimits:
         if not rates:
             return None
         tokens = self._estimate(request)
-        buckets, wait_s = await self._take(account, rates, tokens)
+        taking = asyncio.get_running_loop().create_task(self._take(account, rates, tokens))
+        try:
+            buckets, wait_s = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self._later(self._give_back(taking, account, rates, tokens))
+            raise
         if wait_s:
             self._metrics.inc("baton_admission_refusals_total", reason="rate")
             seconds = math.ceil(wait_s)
@@ -76,17 +83,16 @@ class RateLimits:
         return Charge(account, rates, tokens, buckets)
 
     def settle(self, charge: Charge, request: Request, num_output_tokens: int, failed: bool) -> None:
-        """Returns at once. `failed`: through no fault of the client's; then it costs nothing."""
-        if failed:
+        """Returns at once. `failed`: through no fault of the client's, as far as is known."""
+        if failed and not num_output_tokens:
             unused, requests = charge.tokens, 1
         else:
             unused, requests = charge.tokens - len(request.prompt) - num_output_tokens, 0
+        if not failed:
             mean = num_output_tokens if self._mean_output is None else self._mean_output
             self._mean_output = mean + LEARNT * (num_output_tokens - mean)
         if unused or requests:
-            task = asyncio.get_running_loop().create_task(self._give(charge, requests, unused))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
+            self._later(self._give(charge, requests, unused))
 
     async def close(self) -> None:
         """What is being settled is."""
@@ -99,6 +105,8 @@ class RateLimits:
     async def _take(self, account: str, rates: Rates, tokens: int) -> tuple[Buckets, float]:
         now = asyncio.get_running_loop().time()
         if self._asks_again_at is None or now >= self._asks_again_at:
+            if self._asks_again_at is not None:
+                self._asks_again_at = now + AGAIN_S  # one finds out, the others do not wait for its answer
             try:
                 taken = await self._shared.take(account, rates, tokens)
             except PeerLost as e:
@@ -110,6 +118,17 @@ class RateLimits:
                 return self._shared, taken
         self._metrics.inc("baton_fallbacks_total", kind="own_rate_limits")
         return self._alone, await self._alone.take(account, rates, tokens)
+
+    async def _give_back(self, taking: asyncio.Task[tuple[Buckets, float]], account: str, rates: Rates, tokens: int
+                         ) -> None:
+        buckets, wait_s = await taking
+        if not wait_s:
+            await self._give(Charge(account, rates, tokens, buckets), 1, tokens)
+
+    def _later(self, settling: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(settling)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
 
     async def _give(self, charge: Charge, requests: int, tokens: int) -> None:
         try:

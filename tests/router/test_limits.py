@@ -22,13 +22,18 @@ class LossyBuckets:
     def __init__(self) -> None:
         self.away = False
         self.asked = 0
+        self.answers_in_s = 0.0
+        """After it has taken them, or not."""
         self._inner = MemoryBuckets(lambda: asyncio.get_running_loop().time())
 
     async def take(self, account: str, rates: Rates, tokens: int) -> float:
         self.asked += 1
         if self.away:
+            await asyncio.sleep(self.answers_in_s)
             raise PeerLost("away")
-        return await self._inner.take(account, rates, tokens)
+        wait_s = await self._inner.take(account, rates, tokens)
+        await asyncio.sleep(self.answers_in_s)
+        return wait_s
 
     async def give(self, account: str, rates: Rates, requests: int, tokens: int) -> None:
         if self.away:
@@ -71,7 +76,7 @@ def test_an_account_over_its_limit_hears_when_to_come_back_and_then_goes() -> No
     simulate(main)
 
 
-def test_what_was_estimated_and_not_used_is_given_back_and_a_failure_costs_nothing() -> None:
+def test_what_was_estimated_and_not_used_is_given_back_and_a_failure_before_the_first_token_costs_nothing() -> None:
     async def main() -> None:
         limited, buckets, _ = limits(tokens_per_min=100, requests_per_min=1)
         charge = await limited.charge("a", asks(20, max_tokens=80))
@@ -84,9 +89,58 @@ def test_what_was_estimated_and_not_used_is_given_back_and_a_failure_costs_nothi
 
         failing = await limited.charge("b", asks(90, max_tokens=10))
         assert failing is not None
-        limited.settle(failing, asks(90), num_output_tokens=3, failed=True)
+        limited.settle(failing, asks(90), num_output_tokens=0, failed=True)
         await limited.close()
         assert await limited.charge("b", asks(90, max_tokens=10)) is not None, "the first cost nothing"
+
+    simulate(main)
+
+
+def test_what_a_client_has_read_is_paid_for_however_the_request_ended() -> None:
+    async def main() -> None:
+        limited, buckets, _ = limits(tokens_per_min=100, requests_per_min=1)
+        charge = await limited.charge("a", asks(20, max_tokens=80))
+        assert charge is not None
+        limited.settle(charge, asks(20), num_output_tokens=30, failed=True)
+        await limited.close()
+        assert await buckets.take("a", Rates(tokens_per_min=100), 51) > 0
+        assert await buckets.take("a", Rates(tokens_per_min=100), 50) == 0
+        assert await buckets.take("a", Rates(requests_per_min=1), 0) > 0
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_client_that_goes_while_its_charge_is_taken_is_given_all_of_it_back(away: bool, quiet: None) -> None:
+    async def main() -> None:
+        limited, buckets, _ = limits(tokens_per_min=100, requests_per_min=1)
+        buckets.away, buckets.answers_in_s = away, 0.05
+        going = asyncio.create_task(limited.charge("a", asks(20, max_tokens=80)))
+        await asyncio.sleep(0.01)
+        going.cancel()
+        await asyncio.wait([going])
+        assert going.cancelled()
+        await limited.close()
+        assert await limited.charge("a", asks(20, max_tokens=80)) is not None
+
+    simulate(main, range(3))
+
+
+def test_while_one_request_finds_out_whether_the_store_is_back_the_others_do_not_wait() -> None:
+    async def main() -> None:
+        limited, buckets, _ = limits(requests_per_min=1000)
+        buckets.away = True
+        await limited.charge("a", asks(1))
+        await asyncio.sleep(AGAIN_S)
+        buckets.answers_in_s = 0.25
+        one = asyncio.create_task(limited.charge("a", asks(1)))
+        await asyncio.sleep(0.01)
+        began = now()
+        for _ in range(10):
+            await limited.charge("a", asks(1))
+        assert now() == began
+        assert buckets.asked == 2
+        await one
 
     simulate(main)
 
