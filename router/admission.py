@@ -111,7 +111,7 @@ class Admission:
         if seat is None:
             return
         self._going = seat
-        self._queue.leave(seat)
+        self._queue.called(seat)
         self._rate.went(seat.tokens, asyncio.get_running_loop().time())
         if not seat.waiter.granted.done():
             seat.waiter.granted.set_result(None)

@@ -4,9 +4,9 @@ An account is a tenant, or a digest of an API key. The buckets are shared by all
 store does not answer, this router limits alone until it does: counted, logged once, and no request fails for it.
 
 Life of a charge: `charge` takes one request and the tokens it is thought to need, or raises RateLimited -> it runs ->
-`settle` gives back what it did not use; all of it if it failed before its client had a token: what was read is paid for,
-however it ended, or a client would set its deadline so that nothing ever is. A client that goes while the charge is taken
-gets all of it back.
+`settle` gives back what it did not use; all of it if it failed before its client had a token. What was read is paid
+for, however it ended, or a client would choose deadlines so short that nothing ever is. A client that goes while the
+charge is taken gets all of it back.
 """
 
 from __future__ import annotations

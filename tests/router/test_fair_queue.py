@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.core.config import TenantConfig
-from baton.router.fair_queue import FairQueue
+from baton.router.fair_queue import MAX_TENANTS, FairQueue, Waiter
 
 TERMS = {
     "paying": TenantConfig(priority="high"),
@@ -17,11 +17,11 @@ TERMS = {
 }
 
 
-def drained(queue: FairQueue[str]) -> list[str]:
+def drained(queue: FairQueue[Waiter]) -> list[Waiter]:
     order = []
     while head := queue.head(1):
         order.append(head[0].waiter)
-        queue.leave(head[0])
+        queue.called(head[0])
     return order
 
 
@@ -52,7 +52,7 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     for _ in range(50):
         queue.enter("a", 10, "a")
     for _ in range(30):
-        queue.leave(*queue.head(1))
+        queue.called(*queue.head(1))
     for _ in range(20):
         queue.enter("b", 10, "b")
     head = Counter(drained(queue)[:20])
@@ -79,21 +79,13 @@ def test_while_two_wait_neither_gets_a_request_more_than_its_share(sent: list[tu
     waiting = Counter(tenant for tenant, _ in sent)
     longest = {tenant: max(tokens for t, tokens in sent if t == tenant) for tenant in waiting}
     got: Counter[str] = Counter()
-    for tenant, tokens in drained_pairs(queue):
+    for tenant, tokens in drained(queue):
         got[tenant] += tokens
         waiting[tenant] -= 1
         backlogged = [t for t in waiting if waiting[t]]
         for one in backlogged:
             for other in backlogged:
                 assert got[one] - got[other] <= longest[one] + longest[other]
-
-
-def drained_pairs(queue: FairQueue[tuple[str, int]]) -> list[tuple[str, int]]:
-    order = []
-    while head := queue.head(1):
-        order.append(head[0].waiter)
-        queue.leave(head[0])
-    return order
 
 
 def test_what_is_before_a_newcomer_is_known_before_it_comes() -> None:
@@ -113,3 +105,30 @@ def test_a_seat_given_up_twice_or_in_the_middle_harms_nobody() -> None:
     queue.leave(seats[1])
     assert drained(queue) == ["a", "c"]
     assert queue.tokens_before("t") == len(queue) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.booleans()), max_size=30))
+def test_who_gives_up_leaves_the_queue_as_if_he_had_never_come(sent: list[tuple[str, int, bool]]) -> None:
+    queue, without = FairQueue[int]({}), FairQueue[int]({})
+    queue.enter("a", 10, -1)
+    without.enter("a", 10, -1)
+    seats = []
+    for i, (tenant, tokens, gives_up) in enumerate(sent):
+        seat = queue.enter(tenant, tokens, i)
+        if gives_up:
+            seats.append(seat)
+        else:
+            without.enter(tenant, tokens, i)
+    for seat in seats:
+        queue.leave(seat)
+    assert [queue.tokens_before(tenant) for tenant in "abcd"] == [without.tokens_before(tenant) for tenant in "abcd"]
+    assert drained(queue) == drained(without)
+
+
+def test_names_that_clients_make_up_are_not_remembered_without_bound() -> None:
+    queue: FairQueue[None] = FairQueue({})
+    queue.enter("waits", 10, None)
+    for i in range(MAX_TENANTS + 10):
+        queue.enter(f"made-up-{i}", 10, None)
+        queue.called(*queue.head(1))
+    assert len(queue._ends) == MAX_TENANTS
