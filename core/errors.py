@@ -8,6 +8,7 @@
         RateLimited         the tenant has used up its share            429  RESOURCE_EXHAUSTED
       DeadlineExceeded      a wait ended at its deadline                504  DEADLINE_EXCEEDED
       Cancelled             the client or its router went away          499  CANCELLED
+        ResumedElsewhere    its client reads on over another stream     499  CANCELLED
       PeerLost              a worker or link died under a call          503  UNAVAILABLE
         RetryRoute          no prefill worker is left: choose again     503  UNAVAILABLE
         Forgotten           nothing to resume is known there            503  UNAVAILABLE
@@ -72,6 +73,10 @@ class DeadlineExceeded(BatonError):
 
 class Cancelled(BatonError):
     code, http_status, grpc_status = "cancelled", 499, "CANCELLED"
+
+
+class ResumedElsewhere(Cancelled):
+    code = "resumed_elsewhere"
 
 
 class PeerLost(BatonError):

@@ -40,6 +40,8 @@ class Attempt:
     """Its worker is through with it."""
     broke: bool = False
     """The stream to its worker was lost under it."""
+    runs_on: bool = False
+    """Its worker goes on with it when it is closed: who reads on asks there."""
     lost_lenders: tuple[str, ...] = ()
     """Boots whose connection broke while they worked for it."""
     avoid: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ class Attempt:
         if self._subscription is None:
             return
         self.fleet.unsubscribe(self.route.decode, self._subscription)
-        if not (self.has_last_word or self.broke):
+        if not (self.has_last_word or self.broke or self.runs_on):
             self.fleet.send(self.route.decode, Cancel(*self.key, *([why] if why else [])))
 
     def _break(self, lose: Callable[[Attempt, BatonError], None], error: BatonError) -> None:

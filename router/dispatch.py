@@ -24,8 +24,8 @@ from collections.abc import AsyncGenerator
 from baton.core.config import Config
 from baton.core.errors import (
     BatonError,
-    Cancelled,
     DeadlineExceeded,
+    Forgotten,
     IntegrityError,
     InternalError,
     InvalidRequest,
@@ -130,14 +130,15 @@ class Dispatcher:
         outcome: str | None = None
         try:
             while run.delivery.is_open:
-                known_at = await self._next_to_ask(run)
-                route = Route(known_at, None, reason=MAY_KNOW) if known_at else await self._placing.place(run)
+                with run.between_attempts():
+                    route, resumes = await self._next_route(run, last_seen is not None)
                 try:
-                    self._dispatch(run, route, resumes=bool(known_at))
+                    self._dispatch(run, route, resumes)
                     while (chunk := await run.next()) is not None:
                         yield chunk
                 except RETRYABLE as e:
-                    await self._after_failure(run, e)
+                    with run.between_attempts():
+                        await self._after_failure(run, e)
         except BatonError as e:
             outcome = e.code
             if not isinstance(e, RETRYABLE):
@@ -159,20 +160,22 @@ class Dispatcher:
 
     def _admit(self, request: Request, last_seen: str | None) -> Run:
         before = self._live.get(request.request_id)
-        if last_seen is not None and before is not None and before.request.tenant == request.tenant:
-            del self._live[request.request_id]
-            before.fail(Cancelled("its client reads on over another connection"), "cancel")
-        if len(self._live) >= self._config.max_inflight:
-            raise self._too_many()
-        if request.request_id in self._live:
+        if before is not None and (last_seen is None or before.request.asked != request.asked):
             raise InvalidRequest(f"request {request.request_id} is running. Give each request an id.", "request_id")
+        if before is None and len(self._live) >= self._config.max_inflight:
+            raise self._too_many()
         self._quarantine.refuse(request)
         run = Run(request, self._around)
-        if last_seen is not None:
-            run.to_ask = [last_seen, *(w for w in self._fleet.talking(Role.DECODE) if w != last_seen)][:MAX_ASKED]
         self._placing.check_length(run)
-        if last_seen is None:  # else it runs: its client was let in at another router
+        if last_seen is None:
             self._admission.check(run)
+        else:  # it runs, says its client: checked when no worker knows of it
+            first = before.attempt.route.decode if before is not None and before.attempt is not None else last_seen
+            run.to_ask = [first, *(w for w in self._fleet.talking(Role.DECODE) if w != first)][:MAX_ASKED]
+        if before is not None:
+            run.let_in = before.let_in
+            self._line.leave(request.request_id)
+            before.supersede()
         self._live[request.request_id] = run
         self._budget.admitted()
         return run
@@ -184,6 +187,16 @@ class Dispatcher:
         )
 
     # ---- attempts ----
+
+    async def _next_route(self, run: Run, is_resumed: bool) -> tuple[Route, bool]:
+        """Where it may run already, and True; else where it shall. Raises Overloaded for what claims to run, is not
+        known to any worker, and would not have been let in."""
+        known_at = await self._next_to_ask(run)
+        if known_at is not None:
+            return Route(known_at, None, reason=MAY_KNOW), True
+        if is_resumed and not run.let_in:
+            self._admission.check(run)
+        return await self._placing.place(run), False
 
     async def _next_to_ask(self, run: Run) -> str | None:
         """A worker that may know of the request already. One that only comes up is waited for, a little: where it ran
@@ -211,6 +224,7 @@ class Dispatcher:
             if resumes:
                 attempt.open(run.lacks(attempt), {}, run.hear, run.lose)
             else:
+                run.let_in = True
                 self._metrics.inc("baton_dispatches_total", prefill="remote" if route.prefill else "local")
                 attempt.open(self._submit(run, attempt), self._placing.work(run, route), run.hear, run.lose)
         except PeerLost as e:
@@ -248,6 +262,7 @@ class Dispatcher:
 
     def _on_first_token(self, run: Run, attempt: Attempt) -> None:
         if attempt.resumes:
+            run.let_in = True
             self._metrics.inc("baton_resumed_requests_total", lost="router")
         else:
             after_s = asyncio.get_running_loop().time() - attempt.opened_at
@@ -266,8 +281,8 @@ class Dispatcher:
         attempt = run.attempt
         assert attempt is not None, "nothing was sent"
         if attempt.resumes and not attempt.broke and isinstance(error, PeerLost):
-            if run.delivery.num_output_tokens:
-                run.to_ask.clear()  # all that is known of it is here; nobody computes the rest
+            # Its worker gave it up, and its place with it; or it moved, and who took it over is still to be asked.
+            run.let_in = run.let_in and isinstance(error, Forgotten)
             return
         if isinstance(error, Overloaded):
             self._note_refusal(run, error)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from baton.core.block_hash import BlockHash, HashScope
@@ -30,6 +31,7 @@ from baton.core.errors import (
     NotFound,
     Overloaded,
     PeerLost,
+    ResumedElsewhere,
 )
 from baton.core.layout import Capability
 from baton.core.messages import Resume, TokenChunk
@@ -39,6 +41,7 @@ from baton.router.attempt import Attempt
 from baton.router.decisions import Decision
 from baton.router.delivery import Delivery
 from baton.router.trace import RUNNING, AttemptRecord
+from baton.router.until import Until
 
 RETRYABLE = (Overloaded, PeerLost, Incompatible, IntegrityError)
 """Said by one worker, these may be different at another."""
@@ -75,6 +78,8 @@ class Run:
         """Where it was to go, the newest ones: a request may wait through many."""
         self.ttft_s: float | None = None
         # What the dispatcher remembers from one attempt to the next:
+        self.let_in = False
+        """It was sent, or a worker works on what another router had sent: it waits in no queue (again)."""
         self.avoided: set[str] = set()
         """Workers that refused or failed this request."""
         self.aboard: dict[str, float] = {}
@@ -96,6 +101,9 @@ class Run:
         self._num_buffered = 0
         self._failure: BatonError | None = None
         """Raised once the buffer is empty."""
+        self._superseded: ResumedElsewhere | None = None
+        """No attempt begins any more."""
+        self._waiting = Until()
         self._loss: BatonError | None = None
         """The attempt is lost; the word of the move decides."""
         self._move_bound: asyncio.TimerHandle | None = None
@@ -141,6 +149,14 @@ class Run:
         self._num_buffered -= len(chunk.token_ids)
         return chunk
 
+    @contextmanager
+    def between_attempts(self) -> Iterator[None]:
+        """Around each wait in which no attempt speaks. A run that is superseded leaves it with that error."""
+        with self._waiting:
+            if self._superseded is not None:
+                raise self._superseded
+            yield
+
     def begin(self, attempt: Attempt) -> None:
         self.attempt = attempt
         self._failure = None
@@ -156,6 +172,16 @@ class Run:
         if self._failure is None and self.delivery.is_open:
             self._failure = error
         self._wake()
+
+    def supersede(self) -> None:
+        """Another run of the same request speaks to its client: this one ends, wherever it is. What streams is left to
+        the worker's log, where the other one finds it."""
+        error = ResumedElsewhere(f"the client of request {self.request.request_id} reads on over another connection.")
+        if self.attempt is not None:
+            self.attempt.runs_on = self.attempt.life.at("streaming")
+        self._superseded = error
+        self.fail(error, "cancel")
+        self._waiting.end(error)
 
     def close(self) -> None:
         """The reader has all it wants: what still runs for it is cancelled."""
@@ -177,7 +203,7 @@ class Run:
         """A chunk of the attempt that speaks, or of the move."""
         error = attempt.failure(chunk)
         if attempt is self.move:
-            if error is not None:
+            if error is not None and not isinstance(error, ResumedElsewhere):
                 self.end_move("refused", error)
                 return
             self._switch()

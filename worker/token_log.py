@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from baton.core.errors import Forgotten
+from baton.core.errors import Forgotten, ResumedElsewhere
 from baton.core.messages import Resume, Submit, TokenChunk
 from baton.core.request import FinishReason, TokenLogprob
 from baton.worker.outbox import Outbox
@@ -91,8 +91,8 @@ class TokenLog:
         """Who still listens on the old stream is told, or it would wait for ever."""
         choice, line = next(iter(self._lines.items()))
         self.outbox.put(TokenChunk(
-            self.request.request_id, self.epoch, len(line.tokens), (), FinishReason.CANCELLED, choice,
-            error_message="it was resumed on another stream"))
+            self.request.request_id, self.epoch, len(line.tokens), (), FinishReason.ERROR, choice,
+            error_code=ResumedElsewhere.code, error_message="its client reads on at another router"))
         self.outbox.flush()
 
     def _check(self, resume: Resume) -> None:

@@ -31,7 +31,7 @@ from baton.core.messages import (
 from baton.core.metrics import Metrics
 from baton.core.request import Choice, FinishReason, Request, SamplingParams
 from baton.core.services import WorkerService
-from baton.core.worker import Ledger, Role, WorkerInfo, WorkerLoad
+from baton.core.worker import Ledger, Role, Route, WorkerInfo, WorkerLoad
 from baton.router.cost import CostPolicy
 from baton.router.dice import Dice
 from baton.router.dispatch import Dispatcher
@@ -134,7 +134,9 @@ class ScriptedWorker:
     submits: list[Submit] = field(default_factory=list)
     cancels: list[Cancel] = field(default_factory=list)
     resumes: list[Resume] = field(default_factory=list)
-    """It keeps no log: each is answered with Forgotten."""
+    """Answered with Forgotten, but for those of what it knows."""
+    knows: dict[str, Request] = field(default_factory=dict)
+    """It says `script` of these from where it is asked for."""
     routers: list[str] = field(default_factory=list)
     _downs: list[asyncio.Queue[Said]] = field(default_factory=list)
 
@@ -217,17 +219,22 @@ class ScriptedWorker:
                     snapshot = KVSnapshot(self.seq, tuple(self.held))
                     down.put_nowait(StepMessage(self.info.boot_id, self.load, snapshot=snapshot))
                     for resume in message.running:
-                        self._forget(resume, down)
+                        tasks.append(asyncio.create_task(self._resume(resume, down)))
                 case Resume():
-                    self._forget(message, down)
+                    tasks.append(asyncio.create_task(self._resume(message, down)))
                 case Submit():
                     self.submits.append(message)
                     tasks.append(asyncio.create_task(self._perform(message, down)))
                 case Cancel():
                     self.cancels.append(message)
 
-    def _forget(self, resume: Resume, down: asyncio.Queue[Said]) -> None:
+    async def _resume(self, resume: Resume, down: asyncio.Queue[Said]) -> None:
         self.resumes.append(resume)
+        known = self.knows.get(resume.request_id)
+        if known is not None:
+            have = [expected(known, choice)[:index] for choice, index in resume.next_indexes]
+            await self._perform(Submit(with_delivered(known, *have), Route(self.worker_id, None), resume.epoch), down)
+            return
         chunk = TokenChunk(resume.request_id, resume.epoch, 0, (), FinishReason.ERROR, error_code=Forgotten.code)
         down.put_nowait(StepMessage(self.info.boot_id, self.load, (chunk,)))
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from baton.core.config import RouterConfig
-from baton.core.errors import Forgotten
+from baton.core.errors import Forgotten, ResumedElsewhere
 from baton.core.messages import Hello, Resume, TokenChunk
 from baton.core.request import FinishReason, Request
 from baton.models.hash_model import expected
@@ -167,6 +167,8 @@ def test_a_router_that_is_not_dead_hears_that_its_request_is_taken_over() -> Non
         later = await taken_over(b, r, None)
         rest(r, Heard(), later)
         assert heard.failed
+        assert heard.last is not None
+        assert heard.last.error_code == ResumedElsewhere.code, "no loss, and nobody's fault"
         assert len(heard.tokens[0]) < 40
         stream.cancel(r, 1)  # it no longer has a say
 
