@@ -57,17 +57,19 @@ class InferenceFront(inference_pb2_grpc.InferenceServicer):
         request_id = resumed.request_id if resumed is not None else request.request_id or new_request_id("gen")
         job = await self._generation.prepare(call, request_id, resumed)
         bookmark = resumed or Bookmark(request_id, 0, [Place() for _ in job.request.choices])
+        has_all = all(place.ended for place in bookmark.places)
         bookmark.where = lambda: self._generation.whereabouts(request_id)
         async with aclosing(self._generation.run(job)) as deltas:
             async for delta in deltas:
                 place = bookmark.places[delta.choice]
-                if place.ended:
-                    continue  # its reader has that
+                if place.ended and (has_all or not delta.last):
+                    continue  # its reader has that; the usage only with the end of all
+                finish = None if place.ended else delta.finish
                 place.opened, place.said, place.ended = True, delta.finish is not None, delta.finish is not None
                 place.num_tokens += len(delta.token_ids)
                 yield inference_pb2.GenerateResponse(
                     request_id=request_id, text=delta.text, token_ids=delta.token_ids, choice=delta.choice,
-                    finish_reason=FINISH[delta.finish] if delta.finish else None,
+                    finish_reason=FINISH[finish] if finish else None,
                     usage=_usage(delta.usage) if delta.last else None, logprobs=self._scored(delta),
                     bookmark=str(bookmark))
 

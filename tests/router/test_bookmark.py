@@ -148,6 +148,30 @@ def test_a_grpc_stream_lost_after_any_message_is_read_on(tmp_path: Path, n: int)
     asyncio.run(scenario())
 
 
+def test_the_usage_is_told_though_the_choice_that_ends_last_was_read_to_its_end(tmp_path: Path) -> None:
+    """Said again, the choices take other turns: the one that ended first may now be the last."""
+
+    async def scenario() -> None:
+        scripts = {0: tuple(range(50, 60)), 1: tuple(range(60, 64))}
+        request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[40, 41]), request_id="mine",
+                                                sampling=inference_pb2.Sampling(max_tokens=12, n=2))
+
+        async def answer(chunk_tokens: int) -> list[inference_pb2.GenerateResponse]:
+            async with open_front(tmp_path, EchoDispatcher(scripts=scripts, chunk_tokens=chunk_tokens)) as world:
+                return [m async for m in InferenceFront(world.generation).Generate(request, Context())]
+
+        whole = await answer(1)
+        cut = next(i for i, m in enumerate(whole) if m.choice == 1 and m.finish_reason)
+        request.resume = whole[cut].bookmark
+        *rest, last = await answer(100)
+        assert [m.usage for m in whole + rest if m.HasField("usage")] == [last.usage]
+        assert (last.choice, last.text, list(last.token_ids), last.finish_reason) == (1, "", [], 0)
+        read = [token for m in whole[: cut + 1] + rest for token in m.token_ids if m.choice == 0]
+        assert read == [token for m in whole for token in m.token_ids if m.choice == 0]
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("last_id", [
     "x", "12", "12/7/w", "12x/7/w/cmpl-" + "0" * 32, "12/7/w/chatcmpl-" + "0" * 32, "1.2/7/w/cmpl-" + "0" * 32,
     "12/7/w/cmpl-short", ".".join("1" * (MAX_CHOICES + 1)) + "/7/w/cmpl-" + "0" * 32,
