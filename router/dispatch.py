@@ -19,7 +19,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from baton.core.config import Config
 from baton.core.errors import (
@@ -112,18 +112,22 @@ class Dispatcher:
         run = self._live.get(request_id)
         return run.attempt.route.decode if run is not None and run.attempt is not None else ""
 
-    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(
+        self, request: Request, last_seen: str | None = None, unknown: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
         """The tokens of all choices, interleaved: of each choice exactly once and in order. The last chunk of each
         choice has `finish` STOP or LENGTH; it ends when all have ended.
 
         `last_seen`: the client had begun to read it at a router that is lost to it, and then it ran on this worker (or
         nobody knows where: empty). It goes on where it runs; if that is nowhere it is computed again, to the same
-        tokens. All tokens come from the first one on, for text is made of all of them.
+        tokens. All tokens come from the first one on, for text is made of all of them. `unknown` is awaited before it
+        is computed because no worker works on it.
 
         Raises BatonError: Overloaded, InvalidRequest, RequestQuarantined and DeadlineExceeded as they are, PeerLost and
         the like once router.max_attempts are spent. Closing the iterator cancels the request on its workers.
         """
         run = self._admit(request, last_seen)
+        run.unknown = unknown
         # The worker ends the request at its deadline; we do, a heartbeat later, if it did not.
         late_at = run.deadline + self._config.heartbeat_s
         timer = asyncio.get_running_loop().call_at(late_at, lambda: run.fail(run.late(), "timeout", "its time is up"))
@@ -195,6 +199,8 @@ class Dispatcher:
         if known_at is not None:
             return Route(known_at, None, reason=MAY_KNOW), True
         if is_resumed and not run.let_in:
+            if run.unknown is not None:
+                await run.unknown()
             self._admission.check(run)
         return await self._placing.place(run), False
 

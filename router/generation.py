@@ -17,7 +17,7 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,6 +29,7 @@ from baton.core.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    ResumedElsewhere,
 )
 from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
@@ -56,11 +57,16 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+Unknown = Callable[[], Awaitable[None]]
+
+
 class TokenSource(Protocol):
     """Where tokens come from: the dispatcher."""
 
-    def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
-        """Closing the iterator cancels the request. `last_seen`: it had begun, and then it ran there."""
+    def generate(self, request: Request, last_seen: str | None = None, unknown: Unknown | None = None
+                 ) -> AsyncGenerator[TokenChunk, None]:
+        """Closing the iterator cancels the request. `last_seen`: it had begun, and then it ran there; `unknown` is
+        awaited before it is computed (again) because no worker works on it, and may raise."""
         ...
 
     def whereabouts(self, request_id: str) -> str:
@@ -198,10 +204,16 @@ class Generation:
         unread = Unread(job.bookmark) if job.bookmark is not None else None
         last: Delta | None = None
         charge: Charge | None = None
-        try:
+
+        async def pay() -> None:
+            nonlocal charge
             charge = await self._limits.charge(job.account, job.request)
-            last_seen = job.bookmark.worker if job.bookmark is not None else None
-            async with aclosing(self._tokens.generate(job.request, last_seen)) as chunks:
+
+        try:
+            if job.bookmark is None:
+                await pay()
+            last_seen = job.bookmark.worker if job.bookmark is not None else None  # paid for there, if it runs
+            async with aclosing(self._tokens.generate(job.request, last_seen, pay)) as chunks:
                 async for chunk in chunks:
                     for delta in (output.take(chunk),) if unread is None else _news(output, chunk, unread):
                         if delta is None:
@@ -223,7 +235,7 @@ class Generation:
             raise
         finally:
             record.close()
-            if charge is not None:
+            if charge is not None and record.outcome != ResumedElsewhere.code:  # else it pays for the rest as well
                 self._limits.settle(charge, job.request, record.usage.output_tokens, record.failed)
         yield last  # everything is counted and released before the client hears the end
 

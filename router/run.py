@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,6 +80,8 @@ class Run:
         # What the dispatcher remembers from one attempt to the next:
         self.let_in = False
         """It was sent, or a worker works on what another router had sent: it waits in no queue (again)."""
+        self.unknown: Callable[[], Awaitable[None]] | None = None
+        """Awaited before it is computed, if its client said that it runs and no worker works on it."""
         self.avoided: set[str] = set()
         """Workers that refused or failed this request."""
         self.aboard: dict[str, float] = {}

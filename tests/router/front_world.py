@@ -23,7 +23,7 @@ from baton.core.metrics import Metrics
 from baton.core.request import FinishReason, Request, TokenLogprob
 from baton.core.worker import WorkerInfo
 from baton.router.exposition import Told
-from baton.router.generation import Generation
+from baton.router.generation import Generation, Unknown
 from baton.router.http import Front, create_app
 from baton.router.limits import RateLimits
 from baton.router.listen import HttpServer
@@ -111,6 +111,8 @@ class EchoDispatcher:
     hang_after: int | None = None
     """Stay silent for ever once this many tokens of a choice are out."""
     requests: list[Request] = field(default_factory=list)
+    confirms: bool = True
+    """Of what is said to have begun: a worker works on it."""
     last_seen: list[str | None] = field(default_factory=list)
     """Of each request, where it is said to have run."""
     cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -125,10 +127,13 @@ class EchoDispatcher:
     def whereabouts(self, request_id: str) -> str:
         return "worker/0" if request_id in self.cancelled else ""
 
-    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(self, request: Request, last_seen: str | None = None, unknown: Unknown | None = None
+                       ) -> AsyncGenerator[TokenChunk, None]:
         """Says everything from the start, as a source does that knows nothing of what was before."""
         self.requests.append(request)
         self.last_seen.append(last_seen)
+        if last_seen is not None and unknown is not None and not self.confirms:
+            await unknown()
         left = self.cancelled.setdefault(request.request_id, asyncio.Event())
         turns = itertools.zip_longest(*(self._chunks(request, choice.index) for choice in request.choices))
         try:

@@ -17,7 +17,7 @@ import pytest
 from baton.core.errors import InternalError, InvalidRequest
 from baton.core.messages import TokenChunk
 from baton.core.request import FinishReason, Request, SamplingParams
-from baton.router.generation import GenerateCall
+from baton.router.generation import GenerateCall, Unknown
 from baton.router.output import Delta
 from tests.router.front_world import EOS, MODEL, EchoDispatcher, make_codec, open_front, scored
 
@@ -210,7 +210,8 @@ def test_tokens_of_a_stop_string_have_no_log_probs(tmp_path: Path, stream: bool,
 @pytest.mark.parametrize("wrong", [(), (scored(5, 1), scored(6, 1))])
 def test_tokens_without_the_log_probs_they_should_have_are_a_workers_bug(tmp_path: Path, wrong: tuple[Any]) -> None:
     class Careless(EchoDispatcher):
-        async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+        async def generate(self, request: Request, last_seen: str | None = None, unknown: Unknown | None = None
+                           ) -> AsyncGenerator[TokenChunk, None]:
             yield TokenChunk(request.request_id, 1, 0, (5,), logprobs=wrong)
 
     async def scenario() -> None:
@@ -230,7 +231,8 @@ class Relay(EchoDispatcher):
 
     baton_at = 0
 
-    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(self, request: Request, last_seen: str | None = None, unknown: Unknown | None = None
+                       ) -> AsyncGenerator[TokenChunk, None]:
         async for chunk in super().generate(request):
             kept = max(0, min(self.baton_at - chunk.first_index, len(chunk.token_ids)))
             if kept:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import httpx
 
-from baton.core.errors import Overloaded, PeerLost
+from baton.core.errors import Overloaded, PeerLost, ResumedElsewhere
 from baton.core.metrics import Metrics
 from baton.router.grpc_front import AdminFront, InferenceFront
 from baton.wire import inference_pb2, inference_pb2_grpc
@@ -113,5 +113,29 @@ def test_grpc_has_the_same_limits_and_says_when_in_its_trailers(tmp_path: Path) 
             assert trailers["baton-code"] == "rate_limited"
             assert 1 <= int(trailers["retry-after"]) <= 30
             assert (await ask(world, {"x-baton-tenant": "a"})).status_code == 429, "one account, whichever door"
+
+    asyncio.run(scenario())
+
+
+def test_reading_on_costs_nothing_while_a_worker_works_on_it_and_is_paid_for_when_none_does(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        for confirms, status in ((True, 200), (False, 429)):
+            source = EchoDispatcher(confirms=confirms)
+            async with open_front(tmp_path, source, TENANTS) as world:
+                told = [await ask(world, {"x-baton-tenant": "a"}, stream=True) for _ in range(2)]
+                last_id = next(line[4:] for line in told[0].text.split("\n") if line.startswith("id: "))
+                rest = await ask(world, {"x-baton-tenant": "a", "last-event-id": last_id}, stream=True)
+                assert rest.status_code == status
+
+    asyncio.run(scenario())
+
+
+def test_who_reads_on_elsewhere_has_paid_for_all_of_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        moved_on = EchoDispatcher(fail_after=0, error=ResumedElsewhere("its client reads on"))
+        async with open_front(tmp_path, moved_on, TENANTS) as world:
+            answers = [await ask(world, {"x-baton-tenant": "a"}) for _ in range(3)]
+            assert [answer.json()["error"]["code"] for answer in answers] == [
+                "resumed_elsewhere", "resumed_elsewhere", "rate_limited"]
 
     asyncio.run(scenario())

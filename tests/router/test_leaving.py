@@ -19,6 +19,7 @@ import pytest
 
 from baton.core.messages import Submit, TokenChunk
 from baton.core.request import Request
+from baton.router.generation import Unknown
 from baton.router.grpc_front import InferenceFront
 from baton.router.listen import STALL_MS
 from baton.wire import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -212,7 +213,8 @@ def test_a_calls_own_deadline_frees_its_request_too(tmp_path: Path, point: str) 
 class Endless(EchoDispatcher):
     """Says more than any socket's buffers take."""
 
-    async def generate(self, request: Request, last_seen: str | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(self, request: Request, last_seen: str | None = None, unknown: Unknown | None = None
+                       ) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)
         left = self.cancelled.setdefault(request.request_id, asyncio.Event())
         try:

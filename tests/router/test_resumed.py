@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from baton.core.errors import InvalidRequest, Overloaded, PeerLost, ResumedElsewhere
+from baton.core.errors import InvalidRequest, Overloaded, PeerLost, RateLimited, ResumedElsewhere
 from baton.core.messages import Submit, TokenChunk
 from baton.core.request import FinishReason, Request
 from baton.core.worker import WorkerLoad
@@ -98,6 +98,23 @@ def test_who_left_and_comes_back_for_what_was_cancelled_waits_for_a_place_again(
             assert worker.submits == []
             waits.cancel()
             await asyncio.wait([waits])
+
+    simulate(main)
+
+
+def test_what_a_worker_runs_is_not_paid_for_again_and_what_none_runs_is_before_it_is_computed() -> None:
+    async def main() -> None:
+        worker = ScriptedWorker("d0", knows={"known": request("known")})
+
+        async def refused() -> None:
+            raise RateLimited("used up")
+
+        async with ScriptedFleet(worker) as fleet:
+            chunks = fleet.dispatcher.generate(request("known"), "d0", refused)
+            assert [t async for chunk in chunks for t in chunk.token_ids] == expected(request("known"))
+            with pytest.raises(RateLimited):
+                await anext(fleet.dispatcher.generate(request("made up"), "d0", refused))
+            assert worker.submits == []
 
     simulate(main)
 
