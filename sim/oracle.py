@@ -188,7 +188,8 @@ class Oracle:
         for record in self.records.values():
             name, accounts = record.request_id, record.accounts
             require(record.ended_s is not None, f"{name} never ended")
-            require(len(accounts) == 1 or record.router_lost or (record.left and not accounts),
+            turned_away = record.left or isinstance(record.error, Overloaded)  # nothing was begun
+            require(len(accounts) == 1 or record.router_lost or (turned_away and not accounts),
                     f"{name} is in the books {len(accounts)} times")
             for account in accounts:
                 prompt, output = len(record.job.request.prompt), account.num_output_tokens

@@ -75,13 +75,15 @@ def arrivals(rng: random.Random, rate: float, seconds: float) -> Iterator[float]
         at += rng.expovariate(rate)
 
 
-async def load(s: Scene, name: str, rate: float, seconds: float) -> Phase:
-    """Requests at this rate, whatever comes of them; returns when the last has ended."""
+async def load(s: Scene, name: str, rate: float, seconds: float, like: str = "") -> Phase:
+    """Requests at this rate, whatever comes of them; returns when the last has ended. `like`: they come as in the phase
+    of that name."""
     rng, phase = s.loop.fork(name), Phase(seconds, [], began_s=s.loop.now)
+    gaps = s.loop.fork(f"gaps of {like or name}")
     router = s.router.dispatcher
     assert router is not None
     clients = []
-    for i, at in enumerate(arrivals(rng, rate, seconds)):
+    for i, at in enumerate(arrivals(gaps, rate, seconds)):
         await asyncio.sleep(max(0.0, phase.began_s + at - s.loop.now))
         prompt = [rng.randrange(VOCABULARY) for _ in range(PROMPT)]
         asked = request(f"{name}-{i}", prompt, OUTPUT, DEADLINE_S)
@@ -93,11 +95,11 @@ async def load(s: Scene, name: str, rate: float, seconds: float) -> Phase:
 
 def overloaded(times: float, seconds: float) -> None:
     async def story(s: Scene) -> None:
-        before = await load(s, "before", 0.5 * CAPACITY, 20.0)
+        before = await load(s, "before", 0.5 * CAPACITY, 60.0)
         peak = max([(await load(s, f"peak-{share}", share * CAPACITY, 20.0)).goodput for share in (0.8, 0.9, 1.0, 1.1)])
         flood = await load(s, "flood", times * peak, seconds)
         await asyncio.sleep(10.0)
-        after = await load(s, "after", 0.5 * CAPACITY, 20.0)
+        after = await load(s, "after", 0.5 * CAPACITY, 60.0, like="before")
 
         assert not before.refused
         assert not after.refused
