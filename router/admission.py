@@ -105,6 +105,7 @@ class Admission:
 
     def look(self) -> None:
         """Some worker may have room now."""
+        self._rate.passes(asyncio.get_running_loop().time())
         if self._going is not None:
             return
         seat = self._next()

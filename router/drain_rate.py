@@ -15,6 +15,8 @@ HORIZON_S = 10.0
 """What is older counts less than a third (an exponential window)."""
 MIN_BUSY_S = 0.5
 """So much waiting must have been seen before a rate is believed."""
+LONGEST_S = 1.0
+"""Between two looks at the clock: workers speak at least every router.heartbeat_s."""
 LEARNT = 1 / 32
 """Weight of the newest request in what is learnt of requests."""
 
@@ -41,7 +43,7 @@ class DrainRate:
 
     def wait_s(self, tokens: int, now: float) -> float:
         """Until so many tokens have gone; 0 while the rate is not known."""
-        self._pass(now)
+        self.passes(now)
         return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
 
     def stalled_s(self, now: float) -> float:
@@ -54,13 +56,13 @@ class DrainRate:
 
     def waiting(self, somebody: bool, now: float) -> None:
         """Somebody waits from now on, or nobody does."""
-        self._pass(now)
+        self.passes(now)
         if self._busy_since is None:
             self._went_at = now
         self._busy_since = now if somebody else None
 
     def went(self, tokens: int, now: float) -> None:
-        self._pass(now)
+        self.passes(now)
         self._tokens += tokens
         self._went_at = now
 
@@ -73,10 +75,12 @@ class DrainRate:
         most = request.sampling.max_tokens
         return min(most, self._output_tokens) if self._output_tokens else most
 
-    def _pass(self, now: float) -> None:
+    def passes(self, now: float) -> None:
+        """Time. Said whenever a worker speaks; a longer silence is this process not running, which is no measure of
+        the workers."""
         if self._busy_since is None or now <= self._busy_since:
             return
-        passed_s, self._busy_since = now - self._busy_since, now
+        passed_s, self._busy_since = min(now - self._busy_since, LONGEST_S), now
         kept = math.exp(-passed_s / HORIZON_S)
         self._tokens *= kept
         self._busy_s = self._busy_s * kept + passed_s
