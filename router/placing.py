@@ -186,20 +186,14 @@ class Placing:
         held = self._held(hashes)
         coming = _merged([fleet.coming.match(chain) for chain in hashes.values()])
 
-        now = asyncio.get_running_loop().time()
-
         def able(candidate: Candidate) -> bool:
             info = candidate.info
             return info.worker_id not in run.avoided and context_limit(info.capability) > longest
 
-        def trusted(candidate: Candidate) -> bool:
-            return able(candidate) and self.health.share(candidate.info, candidate.load, now) > 0
-
         def offered(role: Role, has_room: Callable[[Candidate], bool]) -> list[Candidate]:
-            """Of a large fleet only few are offered: who is not trusted shall not take their places."""
+            """Of a large fleet few are offered: who has no room, or is not trusted, shall not take their places."""
             preferred = None if self._decider.compares_all else has_room
-            return (fleet.candidates(role, held, coming, trusted, preferred, facts.home)
-                    or fleet.candidates(role, held, coming, able, preferred, facts.home))
+            return fleet.candidates(role, held, coming, able, preferred, facts.home)
 
         decode = offered(Role.DECODE, lambda d: d.has_room(facts) and self._room.has_slot(d))
         return Candidates(decode, offered(Role.PREFILL, self._room.has_slot), fleet.fits, fleet.holders(held))
@@ -246,7 +240,6 @@ class Placing:
     def _roll_call(self) -> str:
         states = [f"{w.info.worker_id} is {w.state}" for w in self._fleet.workers() if w.info.role is Role.DECODE]
         return ", ".join(states) or "none has been registered"
-
 
 
 def _scope(run: Run, fleet_scope: HashScope) -> HashScope:

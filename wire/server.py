@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+from grpc._cython.cygrpc import ExecuteBatchError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -47,13 +48,14 @@ Unhealthy = Callable[[], str | None]
 """Why nothing should be sent here now; None: all is well."""
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """gRPC logs an error when a caller leaves before its call's task has run for the first time. Leaving is none."""
+def _is_no_leaving(record: logging.LogRecord) -> bool:
+    """gRPC logs an error when a caller leaves before its call's task has run for the first time, or so late that only
+    the status could no longer be written (messages are written by `_write`). Leaving is none."""
     kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or not issubclass(kind, asyncio.CancelledError)
+    return kind is None or not issubclass(kind, asyncio.CancelledError | ExecuteBatchError)
 
 
-logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_cancellation)
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_leaving)
 
 
 class GrpcServer:

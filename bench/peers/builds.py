@@ -54,8 +54,8 @@ def llama_cpp(cache: Path, num_jobs: int, say: Say) -> Path:
         source = _source(building)
         mend_amx(source / AMX_SOURCE)
         made, log = building / "build", building / LOG
-        _run(["cmake", "-S", str(source), "-B", str(made), *LLAMA_OPTIONS], log)
-        _run(["cmake", "--build", str(made), "-j", str(num_jobs), "--target", *LLAMA_TARGETS], log)
+        run(["cmake", "-S", str(source), "-B", str(made), *LLAMA_OPTIONS], log)
+        run(["cmake", "--build", str(made), "-j", str(num_jobs), "--target", *LLAMA_TARGETS], log)
         for name in LLAMA_TARGETS:
             shutil.copy2(made / "bin" / name, building / name)
         shutil.rmtree(made)
@@ -64,18 +64,18 @@ def llama_cpp(cache: Path, num_jobs: int, say: Say) -> Path:
     def opened(directory: Path) -> Path | None:
         return directory if all((directory / name).is_file() for name in LLAMA_TARGETS) else None
 
-    return made_once(_place(cache, "llama.cpp", LLAMA, *LLAMA_OPTIONS, AMX_MENDED, compiler, _cpu()), opened, build,
+    return made_once(place(cache, "llama.cpp", LLAMA, *LLAMA_OPTIONS, AMX_MENDED, compiler, _cpu()), opened, build,
                      "build llama.cpp")  # fmt: skip
 
 
 def _source(building: Path) -> Path:
     """The vendored llama.cpp, unpacked."""
     name = LLAMA.partition("==")[0]
-    _run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, "--dest", str(building), LLAMA],
+    run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, "--dest", str(building), LLAMA],
          building / LOG)
     archive = next(building.glob("*.tar.gz"))
     (building / "source").mkdir()
-    _run(["tar", "-xzf", str(archive), "-C", str(building / "source")], building / LOG)
+    run(["tar", "-xzf", str(archive), "-C", str(building / "source")], building / LOG)
     archive.unlink()
     return next((building / "source").iterdir()) / "vendor" / "llama.cpp"
 
@@ -91,18 +91,18 @@ def vllm(cache: Path, say: Say) -> Path:
     def build(building: Path) -> None:
         say(f"installing {VLLM} in an environment of its own (minutes and gigabytes, once)")
         python, log = str(building / "bin" / "python"), building / LOG
-        _run([sys.executable, "-m", "venv", str(building)], log)
-        _run([python, "-m", "pip", "install", VLLM], log)
-        _run([python, "-m", "pip", "uninstall", "--yes", *NOT_WANTED], log)
+        run([sys.executable, "-m", "venv", str(building)], log)
+        run([python, "-m", "pip", "install", VLLM], log)
+        run([python, "-m", "pip", "uninstall", "--yes", *NOT_WANTED], log)
         _name_it_vllm(building)
-        _run([python, "-c", "import vllm"], log)
+        run([python, "-c", "import vllm"], log)
 
     def opened(directory: Path) -> Path | None:
         found = [*directory.glob("lib/python*/site-packages/vllm/__init__.py")]
         python = directory / "bin" / "python"  # run as `python -m`: scripts beside it name the place they were made in
         return python if found and python.exists() else None
 
-    return made_once(_place(cache, "vllm", VLLM, platform.python_version(), _cpu()), opened, build, "install vLLM")
+    return made_once(place(cache, "vllm", VLLM, platform.python_version(), _cpu()), opened, build, "install vLLM")
 
 
 def _name_it_vllm(environment: Path) -> None:
@@ -114,7 +114,7 @@ def _name_it_vllm(environment: Path) -> None:
         (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
 
 
-def _place(cache: Path, name: str, *depends_on: str) -> Path:
+def place(cache: Path, name: str, *depends_on: str) -> Path:
     return cache / "peers" / f"{name}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:12]}"
 
 
@@ -134,7 +134,7 @@ def environment(threads: int) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def _run(command: Sequence[str], log: Path) -> None:
+def run(command: Sequence[str], log: Path) -> None:
     """Raises SetupError with what was said last."""
     with log.open("a", encoding="utf-8") as out:
         done = subprocess.run(

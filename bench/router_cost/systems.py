@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from baton.bench.load.host import family
-from baton.bench.peers.builds import environment
+from baton.bench.peers.builds import LOG, environment, place, run
 from baton.bench.peers.systems import child
 from baton.bench.peers.weights import documents
 from baton.bench.router_cost import mock
@@ -144,23 +142,17 @@ def installed(cache: Path, say: Callable[[str], None]) -> Path:
 
     def build(building: Path) -> None:
         say("installing the other routers in an environment of their own (a minute, once)")
-        python = str(building / "bin" / "python")
-        _run(sys.executable, "-m", "venv", str(building))
-        _run(python, "-m", "pip", "install", "--quiet", *PACKAGES, *DYNAMO_NEEDS)
-        _run(python, "-m", "pip", "install", "--quiet", "--no-deps", *DYNAMO)
+        python, log = str(building / "bin" / "python"), building / LOG
+        run([sys.executable, "-m", "venv", str(building)], log)
+        run([python, "-m", "pip", "install", *PACKAGES, *DYNAMO_NEEDS], log)
+        run([python, "-m", "pip", "install", "--no-deps", *DYNAMO], log)
 
     def opened(directory: Path) -> Path | None:
         python = directory / "bin" / "python"
         return python if python.exists() and [*directory.glob("lib/python*/site-packages/dynamo")] else None
 
-    digest = hashlib.sha256(repr((PACKAGES, DYNAMO, DYNAMO_NEEDS, platform.python_version())).encode()).hexdigest()
-    return made_once(cache / "peers" / f"routers-{digest[:12]}", opened, build, "install other routers")
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(1), check=False)
-    if done.returncode:
-        raise SetupError(f"{' '.join(command[:4])} ... ended with {done.returncode}:\n{done.stderr[-800:]}")
+    depends_on = (*PACKAGES, *DYNAMO, *DYNAMO_NEEDS, platform.python_version())
+    return made_once(place(cache, "routers", *depends_on), opened, build, "install other routers")
 
 
 def text_files(directory: Path, converted: Path, spec: ModelSpec) -> Path:

@@ -206,7 +206,7 @@ def test_a_compiler_is_told_that_a_whole_tile_configuration_is_read(tmp_path: Pa
 
 def test_a_build_that_fails_says_what_was_said_last(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="ended with 1:\n  no compiler here"):
-        builds._run([sys.executable, "-c", "raise SystemExit('no compiler here')"], tmp_path / "log")
+        builds.run([sys.executable, "-c", "raise SystemExit('no compiler here')"], tmp_path / "log")
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

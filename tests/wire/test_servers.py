@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
+from grpc._cython.cygrpc import ExecuteBatchError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -143,6 +145,17 @@ def test_bytes_that_are_no_message_are_the_callers_fault(
         assert not caplog.records
 
     one_loop.run(inside())
+
+
+@pytest.mark.parametrize(
+    ("raised", "is_told"), [(ExecuteBatchError("status"), False), (asyncio.CancelledError(), False), (KeyError(), True)]
+)
+def test_a_bug_reaches_the_log_and_a_caller_who_left_before_the_status_does_not(
+    raised: BaseException, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That gRPC sees the unwritten status before it sees the closed call is a race: its record is made here."""
+    logging.getLogger("grpc._cython.cygrpc").error("raised in core by servicer method [...]", exc_info=raised)
+    assert bool(caplog.records) is is_told
 
 
 def test_reflection_lists_and_describes_the_services() -> None:
