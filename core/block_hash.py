@@ -9,6 +9,7 @@ exact prefix index. Only full blocks have one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class HashScope:
             capability.hash_version,
         )
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a scope is a value, and clients may choose their tenant
     def root(self) -> BlockHash:
         """Length prefixes (u32 little-endian, bytes) keep ("ab", "c") and ("a", "bc") apart."""
         h = hashlib.sha256()

@@ -152,5 +152,7 @@ class Metrics:
     def _key(name: str, labels: dict[str, str]) -> tuple[str, tuple[str, ...]]:
         metric = BY_NAME.get(name)
         assert metric is not None, f"{name} is not in core/metrics.py"
-        assert set(labels) == set(metric.labels), f"{name} has labels {metric.labels}, got {tuple(labels)}"
-        return name, tuple(labels[k] for k in metric.labels)
+        if not labels and not metric.labels:
+            return name, ()
+        assert labels.keys() == set(metric.labels), f"{name} has labels {metric.labels}, got {tuple(labels)}"
+        return name, tuple([labels[k] for k in metric.labels])

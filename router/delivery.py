@@ -37,29 +37,25 @@ class Delivery:
     """Prompt tokens that were not computed for this request, as the first attempt that brought tokens says: what a
     later one finds cached, we had computed."""
     spans: tuple[Span, ...] = ()
+    unfinished: list[Answer] = field(init=False)
     _counted_epoch: int | None = None
-    _num_open: int = 0
 
     def __post_init__(self) -> None:
         self.answers = {c.index: Answer(c.index, list(c.delivered)) for c in self.request.choices}
-        self._num_open = len(self.answers)
+        self.unfinished = list(self.answers.values())
 
     @property
     def is_open(self) -> bool:
-        return self._num_open > 0
+        return bool(self.unfinished)
 
     @property
     def num_output_tokens(self) -> int:
         return sum(len(a.tokens) for a in self.answers.values())
 
     @property
-    def unfinished(self) -> list[Answer]:
-        return [a for a in self.answers.values() if a.finish is None]
-
-    @property
     def longest(self) -> int:
         """Tokens, prompt included, of the longest answer that is not finished."""
-        return len(self.request.prompt) + max((len(a.tokens) for a in self.unfinished), default=0)
+        return len(self.request.prompt) + max([len(a.tokens) for a in self.unfinished], default=0)
 
     @property
     def num_shared_tokens(self) -> int:
@@ -125,7 +121,7 @@ class Delivery:
 
     def _end(self, answer: Answer, finish: FinishReason) -> None:
         answer.finish = finish
-        self._num_open -= 1
+        self.unfinished = [a for a in self.unfinished if a is not answer]
 
     def how_it_ended(self) -> str:
         """Without an error: as its worker said of the last choice, else by its reader, who had enough (a stop string)

@@ -21,6 +21,9 @@ from baton.core.config import PRIORITIES, TenantConfig
 EVERYBODY_ELSE = "*"
 """Names the terms of tenants that are not named."""
 
+NOBODYS = TenantConfig()
+"""Where the settings name neither the tenant nor everybody else."""
+
 MAX_TENANTS = 16_384
 """Whose end tags are remembered; of more (clients may choose their names), those that came longest ago owe nothing."""
 
@@ -31,7 +34,7 @@ Waiter = TypeVar("Waiter")
 
 
 def terms_of(tenants: Mapping[str, TenantConfig], tenant: str) -> TenantConfig:
-    return tenants.get(tenant) or tenants.get(EVERYBODY_ELSE) or TenantConfig()
+    return tenants.get(tenant) or tenants.get(EVERYBODY_ELSE) or NOBODYS
 
 
 @dataclass(slots=True, eq=False)

@@ -166,7 +166,7 @@ class Generation:
     async def _prepare(self, call: GenerateCall, request_id: str, bookmark: Bookmark | None) -> Job:
         arrived_s = asyncio.get_running_loop().time()
         check_stop(call.stop)
-        dataclasses.replace(call.sampling, max_tokens=1).check()
+        call.sampling.check()
         self._check_token_ids(call.sampling.stop_token_ids, "stop_token_ids")
         self._check_token_ids([token_id for token_id, _ in call.sampling.logit_bias], "logit_bias")
         if not 1 <= call.n <= MAX_CHOICES:
@@ -286,10 +286,10 @@ class Generation:
         return dataclasses.replace(call.sampling, max_tokens=wanted)
 
     def _check_token_ids(self, ids: Sequence[int], name: str) -> None:
-        vocab_size = self.codec.card.vocab_size
-        bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-        if bad is not None:
-            raise InvalidRequest(f"{name} holds {shown(bad)}; this model's token ids are 0 to {vocab_size - 1}.", name)
+        last = self.codec.card.vocab_size - 1
+        bad = [i for i in (min(ids), max(ids)) if not 0 <= i <= last] if ids else []
+        if bad:
+            raise InvalidRequest(f"{name} holds {shown(bad[0])}; this model's token ids are 0 to {last}.", name)
 
     def _refuse_hopeless(self, num_chars: int, name: str) -> None:
         """Texts that cannot fit are refused before work is spent on them."""

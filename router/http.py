@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -53,6 +53,8 @@ TENANT_HEADER = "x-baton-tenant"
 LAST_EVENT_ID = "last-event-id"
 PREFIXES = {Endpoint.CHAT: "chatcmpl", Endpoint.COMPLETIONS: "cmpl"}
 """Of request ids."""
+
+Headers = Mapping[str, str]
 
 log = logging.getLogger(__name__)
 
@@ -129,13 +131,13 @@ class _Generations:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
+        headers = _headers(scope)
         exchange = _Exchange(send, new_request_id(PREFIXES[self._endpoint]))
         try:
             if self._front.stopping.is_set:
                 raise _stopping()
-            call = await self._read(request)
-            bookmark = self._bookmark(request, call, exchange)
+            call = await self._read(headers, receive)
+            bookmark = self._bookmark(headers, call, exchange)
             with self._bounded(receive, exchange):
                 await self._answer(call, exchange, bookmark)
         except ClientDisconnect:
@@ -161,22 +163,22 @@ class _Generations:
                 stalling.cancel()
                 self._front.stopping.spares(until)
 
-    async def _read(self, request: Request) -> Call:
+    async def _read(self, headers: Headers, receive: Receive) -> Call:
+        tenant = headers.get(TENANT_HEADER, "")
+        whose = tenant, account_of(tenant, headers.get("authorization", ""))
         with self._front.generation.refusals_counted():
-            check_media_type(request)
-            body = await read_body(request, self._front.config.max_body_bytes)
+            check_media_type(headers)
+            body = await read_body(receive, self._front.config.max_body_bytes)
             if len(body) <= INLINE_BODY_BYTES:
-                call = parse(body, self._endpoint)
+                call = parse(body, self._endpoint, *whose)
             else:
-                call = await asyncio.to_thread(parse, body, self._endpoint)
+                call = await asyncio.to_thread(parse, body, self._endpoint, *whose)
             self._front.generation.check_model(call.model)
-        tenant = request.headers.get(TENANT_HEADER, "")
-        account = account_of(tenant, request.headers.get("authorization", ""))
-        return replace(call, generate=replace(call.generate, tenant=tenant, account=account))
+        return call
 
-    def _bookmark(self, request: Request, call: Call, exchange: _Exchange) -> Bookmark | None:
+    def _bookmark(self, headers: Headers, call: Call, exchange: _Exchange) -> Bookmark | None:
         """Where the client is in a stream that it has lost: the reply is the rest of it, under its id."""
-        text = request.headers.get(LAST_EVENT_ID)
+        text = headers.get(LAST_EVENT_ID)
         if not text:
             return None
         with self._front.generation.refusals_counted():
@@ -303,29 +305,36 @@ def _stopping() -> PeerLost:
     return PeerLost("the router is stopping. Send the request again, to another one.")
 
 
-def check_media_type(request: Request) -> None:
+def _headers(scope: Scope) -> Headers:
+    """By their names in lower case. Of one that came twice the first counts."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+
+
+def check_media_type(headers: Headers) -> None:
     """Browsers send anything else to a foreign server without asking it first."""
-    kind, _, parameters = request.headers.get("content-type", "").partition(";")
+    kind, _, parameters = headers.get("content-type", "").partition(";")
     if kind.strip().lower() != "application/json":
         raise WrongMediaType(f"the body's content type is {shown(kind.strip() or 'not given')}. "
                              "Send the header content-type: application/json.")
     charset = parameters.strip().lower().replace('"', "")
     if charset.startswith("charset=") and charset not in ("charset=utf-8", "charset=utf8"):
         raise WrongMediaType(f"the body's {shown(charset)} is not supported. Send UTF-8.")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get("content-encoding", "identity").lower() != "identity":
         raise WrongMediaType("compressed bodies are not supported. Send the JSON as it is, without content-encoding.")
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    parts, size = [], 0
+async def read_body(receive: Receive, max_bytes: int) -> bytes:
+    parts, size, more = [], 0, True
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for part in request.stream():
+            while more and size <= DISCARD_FACTOR * max_bytes:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                part, more = message.get("body", b""), message.get("more_body", False)
                 size += len(part)
                 if size <= max_bytes:
                     parts.append(part)
-                elif size > DISCARD_FACTOR * max_bytes:
-                    break
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s. Send it faster.") from None
     if size > max_bytes:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from typing import Any
 
 from baton.core.block_hash import BlockHash
 from baton.core.messages import KVEvents, KVSnapshot
@@ -49,11 +50,19 @@ class Held(Mapping[str, int]):
         self._names = names
 
     def __getitem__(self, worker_id: str) -> int:
-        bit = self._holders[worker_id].bit
-        for num_blocks, bits in self._groups:
-            if bits & bit:
-                return num_blocks
-        raise KeyError(worker_id)
+        found: int = self.get(worker_id, -1)
+        if found < 0:
+            raise KeyError(worker_id)
+        return found
+
+    def get(self, worker_id: str, default: Any = None) -> Any:
+        """Asked for every candidate, and most hold nothing: no error is raised and caught on the way."""
+        holder = self._holders.get(worker_id)
+        if holder is not None:
+            for num_blocks, bits in self._groups:
+                if bits & holder.bit:
+                    return num_blocks
+        return default
 
     def __iter__(self) -> Iterator[str]:
         for _, bits in self._groups:

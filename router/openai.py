@@ -262,8 +262,9 @@ def printable_name(name: str) -> str:
 # ---- the body ----------------------------------------------------------------------------------------------------
 
 
-def parse(body: bytes, endpoint: Endpoint) -> Call:
-    """Raises InvalidRequest (NotSupported for known features) naming the first field at fault."""
+def parse(body: bytes, endpoint: Endpoint, tenant: str = "", account: str = "") -> Call:
+    """`tenant`, `account`: whose it is, as its headers say. Raises InvalidRequest (NotSupported for known features)
+    naming the first field at fault."""
     table = TABLE[endpoint]
     fields = an_object(read_json(body), "the body")
     known(fields, table)
@@ -283,7 +284,7 @@ def parse(body: bytes, endpoint: Endpoint) -> Call:
         asked, SamplingParams(**{name: checked[name] for name in SAMPLING if name in checked},
                               logprobs=_logprobs(checked, endpoint)),
         max_tokens, None if endpoint is Endpoint.CHAT else DEFAULT_COMPLETION_TOKENS, checked.get("stop", ()),
-        max_tokens_field=max_tokens_field, n=n, session=checked.get("prompt_cache_key") or "")
+        tenant, account, checked.get("prompt_cache_key") or "", max_tokens_field=max_tokens_field, n=n)
     return Call(checked["model"], generate, stream, checked.get("stream_options", False))
 
 

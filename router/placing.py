@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from baton.core.block_hash import BlockHash, HashScope, extend
@@ -58,7 +59,7 @@ class Placing:
         self._config = config.router
         self._fleet = fleet
         self._decider = decider
-        self._offered: tuple[object, float, Candidates] | None = None
+        self._asked: tuple[object, float, tuple[Facts, Candidates]] | None = None
         self._line = line
         self._room = Room(config, self.health)
 
@@ -120,7 +121,8 @@ class Placing:
         hashes = self._hashes(run)
         held = self._held(hashes)
         best = max(held.get(w.worker_id, 0) for w in (computing, route.holder) if w is not None)
-        mine = hashes[_scope(run, HashScope.of(computing.capability)), computing.capability.layout.block_size]
+        scope = _scope(HashScope.of(computing.capability), run.request.tenant)
+        mine = hashes[scope, computing.capability.layout.block_size]
         best = max(best, self._fleet.coming.match(mine).get(computing.boot_id, 0))
         total = run.delivery.num_shared_tokens
         left = max(1, total - best * computing.capability.layout.block_size)
@@ -133,7 +135,7 @@ class Placing:
         """Of the blocks that all its choices begin with. Hashed once per request and way of hashing (one, in a fleet of
         one model); workers that hash differently cannot hold each other's hashes."""
         for fleet_scope, block_size in self._fleet.scopes():
-            scope = _scope(run, fleet_scope)
+            scope = _scope(fleet_scope, run.request.tenant)
             hashes = run.hashes.setdefault((scope, block_size), [])
             rest = run.delivery.num_shared_tokens - len(hashes) * block_size
             if rest >= block_size:  # at first the prompt, later what was delivered since
@@ -146,9 +148,8 @@ class Placing:
         return _merged([self._fleet.index.match(chain) for chain in hashes.values()])
 
     def _price(self, run: Run) -> Route | None:
-        facts = self._facts(run, run.delivery.num_shared_tokens)
-        candidates = self._room.narrowed(self._candidates(run, facts))
-        decision = self._decider.choose(facts, candidates)
+        facts, candidates = self._ask(run)
+        decision = self._decider.choose(facts, self._room.narrowed(candidates))
         run.decisions.append(decision)
         route, now = decision.route, asyncio.get_running_loop().time()
         if route is not None:
@@ -161,27 +162,26 @@ class Placing:
         """Could it be sent now, and begin soon? Also if nobody is ready: `place` knows how long to wait for that."""
         if self._line.somebody_waits:
             return False
-        facts = self._facts(run, run.delivery.num_shared_tokens)
-        candidates = self._candidates(run, facts)
+        facts, candidates = self._ask(run)
         return not candidates.decode or self._room.is_open(facts, candidates)
 
     def _is_too_large(self, run: Run) -> bool:
         """Asked of one that is not open: would a smaller one be?"""
         if self._line.somebody_waits:
             return False
-        facts = self._facts(run, run.delivery.num_shared_tokens)
-        return self._room.is_too_large(facts, self._candidates(run, facts))
+        return self._room.is_too_large(*self._ask(run))
+
+    def _ask(self, run: Run) -> tuple[Facts, Candidates]:
+        """What a policy is asked, as of now; in one breath (admitted, its turn, priced) it is looked up once."""
+        delivery, now = run.delivery, asyncio.get_running_loop().time()
+        moment = (run, delivery.longest, len(delivery.unfinished), len(run.avoided), self._decider.num_decisions,
+                  len(self.admission), self._fleet.num_changes)
+        if self._asked is None or self._asked[0] != moment or now - self._asked[1] > SAME_S:
+            facts = self._facts(run, delivery.num_shared_tokens)
+            self._asked = moment, now, (facts, self._candidates(run, facts))
+        return self._asked[2]
 
     def _candidates(self, run: Run, facts: Facts) -> Candidates:
-        """As of now; in one breath (admitted, its turn, priced) they are looked up once."""
-        moment = (run.request.request_id, facts.num_tokens, len(run.avoided), self._fleet.num_changes)
-        clock = asyncio.get_running_loop().time
-        if self._offered is None or self._offered[0] != moment or clock() - self._offered[1] > SAME_S:
-            offered = self._look_up(run, facts)
-            self._offered = moment, clock(), offered
-        return self._offered[2]
-
-    def _look_up(self, run: Run, facts: Facts) -> Candidates:
         fleet, longest, hashes = self._fleet, run.delivery.longest, self._hashes(run)
         held = self._held(hashes)
         coming = _merged([fleet.coming.match(chain) for chain in hashes.values()])
@@ -242,8 +242,9 @@ class Placing:
         return ", ".join(states) or "none has been registered"
 
 
-def _scope(run: Run, fleet_scope: HashScope) -> HashScope:
-    return dataclasses.replace(fleet_scope, tenant_salt=run.request.tenant)
+@functools.lru_cache(maxsize=4096)
+def _scope(fleet_scope: HashScope, tenant: str) -> HashScope:
+    return dataclasses.replace(fleet_scope, tenant_salt=tenant)
 
 
 def _merged(found: Sequence[Mapping[str, int]]) -> Mapping[str, int]:

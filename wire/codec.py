@@ -23,9 +23,9 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -89,53 +89,77 @@ def _dataclass_rules(cls: type, message: Descriptor) -> tuple[Encode, Decode]:
     wire_names = sorted(message.fields_by_name)
     if cls.__name__ != message.name or sorted(names) != wire_names:
         raise TypeError(f"{cls.__name__}{sorted(names)} and message {message.name}{wire_names} differ")
-    rules = [(name, *_field_rules(hints[name], message.fields_by_name[name])) for name in names]
+    rules = [_Field(name, *_field_rules(hints[name], message.fields_by_name[name])) for name in names]
+    return _writer(rules), _reader(cls, rules)
+
+
+class _Field(NamedTuple):
+    name: str
+    encode: Encode
+    how: _How
+    decode: Decode
+
+
+def _writer(fields: Sequence[_Field]) -> Encode:
+    """The dict of a value's fields; None is taken as absent. One of these runs for every token: all are fetched at
+    once, and only what is not plain is looked at again (a call for each field took twice as long)."""
+    names = [f.name for f in fields]
+    fetch = _fetched(names)
+    converted = [(f.name, f.encode) for f in fields if f.encode is not _same]
 
     def encode(value: Any) -> dict[str, Any]:
-        fields = {}
-        for name, enc, _, _ in rules:
-            part = getattr(value, name)
-            if part is not None:
-                fields[name] = enc(part)
-        return fields
+        parts = dict(zip(names, fetch(value), strict=True))
+        for name, enc in converted:
+            if part := parts[name]:  # None and () are what they are
+                parts[name] = enc(part)
+        return parts
 
-    return encode, _reader(cls, [(name, how, dec) for name, _, how, dec in rules])
+    return encode
 
 
-def _reader(make: Callable[..., Any], fields: Sequence[tuple[str, _How, Decode]]) -> Decode:
-    """`make` of a message's fields in turn. It runs for every token: all are fetched at once, and only those that are
-    not plain are looked at again (a call for each field took twice as long)."""
-    fetch = attrgetter(*(name for name, _, _ in fields))
-    is_one = len(fields) == 1
-    again = [(at, name, how, dec) for at, (name, how, dec) in enumerate(fields) if how is not _How.PLAIN]
+def _reader(make: Callable[..., Any], fields: Sequence[_Field]) -> Decode:
+    """`make` of a message's fields in turn."""
+    fetch = _fetched([f.name for f in fields])
+    repeated = [(at, f.decode) for at, f in enumerate(fields) if f.how is _How.REPEATED]
+    converted = [(at, f.decode) for at, f in enumerate(fields) if f.how is _How.CONVERTED]
+    may_lack = [(at, f) for at, f in enumerate(fields) if f.how in (_How.OPTIONAL, _How.REQUIRED)]
 
     def decode(wire: Any) -> Any:
-        parts = [fetch(wire)] if is_one else list(fetch(wire))
-        for at, name, how, dec in again:
+        parts = list(fetch(wire))
+        for at, dec in repeated:
             part = parts[at]
-            if how is _How.REPEATED:
-                parts[at] = dec(part) if part else ()
-            elif how is _How.CONVERTED or wire.HasField(name):
-                parts[at] = dec(part)
-            elif how is _How.OPTIONAL:
+            parts[at] = dec(part) if part else ()
+        for at, dec in converted:
+            parts[at] = dec(parts[at])
+        for at, field in may_lack:
+            if wire.HasField(field.name):
+                parts[at] = field.decode(parts[at])
+            elif field.how is _How.OPTIONAL:
                 parts[at] = None
             else:
-                raise Incompatible(_skew(f"a {wire.DESCRIPTOR.name} without {name}"))
+                raise Incompatible(_skew(f"a {wire.DESCRIPTOR.name} without {field.name}"))
         return make(*parts)
 
     return decode
+
+
+def _fetched(names: Sequence[str]) -> Callable[[Any], Iterable[Any]]:
+    """A tuple of attributes, also of one."""
+    if len(names) == 1:
+        return lambda value: (getattr(value, names[0]),)
+    return attrgetter(*names)
 
 
 def _tuple_rules(hints: tuple[Any, ...], message: Descriptor) -> tuple[Encode, Decode]:
     fields = sorted(message.fields, key=lambda f: f.number)
     if len(fields) != len(hints):
         raise TypeError(f"{message.name} has {len(fields)} fields for a tuple of {len(hints)}")
-    rules = [(f.name, *_field_rules(h, f)) for h, f in zip(hints, fields, strict=True)]
+    rules = [_Field(f.name, *_field_rules(h, f)) for h, f in zip(hints, fields, strict=True)]
 
     def encode(value: Any) -> dict[str, Any]:
-        return {name: enc(part) for (name, enc, _, _), part in zip(rules, value, strict=True)}
+        return {field.name: field.encode(part) for field, part in zip(rules, value, strict=True)}
 
-    return encode, _reader(lambda *parts: parts, [(name, how, dec) for name, _, how, dec in rules])
+    return encode, _reader(lambda *parts: parts, rules)
 
 
 def _union_rules(hint: Any, message: Descriptor) -> tuple[Encode, Decode]:
