@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import get_args
 
 from baton.bench.load.traces import Traced, read_trace, spread
+from baton.bench.route.cell import Cell
 from baton.bench.route.setup import MODES, Setup
-from baton.bench.route.world import Cell, replay
+from baton.bench.route.world import replay
 from baton.core.config import PolicyName
 from baton.core.errors import SetupError
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 SPREAD_SEED = 7
-HEAD = ("policy", "workers", "load", "routers", "hit", "mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "imbalance", "util")
+HEAD = ("policy", "workers", "load", "routers", "hit", "mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "imbalance", "util",
+        "local", "regret_s")
 
 Row = dict[str, object]
 
@@ -97,7 +99,7 @@ def replayed(jobs: Sequence[Job], num_processes: int) -> Iterator[Row]:
 
 
 def shown(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def width(name: str) -> int:

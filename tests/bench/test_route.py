@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from baton.bench.load.traces import BLOCK_TOKENS, Traced, read_trace
+from baton.bench.route.cell import at
 from baton.bench.route.command import main
+from baton.bench.route.questions import timed
 from baton.bench.route.setup import PREFILL_TOKENS_PER_S, REQUEST_S, Setup
-from baton.bench.route.world import at, replay, timed
+from baton.bench.route.world import replay
 from baton.core.config import PolicyName, data_dir
 
 HERE = Path(__file__).parent / "traces"
@@ -121,6 +123,20 @@ def test_in_production_every_request_is_answered_and_prefixes_are_found() -> Non
     assert seeing.hit > blind.hit
     assert seeing.mean_ttft_s < blind.mean_ttft_s
     assert 0 < seeing.mean_tpot_s < 0.1
+
+
+def test_a_policy_that_predicts_tells_its_regret_by_kind_of_prefill_and_another_has_none() -> None:
+    trace = conversations(150)
+    seeing, blind = (
+        replay(trace, Setup("production", policy, 3, 2, num_blocks=BLOCKS), 1.5) for policy in ("cost", "sglang")
+    )
+    assert blind.regret_s is blind.regret_remote_s is blind.prediction_error_s is None
+    told = seeing.regret_remote_s, seeing.regret_s, seeing.regret_local_s, seeing.prediction_error_s
+    assert None not in told
+    remote_s, both_s, local_s, error_s = (s or 0.0 for s in told)
+    assert 0 < remote_s < both_s < local_s
+    assert both_s < error_s < seeing.mean_ttft_s
+    assert 0 < seeing.local < 0.1
 
 
 def test_several_routers_share_one_fleet() -> None:
