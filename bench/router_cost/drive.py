@@ -115,9 +115,8 @@ class _Drive:
                 self.num_events += len(events.feed(body))
             else:
                 said += body
-        if not self._row.stream:
-            if not json.loads(said).get("choices"):
-                raise SetupError(f"an answer that no worker has made: {said[:300]!r}")
+        if not self._row.stream and not json.loads(said).get("choices"):
+            raise SetupError(f"an answer that no worker has made: {said[:300]!r}")
 
 
 async def measure(port: int, pid: int, model: str, row: Row) -> Cost:
