@@ -16,6 +16,7 @@ from typing import get_args
 
 from baton.bench.load.traces import Traced, read_trace, spread
 from baton.bench.route.cell import Cell
+from baton.bench.route.processes import replay_for_real, twin
 from baton.bench.route.setup import MODES, Setup
 from baton.bench.route.world import replay
 from baton.core.config import PolicyName
@@ -23,8 +24,8 @@ from baton.core.errors import SetupError
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 SPREAD_SEED = 7
-HEAD = ("policy", "workers", "load", "routers", "hit", "mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "imbalance", "util",
-        "local", "regret_s")
+HEAD = ("policy", "world", "workers", "load", "routers", "hit", "mean_ttft_s", "p50_ttft_s", "p99_ttft_s", "imbalance",
+        "util", "local", "regret_s")
 
 Row = dict[str, object]
 
@@ -37,18 +38,21 @@ class Job:
     num_requests: int | None
     setup: Setup
     load: float
+    real: bool = False
 
     def run(self) -> Row:
         began = time.process_time()
-        cell = replay(requests_of(self.trace, self.num_requests), self.setup, self.load)
+        play = replay_for_real if self.real else replay
+        cell = play(requests_of(self.trace, self.num_requests), self.setup, self.load)
         return self.row(cell, time.process_time() - began)
 
     def row(self, cell: Cell, cpu_s: float) -> Row:
         setup = self.setup
         own = {
-            "trace": self.trace.name, "mode": setup.mode, "policy": setup.policy, "workers": setup.num_prefill,
-            "decode_workers": setup.num_decode, "routers": setup.num_routers, "load": self.load,
-            "blocks": setup.num_blocks, "grain": setup.grain, "seed": setup.seed, "settings": list(setup.settings),
+            "trace": self.trace.name, "world": "real" if self.real else "simulated", "mode": setup.mode,
+            "policy": setup.policy, "workers": setup.num_prefill, "decode_workers": setup.num_decode,
+            "routers": setup.num_routers, "load": self.load, "blocks": setup.num_blocks, "grain": setup.grain,
+            "pace": setup.pace, "seed": setup.seed, "settings": list(setup.settings),
         }
         return own | dataclasses.asdict(cell) | {"cpu_s": round(cpu_s, 1)}
 
@@ -76,17 +80,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "baton bench route"
 
 def jobs_of(asked: argparse.Namespace) -> list[Job]:
     policies = POLICIES if "all" in asked.policy else asked.policy
-    return [
-        Job(
-            asked.trace, asked.requests,
-            Setup(
-                asked.mode, policy, workers, asked.decode_workers or max(1, workers // 2), routers, asked.blocks,
-                asked.grain, asked.seed, tuple(asked.set),
-            ),
-            load,
+    jobs = list[Job]()
+    for workers, load, routers, policy in itertools.product(asked.workers, asked.load, asked.routers, policies):
+        setup = Setup(
+            asked.mode, policy, workers, asked.decode_workers or max(1, workers // 2), routers, asked.blocks,
+            asked.grain, asked.seed, tuple(asked.set), asked.pace,
         )
-        for workers, load, routers, policy in itertools.product(asked.workers, asked.load, asked.routers, policies)
-    ]
+        jobs.append(Job(asked.trace, asked.requests, twin(setup) if asked.real else setup, load))
+        if asked.real:
+            jobs.append(Job(asked.trace, asked.requests, setup, load, real=True))
+    return jobs
 
 
 def replayed(jobs: Sequence[Job], num_processes: int) -> Iterator[Row]:
@@ -103,7 +106,7 @@ def shown(value: object) -> str:
 
 
 def width(name: str) -> int:
-    return max(len(name), 15) if name == "policy" else max(len(name), 8)
+    return max(len(name), {"policy": 15, "world": 9}.get(name, 8))
 
 
 def options(prog: str) -> argparse.ArgumentParser:
@@ -125,6 +128,10 @@ def options(prog: str) -> argparse.ArgumentParser:
                         help="Tokens of the trace that one simulated token stands for.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="A setting; tokens in grains.")
+    parser.add_argument("--real", action="store_true", help="Beside each row, one of real processes on real time: give "
+                        "--requests. Workers of the hash model, and a wire that costs nothing in both.")
+    parser.add_argument("--pace", type=float, default=1.0, metavar="X", help="Everything X times as fast as on the "
+                        "trace's clock; figures are told in the trace's time.")
     parser.add_argument("--jobs", type=positive, default=1, help="Processes.")
     parser.add_argument("--json", type=Path, help="Keep the rows there.")
     return parser

@@ -20,6 +20,7 @@ from baton.bench.route.questions import timed
 from baton.bench.route.setup import PREFILL_TOKENS_PER_S, REQUEST_S, Setup
 from baton.bench.route.world import replay
 from baton.core.config import PolicyName, data_dir
+from baton.core.errors import SetupError
 
 HERE = Path(__file__).parent / "traces"
 BLOCKS = 300
@@ -159,6 +160,26 @@ def test_the_command_prints_and_keeps_a_row_for_each_cell(tmp_path: Path, capsys
     assert [(r["policy"], r["workers"]) for r in rows] == [("cost", 1), ("sglang", 1), ("cost", 2), ("sglang", 2)]
     assert {"hit", "mean_ttft_s", "p99_ttft_s", "imbalance", "util"} <= set(rows[0])
     assert capsys.readouterr().out.count("\n") == 5
+
+
+def test_real_processes_replay_what_the_simulator_does(tmp_path: Path) -> None:
+    """At a twentieth of the trace's pace, so that a busy machine changes little. Where the prompts are computed, what
+    is found of them and how much work that is are the same; the times are those of a real machine."""
+    kept = tmp_path / "rows.json"
+    main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "--workers", "2", "--pace", "0.05", "--real",
+          "--json", str(kept)])
+    simulated, real = json.loads(kept.read_text())
+    assert (simulated["world"], real["world"]) == ("simulated", "real")
+    assert real["num_failed"] == 0, real["failure"]
+    assert real["hit"] == simulated["hit"] > 0
+    assert real["local"] == simulated["local"]
+    assert real["util"] * real["took_s"] == pytest.approx(simulated["util"] * simulated["took_s"], rel=0.1)
+    assert real["mean_ttft_s"] > 0.9 * simulated["mean_ttft_s"]
+
+
+def test_real_processes_do_not_compute_one_prompt_after_the_other() -> None:
+    with pytest.raises(SetupError, match="production"):
+        main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "--mode", "fcfs", "--real"])
 
 
 @pytest.mark.slow
