@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from baton.bench.load.plots import figure
 from baton.bench.load.traces import Traced, read_trace, spread
 from baton.bench.route.cell import Cell
+from baton.bench.route.plots import draw
 from baton.bench.route.processes import replay_for_real, twin
 from baton.bench.route.setup import MODES, Setup
 from baton.bench.route.world import replay
@@ -63,22 +65,35 @@ def requests_of(path: Path, num_requests: int | None) -> list[Traced]:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "baton bench route") -> None:
-    """Raises SetupError for a trace that cannot be read."""
+    """Raises SetupError for a trace or rows that cannot be read, and before anything is replayed also for a plot that
+    cannot be drawn."""
     asked = options(prog).parse_args(arguments)
-    if not asked.trace.is_file():
-        raise SetupError(f"there is no trace {asked.trace}.")
-    rows = []
+    if asked.plot:
+        figure(1)
+    rows = list[Row]()
     print("  ".join(f"{name:>{width(name)}}" for name in HEAD))
-    for row in replayed(jobs_of(asked), asked.jobs):
+    for row in kept(asked.rows) if asked.rows else replayed(jobs_of(asked), asked.jobs):
         rows.append(row)
-        print("  ".join(f"{shown(row[name]):>{width(name)}}" for name in HEAD), flush=True)
+        print("  ".join(f"{shown(row.get(name)):>{width(name)}}" for name in HEAD), flush=True)
         if row["num_failed"]:
             print(f"  {row['num_failed']} of {row['num_requests']} requests failed: {row['failure']}")
         if asked.json:
             asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if asked.plot:
+        draw(rows, asked.plot)
+
+
+def kept(paths: Sequence[Path]) -> list[Row]:
+    """What `--json` has written."""
+    try:
+        return [row for path in paths for row in json.loads(path.read_text())]
+    except (OSError, ValueError) as e:
+        raise SetupError(f"cannot read the rows: {e}.") from e
 
 
 def jobs_of(asked: argparse.Namespace) -> list[Job]:
+    if not asked.trace.is_file():
+        raise SetupError(f"there is no trace {asked.trace}.")
     policies = POLICIES if "all" in asked.policy else asked.policy
     jobs = list[Job]()
     for workers, load, routers, policy in itertools.product(asked.workers, asked.load, asked.routers, policies):
@@ -112,7 +127,9 @@ def width(name: str) -> int:
 def options(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Replay a recorded trace through the production router, "
                                      "scheduler and hand-off on virtual time, with Baton's policy and others'.")
-    parser.add_argument("--trace", type=Path, required=True, help="Mooncake JSON lines or Azure CSV, plain or gzipped.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path, help="Mooncake JSON lines or Azure CSV, plain or gzipped.")
+    source.add_argument("--rows", type=Path, nargs="+", help="Replay nothing; take these rows, which --json has kept.")
     parser.add_argument("--policy", nargs="+", default=["all"], choices=("all", *POLICIES), metavar="NAME",
                         help=f"all, or some of {', '.join(POLICIES)}.")
     parser.add_argument("--workers", type=positive, nargs="+", default=[4], help="Prefill workers.")
@@ -134,6 +151,7 @@ def options(prog: str) -> argparse.ArgumentParser:
                         "trace's clock; figures are told in the trace's time.")
     parser.add_argument("--jobs", type=positive, default=1, help="Processes.")
     parser.add_argument("--json", type=Path, help="Keep the rows there.")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="Draw the rows.")
     return parser
 
 

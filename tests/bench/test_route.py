@@ -16,6 +16,7 @@ import pytest
 from baton.bench.load.traces import BLOCK_TOKENS, Traced, read_trace
 from baton.bench.route.cell import at
 from baton.bench.route.command import main
+from baton.bench.route.plots import column
 from baton.bench.route.questions import timed
 from baton.bench.route.setup import PREFILL_TOKENS_PER_S, REQUEST_S, Setup
 from baton.bench.route.world import replay
@@ -160,6 +161,29 @@ def test_the_command_prints_and_keeps_a_row_for_each_cell(tmp_path: Path, capsys
     assert [(r["policy"], r["workers"]) for r in rows] == [("cost", 1), ("sglang", 1), ("cost", 2), ("sglang", 2)]
     assert {"hit", "mean_ttft_s", "p99_ttft_s", "imbalance", "util"} <= set(rows[0])
     assert capsys.readouterr().out.count("\n") == 5
+
+
+def test_rows_that_were_kept_are_shown_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    kept, drawn = tmp_path / "rows.json", tmp_path / "rows.png"
+    main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "sglang", "--workers", "1", "2",
+          "--json", str(kept)])
+    replayed = capsys.readouterr().out
+    main(["--rows", str(kept), "--plot", str(drawn)])
+    assert capsys.readouterr().out == replayed
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_column_of_the_plot_names_what_its_rows_have_in_common() -> None:
+    row = {"policy": "cost", "workers": 8, "load": 1.2, "routers": 1, "world": "simulated"}
+    assert column(row) == column({**row, "policy": "dynamo"}) == "8 workers\nload 1.2"
+    assert column({**row, "routers": 4, "world": "real"}) == "8 workers\nload 1.2\n4 routers\nreal"
+
+
+def test_rows_that_cannot_be_read_are_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("policy")
+    with pytest.raises(SetupError, match="rows"):
+        main(["--rows", str(tmp_path / "rows.json")])
 
 
 def test_real_processes_replay_what_the_simulator_does(tmp_path: Path) -> None:
