@@ -22,7 +22,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.core.config import RouterConfig
+from baton.core.config import PRIORITIES, RouterConfig
 from baton.core.errors import (
     BatonError,
     Cancelled,
@@ -114,6 +114,8 @@ class GenerateCall:
     session: str = ""
     """A hint: the first MAX_SESSION_CHARS count."""
     timeout_s: float | None = None
+    priority: int = 0
+    """So many classes below the tenant's."""
     max_tokens_field: str = "max_tokens"
     """What the client called it."""
     n: int = 1
@@ -175,6 +177,9 @@ class Generation:
             raise InvalidRequest(f"request_id may have {MAX_REQUEST_ID_CHARS} characters at most.", "request_id")
         if len(call.tenant) > MAX_TENANT_CHARS:
             raise InvalidRequest(f"a tenant's name may have {MAX_TENANT_CHARS} characters at most.", "tenant")
+        if call.priority < 0:
+            raise InvalidRequest(f"priority is {shown(call.priority)}; 0 is your own class, 1 the next lower one, and "
+                                 "nobody can ask for a higher one.", "priority")
         if call.timeout_s is not None and not 0 < call.timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s is {call.timeout_s!r}; it must be a positive number of seconds.",
                                  "timeout_s")
@@ -184,8 +189,8 @@ class Generation:
         prompt = await self._encode(call.prompt)
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
-            tenant=call.tenant,
-            deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS])
+            tenant=call.tenant, deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS],
+            priority=min(call.priority, len(PRIORITIES) - 1))
         return Job(request, call.stop, arrived_s, call.account, bookmark)
 
     async def tokenize(self, text: str) -> list[int]:
