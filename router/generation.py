@@ -35,6 +35,7 @@ from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import MAX_CHOICES, Choice, FinishReason, Request, SamplingParams
 from baton.router.bookmark import Bookmark, Unread
+from baton.router.claims import Claims
 from baton.router.limits import Charge, RateLimits
 from baton.router.output import Delta, Output, Usage
 from baton.router.text import TextCodec
@@ -133,6 +134,8 @@ class Job:
     account: str = ""
     bookmark: Bookmark | None = None
     """Where its reader is; None: at the beginning."""
+    pays_first: bool = True
+    """Or only once no worker is known to work on it."""
 
 
 class Generation:
@@ -144,6 +147,7 @@ class Generation:
         self._tokens = tokens
         self._config = config
         self._limits = limits
+        self._claims = Claims()
 
     def max_model_len(self) -> int:
         """Longest prompt + output, in tokens."""
@@ -184,14 +188,15 @@ class Generation:
             raise InvalidRequest(f"timeout_s is {call.timeout_s!r}; it must be a positive number of seconds.",
                                  "timeout_s")
         deadline_s = min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
-        if bookmark is None:  # else it was let in at another router
+        is_new = bookmark is None or not self._claims.believes(call.account, arrived_s)
+        if is_new:  # else it was let in at another router
             self._tokens.check_early(call.tenant, deadline_s)
         prompt = await self._encode(call.prompt)
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
             tenant=call.tenant, deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS],
             priority=min(call.priority, len(PRIORITIES) - 1))
-        return Job(request, call.stop, arrived_s, call.account, bookmark)
+        return Job(request, call.stop, arrived_s, call.account, bookmark, is_new)
 
     async def tokenize(self, text: str) -> list[int]:
         """As `run` would read the text; any length up to what could be a prompt."""
@@ -212,13 +217,17 @@ class Generation:
 
         async def pay() -> None:
             nonlocal charge
-            charge = await self._limits.charge(job.account, job.request)
+            charge = charge or await self._limits.charge(job.account, job.request)
+
+        async def pay_late() -> None:
+            self._claims.was_false(job.account, asyncio.get_running_loop().time())
+            await pay()
 
         try:
-            if job.bookmark is None:
+            if job.pays_first:
                 await pay()
             last_seen = job.bookmark.worker if job.bookmark is not None else None  # paid for there, if it runs
-            async with aclosing(self._tokens.generate(job.request, last_seen, pay)) as chunks:
+            async with aclosing(self._tokens.generate(job.request, last_seen, pay_late)) as chunks:
                 async for chunk in chunks:
                     for delta in (output.take(chunk),) if unread is None else _news(output, chunk, unread):
                         if delta is None:
