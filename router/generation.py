@@ -137,6 +137,11 @@ class Job:
     pays_first: bool = True
     """Or only once no worker is known to work on it."""
 
+    @property
+    def last_seen(self) -> str | None:
+        """Where it ran, says its client. None: nowhere yet."""
+        return self.bookmark.worker if self.bookmark is not None else None
+
 
 class Generation:
     def __init__(self, codec: TextCodec, tokens: TokenSource, config: RouterConfig, metrics: Metrics,
@@ -226,8 +231,7 @@ class Generation:
         try:
             if job.pays_first:
                 await pay()
-            last_seen = job.bookmark.worker if job.bookmark is not None else None  # paid for there, if it runs
-            async with aclosing(self._tokens.generate(job.request, last_seen, pay_late)) as chunks:
+            async with aclosing(self._tokens.generate(job.request, job.last_seen, pay_late)) as chunks:
                 async for chunk in chunks:
                     for delta in (output.take(chunk),) if unread is None else _news(output, chunk, unread):
                         if delta is None:
