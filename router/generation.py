@@ -218,20 +218,11 @@ class Generation:
         output = Output(self.codec, job.request, job.stop)
         unread = Unread(job.bookmark) if job.bookmark is not None else None
         last: Delta | None = None
-        charge: Charge | None = None
-
-        async def pay() -> None:
-            nonlocal charge
-            charge = charge or await self._limits.charge(job.account, job.request)
-
-        async def pay_late() -> None:
-            self._claims.was_false(job.account, asyncio.get_running_loop().time())
-            await pay()
-
+        bill = _Bill(job, self._limits, self._claims)
         try:
             if job.pays_first:
-                await pay()
-            async with aclosing(self._tokens.generate(job.request, job.last_seen, pay_late)) as chunks:
+                await bill.pay()
+            async with aclosing(self._tokens.generate(job.request, job.last_seen, bill.pay_late)) as chunks:
                 async for chunk in chunks:
                     for delta in (output.take(chunk),) if unread is None else _news(output, chunk, unread):
                         if delta is None:
@@ -253,8 +244,7 @@ class Generation:
             raise
         finally:
             record.close()
-            if charge is not None and record.outcome != ResumedElsewhere.code:  # else it pays for the rest as well
-                self._limits.settle(charge, job.request, record.usage.output_tokens, record.failed)
+            bill.settle(record)
         yield last  # everything is counted and released before the client hears the end
 
     @contextmanager
@@ -371,6 +361,31 @@ class _Record:
         log.info("request %s outcome=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d ttft_s=%s total_s=%.3f",
                  printable(self._job.request.request_id), self.outcome, usage.prompt_tokens, usage.cached_tokens,
                  usage.output_tokens, "-" if self._ttft_s is None else f"{self._ttft_s:.3f}", total_s)
+
+
+class _Bill:
+    """What one request is charged, once."""
+
+    def __init__(self, job: Job, limits: RateLimits, claims: Claims) -> None:
+        self._job = job
+        self._limits = limits
+        self._claims = claims
+        self._charge: Charge | None = None
+
+    async def pay(self) -> None:
+        """Raises RateLimited."""
+        if self._charge is None:
+            self._charge = await self._limits.charge(self._job.account, self._job.request)
+
+    async def pay_late(self) -> None:
+        """It said that it ran, and no worker works on it. Raises RateLimited."""
+        self._claims.was_false(self._job.account, asyncio.get_running_loop().time())
+        await self.pay()
+
+    def settle(self, record: _Record) -> None:
+        """It has ended here. Who reads on elsewhere has paid for the rest as well."""
+        if self._charge is not None and record.outcome != ResumedElsewhere.code:
+            self._limits.settle(self._charge, self._job.request, record.usage.output_tokens, record.failed)
 
 
 def check_stop(stop: Sequence[str]) -> None:
