@@ -140,6 +140,8 @@ class Request:
     """Seconds left when this message was sent."""
     session: str = ""
     """A client's word that requests belong together: their next one had better go where the last was decoded."""
+    priority: int = 0
+    """It goes as one so many classes below its tenant's (config.PRIORITIES), or as one of the lowest."""
 
     @property
     def shared(self) -> tuple[int, ...]:

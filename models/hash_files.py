@@ -51,13 +51,15 @@ class HashSpec:
     max_model_len: int = MAX_MODEL_LEN
     step_s: float = 0.0
     token_s: float = 0.0
+    context_s: float = 0.0
+    """For each token of context that a step reads."""
 
     @classmethod
     def parse(cls, name: str) -> HashSpec:
         """From the model's name. Raises SetupError naming the setting that is wrong."""
         values: dict[str, float] = {}
         kinds: dict[str, type[int] | type[float]] = {
-            "head_dim": int, "max_model_len": int, "step_s": float, "token_s": float,
+            "head_dim": int, "max_model_len": int, "step_s": float, "token_s": float, "context_s": float,
         }
         for item in filter(None, name.removeprefix(NAME).removeprefix(":").split(",")):
             setting, _, text = item.partition("=")
@@ -67,7 +69,7 @@ class HashSpec:
                 raise SetupError(f"{item!r} in the model name {name!r} is wrong: it takes numbers for "
                                  f"{', '.join(kinds)}.") from None
         spec = cls(**values)  # type: ignore[arg-type]
-        times = all(0 <= t <= 3600 for t in (spec.step_s, spec.token_s))
+        times = all(0 <= t <= 3600 for t in (spec.step_s, spec.token_s, spec.context_s))
         if not (times and 1 <= spec.head_dim <= 4096 and spec.max_model_len >= 2):
             raise SetupError(f"the model name {name!r} has a setting out of range: head_dim is 1 to 4096, "
                              "max_model_len at least 2, and a time 0 to 3600.")

@@ -71,7 +71,7 @@ class Admission:
         """Raises Overloaded if it had better not wait."""
         if not self._goes_at_once(run):
             request = run.request
-            self._refuse(request.tenant, request.deadline_s, self._rate.service_s(request))
+            self._refuse(request.tenant, request.deadline_s, self._rate.service_s(request), request.priority)
 
     def check_early(self, tenant: str, deadline_s: float) -> None:
         """The same, as far as it is certain before the prompt was read: what is refused in any case shall cost next to
@@ -87,7 +87,7 @@ class Admission:
         began = loop.time()
         until = min(run.deadline, began + PATIENCE * self._config.max_queue_wait_s)
         tokens = self._rate.tokens_of(run.request)
-        seat = self._queue.enter(run.request.tenant, tokens, _Waiter(run))
+        seat = self._queue.enter(run.request.tenant, tokens, _Waiter(run), run.request.priority)
         self._observe()
         try:
             self.look()  # it may be smaller than those before it
@@ -131,11 +131,11 @@ class Admission:
         wait_s = max(self._rate.wait_s(round(tokens), now), self._rate.stalled_s(now))
         return min(RETRY_MAX_S, max(1.0, math.ceil(wait_s)))
 
-    def _refuse(self, tenant: str, deadline_s: float, service_s: float) -> None:
+    def _refuse(self, tenant: str, deadline_s: float, service_s: float, lower: int = 0) -> None:
         queued, limit_s = len(self._queue), self._config.max_queue_wait_s
         if queued >= self._config.max_queued:
             raise self._refusal("full", f"{queued} requests wait for a worker (router.max_queued)", self.tokens / 2)
-        ahead = self._queue.tokens_before(tenant)
+        ahead = self._queue.tokens_before(tenant, lower)
         wait_s = MARGIN * self._rate.wait_s(ahead, asyncio.get_running_loop().time())
         if wait_s > limit_s:
             why = f"it would wait for about {wait_s:.1f} s (router.max_queue_wait_s)"

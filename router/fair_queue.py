@@ -37,6 +37,11 @@ def terms_of(tenants: Mapping[str, TenantConfig], tenant: str) -> TenantConfig:
     return tenants.get(tenant) or tenants.get(EVERYBODY_ELSE) or NOBODYS
 
 
+def class_of(tenants: Mapping[str, TenantConfig], tenant: str, lower: int) -> int:
+    """Index in PRIORITIES: of a request that asks to go so many classes below its tenant's."""
+    return min(PRIORITIES.index(terms_of(tenants, tenant).priority) + lower, len(PRIORITIES) - 1)
+
+
 @dataclass(slots=True, eq=False)
 class Seat(Generic[Waiter]):
     tenant: str
@@ -71,14 +76,14 @@ class FairQueue(Generic[Waiter]):
     def tokens(self) -> int:
         return sum(seat.tokens for seat in self._seats)
 
-    def tokens_before(self, tenant: str) -> int:
+    def tokens_before(self, tenant: str, lower: int = 0) -> int:
         """Of those that would go before a request that this tenant sent now."""
-        priority, start = self._start(tenant)
+        priority, start = self._start(tenant, lower)
         return sum(seat.tokens for seat in self._seats if seat.order[:2] <= (priority, start))
 
-    def enter(self, tenant: str, tokens: int, waiter: Waiter) -> Seat[Waiter]:
-        """Take a seat, until it is `called` or `leave` gives it up."""
-        priority, start = self._start(tenant)
+    def enter(self, tenant: str, tokens: int, waiter: Waiter, lower: int = 0) -> Seat[Waiter]:
+        """Take a seat, so many classes below the tenant's, until it is `called` or `leave` gives it up."""
+        priority, start = self._start(tenant, lower)
         self._ends.pop((priority, tenant), None)
         self._ends[priority, tenant] = start + self._length(tenant, tokens)
         if len(self._ends) > MAX_TENANTS:
@@ -104,7 +109,7 @@ class FairQueue(Generic[Waiter]):
         if (priority, seat.tenant) in self._ends:
             self._ends[priority, seat.tenant] -= length
         for other in self._seats:
-            if other.tenant == seat.tenant and other.order[2] > arrival:
+            if other.tenant == seat.tenant and other.order[0] == priority and other.order[2] > arrival:
                 other.order = (priority, max(now, other.order[1] - length), other.order[2])
         self._seats.sort(key=_order)
 
@@ -117,6 +122,6 @@ class FairQueue(Generic[Waiter]):
     def _length(self, tenant: str, tokens: int) -> float:
         return tokens / terms_of(self.tenants, tenant).weight
 
-    def _start(self, tenant: str) -> tuple[int, float]:
-        priority = PRIORITIES.index(terms_of(self.tenants, tenant).priority)
+    def _start(self, tenant: str, lower: int) -> tuple[int, float]:
+        priority = class_of(self.tenants, tenant, lower)
         return priority, max(self._now.get(priority, 0.0), self._ends.get((priority, tenant), 0.0))

@@ -22,7 +22,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.core.config import RouterConfig
+from baton.core.config import PRIORITIES, RouterConfig
 from baton.core.errors import (
     BatonError,
     Cancelled,
@@ -35,6 +35,7 @@ from baton.core.messages import TokenChunk
 from baton.core.metrics import Metrics
 from baton.core.request import MAX_CHOICES, Choice, FinishReason, Request, SamplingParams
 from baton.router.bookmark import Bookmark, Unread
+from baton.router.claims import Claims
 from baton.router.limits import Charge, RateLimits
 from baton.router.output import Delta, Output, Usage
 from baton.router.text import TextCodec
@@ -114,6 +115,8 @@ class GenerateCall:
     session: str = ""
     """A hint: the first MAX_SESSION_CHARS count."""
     timeout_s: float | None = None
+    priority: int = 0
+    """So many classes below the tenant's."""
     max_tokens_field: str = "max_tokens"
     """What the client called it."""
     n: int = 1
@@ -131,6 +134,13 @@ class Job:
     account: str = ""
     bookmark: Bookmark | None = None
     """Where its reader is; None: at the beginning."""
+    pays_first: bool = True
+    """Or only once no worker is known to work on it."""
+
+    @property
+    def last_seen(self) -> str | None:
+        """Where it ran, says its client. None: nowhere yet."""
+        return self.bookmark.worker if self.bookmark is not None else None
 
 
 class Generation:
@@ -142,6 +152,7 @@ class Generation:
         self._tokens = tokens
         self._config = config
         self._limits = limits
+        self._claims = Claims()
 
     def max_model_len(self) -> int:
         """Longest prompt + output, in tokens."""
@@ -175,18 +186,22 @@ class Generation:
             raise InvalidRequest(f"request_id may have {MAX_REQUEST_ID_CHARS} characters at most.", "request_id")
         if len(call.tenant) > MAX_TENANT_CHARS:
             raise InvalidRequest(f"a tenant's name may have {MAX_TENANT_CHARS} characters at most.", "tenant")
+        if call.priority < 0:
+            raise InvalidRequest(f"priority is {shown(call.priority)}; 0 is your own class, 1 the next lower one, and "
+                                 "nobody can ask for a higher one.", "priority")
         if call.timeout_s is not None and not 0 < call.timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s is {call.timeout_s!r}; it must be a positive number of seconds.",
                                  "timeout_s")
         deadline_s = min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
-        if bookmark is None:  # else it was let in at another router
+        is_new = bookmark is None or not self._claims.believes(call.account, arrived_s)
+        if is_new:  # else it was let in at another router
             self._tokens.check_early(call.tenant, deadline_s)
         prompt = await self._encode(call.prompt)
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
-            tenant=call.tenant,
-            deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS])
-        return Job(request, call.stop, arrived_s, call.account, bookmark)
+            tenant=call.tenant, deadline_s=deadline_s, session=call.session[:MAX_SESSION_CHARS],
+            priority=min(call.priority, len(PRIORITIES) - 1))
+        return Job(request, call.stop, arrived_s, call.account, bookmark, is_new)
 
     async def tokenize(self, text: str) -> list[int]:
         """As `run` would read the text; any length up to what could be a prompt."""
@@ -203,17 +218,11 @@ class Generation:
         output = Output(self.codec, job.request, job.stop)
         unread = Unread(job.bookmark) if job.bookmark is not None else None
         last: Delta | None = None
-        charge: Charge | None = None
-
-        async def pay() -> None:
-            nonlocal charge
-            charge = await self._limits.charge(job.account, job.request)
-
+        bill = _Bill(job, self._limits, self._claims)
         try:
-            if job.bookmark is None:
-                await pay()
-            last_seen = job.bookmark.worker if job.bookmark is not None else None  # paid for there, if it runs
-            async with aclosing(self._tokens.generate(job.request, last_seen, pay)) as chunks:
+            if job.pays_first:
+                await bill.pay()
+            async with aclosing(self._tokens.generate(job.request, job.last_seen, bill.pay_late)) as chunks:
                 async for chunk in chunks:
                     for delta in (output.take(chunk),) if unread is None else _news(output, chunk, unread):
                         if delta is None:
@@ -235,8 +244,7 @@ class Generation:
             raise
         finally:
             record.close()
-            if charge is not None and record.outcome != ResumedElsewhere.code:  # else it pays for the rest as well
-                self._limits.settle(charge, job.request, record.usage.output_tokens, record.failed)
+            bill.settle(record)
         yield last  # everything is counted and released before the client hears the end
 
     @contextmanager
@@ -353,6 +361,31 @@ class _Record:
         log.info("request %s outcome=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d ttft_s=%s total_s=%.3f",
                  printable(self._job.request.request_id), self.outcome, usage.prompt_tokens, usage.cached_tokens,
                  usage.output_tokens, "-" if self._ttft_s is None else f"{self._ttft_s:.3f}", total_s)
+
+
+class _Bill:
+    """What one request is charged, once."""
+
+    def __init__(self, job: Job, limits: RateLimits, claims: Claims) -> None:
+        self._job = job
+        self._limits = limits
+        self._claims = claims
+        self._charge: Charge | None = None
+
+    async def pay(self) -> None:
+        """Raises RateLimited."""
+        if self._charge is None:
+            self._charge = await self._limits.charge(self._job.account, self._job.request)
+
+    async def pay_late(self) -> None:
+        """It said that it ran, and no worker works on it. Raises RateLimited."""
+        self._claims.was_false(self._job.account, asyncio.get_running_loop().time())
+        await self.pay()
+
+    def settle(self, record: _Record) -> None:
+        """It has ended here. Who reads on elsewhere has paid for the rest as well."""
+        if self._charge is not None and record.outcome != ResumedElsewhere.code:
+            self._limits.settle(self._charge, self._job.request, record.usage.output_tokens, record.failed)
 
 
 def check_stop(stop: Sequence[str]) -> None:

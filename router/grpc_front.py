@@ -122,7 +122,8 @@ def _call(request: inference_pb2.GenerateRequest, call_deadline_s: float | None,
         prompt, sampling, wire.max_tokens if wire.HasField("max_tokens") else None,
         default_max_tokens=DEFAULT_MAX_TOKENS, stop=tuple(wire.stop), tenant=request.tenant,
         account=account_of(request.tenant, metadata.get("authorization", "")), session=request.session,
-        timeout_s=min(deadlines, default=None), n=wire.n if wire.HasField("n") else 1)
+        timeout_s=min(deadlines, default=None), n=wire.n if wire.HasField("n") else 1,
+        priority=request.priority)
 
 
 def _usage(usage: Usage) -> inference_pb2.Usage:

@@ -226,7 +226,7 @@ BOTH: dict[str, Check] = {
     "top_k": integer, "min_p": number, "ignore_eos": boolean, "stop_token_ids": token_ids,
     "user": harmless(string), "metadata": harmless(metadata), "store": harmless(boolean),
     "n": integer, "presence_penalty": number, "frequency_penalty": number, "repetition_penalty": number,
-    "logit_bias": biases, "min_tokens": only(0),
+    "logit_bias": biases, "min_tokens": only(0), "priority": integer,
 }
 TABLE: dict[Endpoint, dict[str, Check]] = {
     Endpoint.CHAT: BOTH | {
@@ -284,7 +284,8 @@ def parse(body: bytes, endpoint: Endpoint, tenant: str = "", account: str = "") 
         asked, SamplingParams(**{name: checked[name] for name in SAMPLING if name in checked},
                               logprobs=_logprobs(checked, endpoint)),
         max_tokens, None if endpoint is Endpoint.CHAT else DEFAULT_COMPLETION_TOKENS, checked.get("stop", ()),
-        tenant, account, checked.get("prompt_cache_key") or "", max_tokens_field=max_tokens_field, n=n)
+        tenant, account, checked.get("prompt_cache_key") or "", max_tokens_field=max_tokens_field, n=n,
+        priority=checked.get("priority", 0))
     return Call(checked["model"], generate, stream, checked.get("stream_options", False))
 
 

@@ -19,14 +19,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from baton.core.block_hash import BlockHash, HashScope, extend
-from baton.core.config import PRIORITIES, Config
+from baton.core.config import Config
 from baton.core.errors import InvalidRequest, Overloaded, PeerLost
 from baton.core.metrics import Metrics
 from baton.core.step_model import pairs
 from baton.core.worker import Role, Route, WorkerInfo
 from baton.router.admission import Admission
 from baton.router.decisions import Decider
-from baton.router.fair_queue import terms_of
+from baton.router.fair_queue import class_of
 from baton.router.fleet import Fleet, context_limit
 from baton.router.health import Health
 from baton.router.link import Work
@@ -207,7 +207,7 @@ class Placing:
             self._decider.num_decisions,
             output_tokens=self.outcomes.expected_tokens(max(1, num_left)),
             handoff_s=self.outcomes.handoff_s,
-            priority=1 - PRIORITIES.index(terms_of(self._config.tenants, request.tenant).priority),
+            priority=1 - class_of(self._config.tenants, request.tenant, request.priority),
             deadline_s=run.deadline - asyncio.get_running_loop().time(),
             num_behind=len(self.admission),
             home=self.outcomes.home(request),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62\x61ton/wire/inference.proto\x12\nbaton.wire\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd3\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x0e\n\x01n\x18\n \x01(\rH\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x37\n\nlogit_bias\x18\x0e \x03(\x0b\x32#.baton.wire.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"\xe5\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.baton.wire.TokenIdsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.baton.wire.Sampling\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x0f\n\x07session\x18\x08 \x01(\t\x12\x0e\n\x06resume\x18\t \x01(\tB\x08\n\x06prompt\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\x04\x12\x15\n\routput_tokens\x18\x03 \x01(\x04\"?\n\x0bScoredToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05\x62ytes\x18\x03 \x01(\x0c\"_\n\x0eScoredPosition\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.baton.wire.ScoredToken\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.baton.wire.ScoredToken\"\xb2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12@\n\rfinish_reason\x18\x04 \x01(\x0e\x32).baton.wire.GenerateResponse.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.baton.wire.Usage\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.baton.wire.ScoredPosition\x12\x10\n\x08\x62ookmark\x18\x08 \x01(\t\"5\n\x0c\x46inishReason\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"W\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\x04\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.baton.wire.Model2\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.baton.wire.GenerateRequest\x1a\x1c.baton.wire.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.baton.wire.TokenizeRequest\x1a\x1c.baton.wire.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.baton.wire.DetokenizeRequest\x1a\x1e.baton.wire.DetokenizeResponse\x12K\n\nListModels\x12\x1d.baton.wire.ListModelsRequest\x1a\x1e.baton.wire.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62\x61ton/wire/inference.proto\x12\nbaton.wire\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd3\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x0e\n\x01n\x18\n \x01(\rH\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x37\n\nlogit_bias\x18\x0e \x03(\x0b\x32#.baton.wire.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"\xf7\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.baton.wire.TokenIdsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.baton.wire.Sampling\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x0f\n\x07session\x18\x08 \x01(\t\x12\x0e\n\x06resume\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\rB\x08\n\x06prompt\"L\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\x04\x12\x15\n\routput_tokens\x18\x03 \x01(\x04\"?\n\x0bScoredToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05\x62ytes\x18\x03 \x01(\x0c\"_\n\x0eScoredPosition\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.baton.wire.ScoredToken\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.baton.wire.ScoredToken\"\xb2\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12@\n\rfinish_reason\x18\x04 \x01(\x0e\x32).baton.wire.GenerateResponse.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.baton.wire.Usage\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.baton.wire.ScoredPosition\x12\x10\n\x08\x62ookmark\x18\x08 \x01(\t\"5\n\x0c\x46inishReason\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"W\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\x04\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.baton.wire.Model2\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.baton.wire.GenerateRequest\x1a\x1c.baton.wire.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.baton.wire.TokenizeRequest\x1a\x1c.baton.wire.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.baton.wire.DetokenizeRequest\x1a\x1e.baton.wire.DetokenizeResponse\x12K\n\nListModels\x12\x1d.baton.wire.ListModelsRequest\x1a\x1e.baton.wire.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,31 +40,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=460
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=508
   _globals['_GENERATEREQUEST']._serialized_start=666
-  _globals['_GENERATEREQUEST']._serialized_end=895
-  _globals['_USAGE']._serialized_start=897
-  _globals['_USAGE']._serialized_end=973
-  _globals['_SCOREDTOKEN']._serialized_start=975
-  _globals['_SCOREDTOKEN']._serialized_end=1038
-  _globals['_SCOREDPOSITION']._serialized_start=1040
-  _globals['_SCOREDPOSITION']._serialized_end=1135
-  _globals['_GENERATERESPONSE']._serialized_start=1138
-  _globals['_GENERATERESPONSE']._serialized_end=1444
-  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_start=1391
-  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_end=1444
-  _globals['_TOKENIZEREQUEST']._serialized_start=1446
-  _globals['_TOKENIZEREQUEST']._serialized_end=1492
-  _globals['_TOKENIZERESPONSE']._serialized_start=1494
-  _globals['_TOKENIZERESPONSE']._serialized_end=1531
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1533
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1615
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1617
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1651
-  _globals['_LISTMODELSREQUEST']._serialized_start=1653
-  _globals['_LISTMODELSREQUEST']._serialized_end=1672
-  _globals['_MODEL']._serialized_start=1674
-  _globals['_MODEL']._serialized_end=1761
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1763
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1818
-  _globals['_INFERENCE']._serialized_start=1821
-  _globals['_INFERENCE']._serialized_end=2130
+  _globals['_GENERATEREQUEST']._serialized_end=913
+  _globals['_USAGE']._serialized_start=915
+  _globals['_USAGE']._serialized_end=991
+  _globals['_SCOREDTOKEN']._serialized_start=993
+  _globals['_SCOREDTOKEN']._serialized_end=1056
+  _globals['_SCOREDPOSITION']._serialized_start=1058
+  _globals['_SCOREDPOSITION']._serialized_end=1153
+  _globals['_GENERATERESPONSE']._serialized_start=1156
+  _globals['_GENERATERESPONSE']._serialized_end=1462
+  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_start=1409
+  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_end=1462
+  _globals['_TOKENIZEREQUEST']._serialized_start=1464
+  _globals['_TOKENIZEREQUEST']._serialized_end=1510
+  _globals['_TOKENIZERESPONSE']._serialized_start=1512
+  _globals['_TOKENIZERESPONSE']._serialized_end=1549
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1551
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1633
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1635
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1669
+  _globals['_LISTMODELSREQUEST']._serialized_start=1671
+  _globals['_LISTMODELSREQUEST']._serialized_end=1690
+  _globals['_MODEL']._serialized_start=1692
+  _globals['_MODEL']._serialized_end=1779
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1781
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1836
+  _globals['_INFERENCE']._serialized_start=1839
+  _globals['_INFERENCE']._serialized_end=2148
 # @@protoc_insertion_point(module_scope)

@@ -135,8 +135,9 @@ class _Engine:
 def _engine(files: AnyFiles, config: EngineConfig) -> _Engine:
     block_size, threads = config.block_size, config.threads or 1
     if isinstance(files, HashFiles):
-        layout, costs = files.spec.layout(block_size), StepCosts(files.spec.step_s, files.spec.token_s, 0.0)
-        return _Engine(layout, files.spec.numerics, lambda memory: HashRunner(memory.buffer, layout, costs))
+        spec = files.spec
+        layout, costs = spec.layout(block_size), StepCosts(spec.step_s, spec.token_s, spec.context_s)
+        return _Engine(layout, spec.numerics, lambda memory: HashRunner(memory.buffer, layout, costs))
     backend = choose_backend(config, files.spec.head_dim)
     layout = files.spec.layout(block_size, backend.kv_dtype)
 

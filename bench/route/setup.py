@@ -11,6 +11,7 @@ A token of the simulated world stands for `grain` tokens of the trace, its block
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -77,6 +78,9 @@ class Setup:
     seed: int = 1
     settings: tuple[str, ...] = ()
     """Overrides of the configuration, as `--set` has them."""
+    pace: float = 1.0
+    """So many seconds of the trace pass in one of the replay."""
+    wire_bytes_per_s: float = WIRE_BYTES_PER_S
 
     @property
     def block_tokens(self) -> int:
@@ -91,7 +95,7 @@ class Setup:
         """Only `SEEN_BYTES` of a block move, in the time that the whole one would take."""
         if self.mode == "fcfs":
             return WireSpeed(bytes_per_s=1e15, latency_s=1e-7)
-        return WireSpeed(bytes_per_s=WIRE_BYTES_PER_S * SEEN_BYTES / self.layout.block_bytes, latency_s=50e-6)
+        return WireSpeed(self.wire_bytes_per_s * self.pace * SEEN_BYTES / self.layout.block_bytes, latency_s=50e-6)
 
     @property
     def conditions(self) -> Conditions:
@@ -101,17 +105,19 @@ class Setup:
     def costs(self, role: Role) -> Costs:
         token_s = self.grain / PREFILL_TOKENS_PER_S
         if self.mode == "fcfs":
-            return Costs(0.0, REQUEST_S, token_s, 0.0) if role is Role.PREFILL else Costs(1e-6, 0.0, 0.0, 0.0)
-        if role is Role.PREFILL:
-            return Costs(STEP_S, 0.0, token_s, CONTEXT_TOKEN_S * self.grain)
-        return Costs(STEP_S * self.grain, 0.0, token_s, CONTEXT_TOKEN_S * self.grain**2)
+            costs = Costs(0.0, REQUEST_S, token_s, 0.0) if role is Role.PREFILL else Costs(1e-6, 0.0, 0.0, 0.0)
+        elif role is Role.PREFILL:
+            costs = Costs(STEP_S, 0.0, token_s, CONTEXT_TOKEN_S * self.grain)
+        else:
+            costs = Costs(STEP_S * self.grain, 0.0, token_s, CONTEXT_TOKEN_S * self.grain**2)
+        return Costs(*(seconds / self.pace for seconds in dataclasses.astuple(costs)))
 
     def config(self) -> Config:
         common = [
             f"router.policy={self.policy}", "router.max_inflight=1000000", "router.max_queued=1000000",
             f"router.max_queue_wait_s={FOREVER_S}", f"router.request_timeout_s={FOREVER_S}",
-            f"router.assumed_prefill_tokens_per_s={PREFILL_TOKENS_PER_S / self.grain}",
-            f"router.assumed_bandwidth_bytes_per_s={WIRE_BYTES_PER_S}",
+            f"router.assumed_prefill_tokens_per_s={PREFILL_TOKENS_PER_S * self.pace / self.grain}",
+            f"router.assumed_bandwidth_bytes_per_s={self.wire_bytes_per_s * self.pace}",
             "prefill.max_waiting=1000000", "decode.max_waiting=1000000", f"handoff.lease_ttl_s={FOREVER_S}",
             f"handoff.peer_timeout_s={FOREVER_S}", f"handoff.stall_timeout_s={FOREVER_S}",
             "handoff.alive_interval_s=3600", "cluster.drain_timeout_s=0.1",

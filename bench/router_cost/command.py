@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from baton.bench.load.command import keep, say
+from baton.bench.load.host import family
 from baton.bench.peers.command import model_of
 from baton.bench.router_cost import systems
 from baton.bench.router_cost.drive import ROWS, Cost, Row, measure
@@ -84,8 +85,9 @@ async def _rounds(chosen: Sequence[System], num_rounds: int, core: int) -> Found
 
 
 def _alone(pid: int, core: int) -> None:
-    for thread in (Path("/proc") / str(pid) / "task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
+    for member in family(frozenset({pid})):
+        for thread in (Path("/proc") / str(member) / "task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
 
 
 def _table(found: Found) -> str:

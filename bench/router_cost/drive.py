@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from baton.bench.load.host import family, look
 from baton.bench.load.http1 import Answer, Events
 from baton.core.errors import SetupError
 
@@ -45,7 +46,7 @@ ROWS = (
 @dataclass(frozen=True, slots=True)
 class Cost:
     cpu_s: float
-    """Of the router's process: user and system, all threads."""
+    """Of the router: user and system, all threads of its process and of those that it started."""
     wall_s: float
     num_requests: int
     num_tokens: int
@@ -114,8 +115,8 @@ class _Drive:
                 self.num_events += len(events.feed(body))
             else:
                 said += body
-        if not self._row.stream:
-            json.loads(said)
+        if not self._row.stream and not json.loads(said).get("choices"):
+            raise SetupError(f"an answer that no worker has made: {said[:300]!r}")
 
 
 async def measure(port: int, pid: int, model: str, row: Row) -> Cost:
@@ -131,10 +132,10 @@ async def measure(port: int, pid: int, model: str, row: Row) -> Cost:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time of a process and its descendants so far."""
+    return look(0.0, family(frozenset({pid}))).server
 
 
 def _rss_bytes(pid: int) -> int:
-    return int((Path("/proc") / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    statm = (Path("/proc") / str(member) / "statm" for member in family(frozenset({pid})))
+    return sum(int(each.read_text().split()[1]) for each in statm) * os.sysconf("SC_PAGE_SIZE")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
@@ -25,8 +25,7 @@ class Worker(asyncio.Protocol):
         self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -43,13 +42,16 @@ class Worker(asyncio.Protocol):
     def _answer(self, asked: dict[str, Any] | None) -> None:
         if asked is None:  # health, model list and the like
             self._whole({"status": "ok", "object": "list", "data": [{"id": MODEL, "object": "model"}]})
-        elif asked.get("stream"):
+            return
+        # Some routers rename what they pass on.
+        num_tokens = asked.get("max_completion_tokens") or asked.get("max_tokens") or 16
+        if asked.get("stream"):
             self._transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             )
-            self._say(asked.get("max_tokens") or 16)
+            self._say(num_tokens)
         else:
-            text = (_TOKEN * (asked.get("max_tokens") or 16)).decode()
+            text = (_TOKEN * num_tokens).decode()
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
             self._whole({"id": "mock-1", "object": "chat.completion", "model": MODEL, "choices": [choice]})
 

@@ -45,7 +45,7 @@ NAME = "smollm2"
 class Up:
     port: int
     pid: int
-    """Of the router's own process."""
+    """Of the router's own process. What that starts counts with it; SGLang's and vLLM's start nothing."""
     model: str
 
 
@@ -73,7 +73,8 @@ def _router_of(pid: int) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _mocks(paced: bool) -> AsyncIterator[tuple[int, ...]]:
+async def mocks(paced: bool) -> AsyncIterator[tuple[int, ...]]:
+    """The ports of NUM_WORKERS workers, one process."""
     ports = tuple(free_port() for _ in range(NUM_WORKERS))
     gap_s = GAP_S if paced else 0.0
     words = (sys.executable, "-m", "baton.bench.router_cost.mock", "--gap-s", str(gap_s), *map(str, ports[1:]))
@@ -86,7 +87,7 @@ def proxy(name: str, command: tuple[str, ...]) -> System:
 
     @contextlib.asynccontextmanager
     async def start(paced: bool) -> AsyncIterator[Up]:
-        async with _mocks(paced) as ports:
+        async with mocks(paced) as ports:
             workers = ("--worker-urls", *(f"http://127.0.0.1:{port}" for port in ports))
             words = (*command, "--policy", "cache_aware", "--host", "127.0.0.1", *workers)
             metrics = ("--prometheus-port", str(free_port()))
@@ -94,6 +95,7 @@ def proxy(name: str, command: tuple[str, ...]) -> System:
                 url,
                 pid,
             ):
+                await _until_it_answers(url, mock.MODEL, f"{name} found no worker.")
                 yield Up(int(url.rpartition(":")[2]), pid, mock.MODEL)
 
     return System(name, start)
@@ -114,7 +116,7 @@ def dynamo(python: Path, model: Path, scratch: Path) -> System:
                 start_new_session=True,
             )  # fmt: skip
             try:
-                await _until_listed(url)
+                await _until_it_answers(url, NAME, "Dynamo's frontend found no engine.")
                 yield Up(int(url.rpartition(":")[2]), pid, NAME)
             finally:
                 with contextlib.suppress(ProcessLookupError):
@@ -124,9 +126,9 @@ def dynamo(python: Path, model: Path, scratch: Path) -> System:
     return System("dynamo", start)
 
 
-async def _until_listed(url: str) -> None:
-    """Until its model can be asked for, and answers."""
-    asked = {"model": NAME, "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
+async def _until_it_answers(url: str, model: str, complaint: str) -> None:
+    """A router is healthy before it knows its workers. Raises SetupError if it never does."""
+    asked = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(UP_S), httpx.AsyncClient(timeout=UP_S) as client:
             while True:
@@ -134,7 +136,7 @@ async def _until_listed(url: str) -> None:
                     if (await client.post(f"{url}/v1/chat/completions", json=asked)).status_code == 200:
                         return
                 await asyncio.sleep(POLL_S)
-    raise SetupError("Dynamo's frontend found no engine.")
+    raise SetupError(complaint)
 
 
 def installed(cache: Path, say: Callable[[str], None]) -> Path:

@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 
 from baton.bench.load.traces import BLOCK_TOKENS, Traced, read_trace
+from baton.bench.route.cell import at
 from baton.bench.route.command import main
+from baton.bench.route.plots import column
+from baton.bench.route.questions import timed
 from baton.bench.route.setup import PREFILL_TOKENS_PER_S, REQUEST_S, Setup
-from baton.bench.route.world import at, replay, timed
+from baton.bench.route.world import replay
 from baton.core.config import PolicyName, data_dir
+from baton.core.errors import SetupError
 
 HERE = Path(__file__).parent / "traces"
 BLOCKS = 300
@@ -123,6 +127,20 @@ def test_in_production_every_request_is_answered_and_prefixes_are_found() -> Non
     assert 0 < seeing.mean_tpot_s < 0.1
 
 
+def test_a_policy_that_predicts_tells_its_regret_by_kind_of_prefill_and_another_has_none() -> None:
+    trace = conversations(150)
+    seeing, blind = (
+        replay(trace, Setup("production", policy, 3, 2, num_blocks=BLOCKS), 1.5) for policy in ("cost", "sglang")
+    )
+    assert blind.regret_s is blind.regret_remote_s is blind.prediction_error_s is None
+    told = seeing.regret_remote_s, seeing.regret_s, seeing.regret_local_s, seeing.prediction_error_s
+    assert None not in told
+    remote_s, both_s, local_s, error_s = (s or 0.0 for s in told)
+    assert 0 < remote_s < both_s < local_s
+    assert both_s < error_s < seeing.mean_ttft_s
+    assert 0 < seeing.local < 0.1
+
+
 def test_several_routers_share_one_fleet() -> None:
     trace = conversations(120)
     cell = replay(trace, Setup("production", "cost", 2, 1, num_routers=3, num_blocks=BLOCKS), 0.8)
@@ -143,6 +161,49 @@ def test_the_command_prints_and_keeps_a_row_for_each_cell(tmp_path: Path, capsys
     assert [(r["policy"], r["workers"]) for r in rows] == [("cost", 1), ("sglang", 1), ("cost", 2), ("sglang", 2)]
     assert {"hit", "mean_ttft_s", "p99_ttft_s", "imbalance", "util"} <= set(rows[0])
     assert capsys.readouterr().out.count("\n") == 5
+
+
+def test_rows_that_were_kept_are_shown_and_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    kept, drawn = tmp_path / "rows.json", tmp_path / "rows.png"
+    main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "sglang", "--workers", "1", "2",
+          "--json", str(kept)])
+    replayed = capsys.readouterr().out
+    main(["--rows", str(kept), "--plot", str(drawn)])
+    assert capsys.readouterr().out == replayed
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_column_of_the_plot_names_what_its_rows_have_in_common() -> None:
+    row = {"policy": "cost", "workers": 8, "load": 1.2, "routers": 1, "world": "simulated"}
+    assert column(row) == column({**row, "policy": "dynamo"}) == "8 workers\nload 1.2"
+    assert column({**row, "routers": 4, "world": "real"}) == "8 workers\nload 1.2\n4 routers\nreal"
+
+
+def test_rows_that_cannot_be_read_are_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("policy")
+    with pytest.raises(SetupError, match="rows"):
+        main(["--rows", str(tmp_path / "rows.json")])
+
+
+def test_real_processes_replay_what_the_simulator_does(tmp_path: Path) -> None:
+    """At a twentieth of the trace's pace, so that a busy machine changes little. Where the prompts are computed, what
+    is found of them and how much work that is are the same; the times are those of a real machine."""
+    kept = tmp_path / "rows.json"
+    main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "--workers", "2", "--pace", "0.05", "--real",
+          "--json", str(kept)])
+    simulated, real = json.loads(kept.read_text())
+    assert (simulated["world"], real["world"]) == ("simulated", "real")
+    assert real["num_failed"] == 0, real["failure"]
+    assert real["hit"] == simulated["hit"] > 0
+    assert real["local"] == simulated["local"]
+    assert real["util"] * real["took_s"] == pytest.approx(simulated["util"] * simulated["took_s"], rel=0.1)
+    assert real["mean_ttft_s"] > 0.9 * simulated["mean_ttft_s"]
+
+
+def test_real_processes_do_not_compute_one_prompt_after_the_other() -> None:
+    with pytest.raises(SetupError, match="production"):
+        main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "--mode", "fcfs", "--real"])
 
 
 @pytest.mark.slow

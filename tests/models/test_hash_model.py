@@ -104,7 +104,8 @@ def test_its_name_sets_the_size_of_its_blocks_and_its_speed(opened: HashFiles, t
 
 
 @pytest.mark.parametrize(
-    "settings", ["head_dim=x", "heads=3", "head_dim=0", "step_s=-1", "token_s=nan", "max_model_len=1", "step_s"]
+    "settings",
+    ["head_dim=x", "heads=3", "head_dim=0", "step_s=-1", "token_s=nan", "context_s=-1", "max_model_len=1", "step_s"],
 )
 def test_a_wrong_setting_in_the_name_is_refused_by_its_name(settings: str, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=f"hash:.*{settings.partition('=')[0]}"):

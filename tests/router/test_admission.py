@@ -113,6 +113,20 @@ def test_what_waits_goes_by_class_then_by_fair_share_then_by_arrival() -> None:
     simulate(main, range(3))
 
 
+def test_a_request_may_ask_for_a_lower_class_than_its_tenants_and_is_placed_and_queued_in_it() -> None:
+    async def main() -> None:
+        full = worker()
+        async with ScriptedFleet(full, tenants={"gold": {"priority": "high"}}) as fleet:
+            tasks = await ask_all(fleet, "gold-nightly", priority=2)
+            tasks += await ask_all(fleet, "a-0", "gold-0")
+            assert await drained_one_by_one(full, 3) == ["gold-0", "a-0", "gold-nightly"]
+            await asyncio.gather(*tasks)
+            placed = {r.request_id: r.decisions[-1].facts.priority for r in fleet.dispatcher.traces.recent()}
+            assert placed == {"gold-0": 1, "a-0": 0, "gold-nightly": -1}
+
+    simulate(main, range(3))
+
+
 def test_a_burst_gives_no_worker_more_than_its_places_before_it_has_reported() -> None:
     async def main() -> None:
         workers = [worker(f"d{i}", free=3) for i in range(2)]

@@ -107,6 +107,30 @@ def test_a_seat_given_up_twice_or_in_the_middle_harms_nobody() -> None:
     assert queue.tokens_before("t") == len(queue) == 0
 
 
+def test_a_request_may_go_in_a_class_below_its_tenants_and_never_below_the_lowest() -> None:
+    queue: FairQueue[str] = FairQueue(TERMS)
+    queue.enter("paying", 10, "nightly", lower=1)
+    queue.enter("batch", 10, "batch", lower=5)
+    queue.enter("other", 10, "other")
+    queue.enter("paying", 10, "urgent")
+    assert queue.tokens_before("paying") == 10
+    assert queue.tokens_before("paying", lower=1) == 30
+    assert queue.tokens_before("paying", lower=2) == 40
+    assert drained(queue) == ["urgent", "nightly", "other", "batch"]
+
+
+def test_who_gives_up_a_seat_moves_up_what_its_tenant_has_in_that_class_alone() -> None:
+    queue: FairQueue[str] = FairQueue({})
+    given_up = queue.enter("t", 10, "given up", lower=1)
+    queue.enter("t", 10, "own class")
+    queue.enter("u", 10, "own class, too")
+    queue.enter("t", 10, "moves up", lower=1)
+    queue.enter("u", 15, "equal", lower=1)
+    queue.enter("u", 10, "later", lower=1)
+    queue.leave(given_up)
+    assert drained(queue) == ["own class", "own class, too", "moves up", "equal", "later"]
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.booleans()), max_size=30))
 def test_who_gives_up_leaves_the_queue_as_if_he_had_never_come(sent: list[tuple[str, int, bool]]) -> None:
     queue, without = FairQueue[int]({}), FairQueue[int]({})

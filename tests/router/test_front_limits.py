@@ -13,12 +13,16 @@ import httpx
 
 from baton.core.errors import Overloaded, PeerLost, ResumedElsewhere
 from baton.core.metrics import Metrics
+from baton.router.claims import MAX_ACCOUNTS, MAX_FALSE, WITHIN_S, Claims
 from baton.router.grpc_front import AdminFront, InferenceFront
 from baton.wire import inference_pb2, inference_pb2_grpc
 from baton.wire.server import start_router_server
 from tests.router.front_world import MODEL, EchoDispatcher, FrontWorld, open_front
 
 TENANTS = 'router.tenants={"*": {"requests_per_min": 2}, "big": {"tokens_per_min": 1000}}'
+
+MADE_UP = f"1/1790000000/w/cmpl-{0:032x}"
+"""The mark of a stream that never was."""
 
 
 def body(**fields: object) -> dict[str, object]:
@@ -128,6 +132,52 @@ def test_reading_on_costs_nothing_while_a_worker_works_on_it_and_is_paid_for_whe
                 assert rest.status_code == status
 
     asyncio.run(scenario())
+
+
+def test_who_claimed_too_often_that_his_request_runs_is_treated_as_a_newcomer_for_a_while(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        source = EchoDispatcher(confirms=False)
+        async with open_front(tmp_path, source) as world:
+            liar = {"x-baton-tenant": "liar", "last-event-id": MADE_UP}
+            for _ in range(2 * MAX_FALSE):  # they wear off meanwhile
+                assert (await ask(world, liar, stream=True)).status_code == 200
+            source.full = Overloaded("full", retry_after_s=7)
+            num_read = len(source.requests)
+            assert (await ask(world, liar, stream=True)).status_code == 429
+            assert len(source.requests) == num_read, "nobody was asked"
+            assert (await ask(world, liar | {"x-baton-tenant": "other"}, stream=True)).status_code == 200
+            source.full = None
+            assert (await ask(world, liar, stream=True)).status_code == 200
+            assert source.last_seen[-1] == "w", "it is read on with where it runs all the same"
+
+    asyncio.run(scenario())
+
+
+def test_who_is_not_believed_pays_before_any_worker_is_asked(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        source = EchoDispatcher(confirms=False)
+        async with open_front(tmp_path, source, TENANTS) as world:
+            liar = {"x-baton-tenant": "a", "last-event-id": MADE_UP}
+            statuses = [(await ask(world, liar, stream=True)).status_code for _ in range(2 * MAX_FALSE)]
+            assert statuses[:2] == [200, 200]
+            assert set(statuses[2:]) == {429}
+            assert MAX_FALSE <= len(source.requests) < 2 * MAX_FALSE, "of the others nobody was asked"
+
+    asyncio.run(scenario())
+
+
+def test_false_claims_wear_off_and_made_up_accounts_are_not_remembered_without_bound() -> None:
+    claims = Claims()
+    for _ in range(MAX_FALSE):
+        assert claims.believes("a", 0.0)
+        claims.was_false("a", 0.0)
+    assert not claims.believes("a", 0.0)
+    assert claims.believes("b", 0.0)
+    assert claims.believes("a", 2 * WITHIN_S / MAX_FALSE), "one more"
+    for number in range(MAX_ACCOUNTS):
+        claims.was_false(f"made-up-{number}", 0.0)
+    assert claims.believes("a", 0.0), "forgotten for so many others"
+    assert len(claims._false) == MAX_ACCOUNTS
 
 
 def test_who_reads_on_elsewhere_has_paid_for_all_of_it(tmp_path: Path) -> None:

@@ -120,14 +120,15 @@ def test_token_ids_ids_and_defaults(tmp_path: Path) -> None:
             replies = [
                 r
                 async for r in stranger.call(
-                    "Generate", token_ids={"ids": [5, 6, 7]}, request_id="mine", model=MODEL, tenant="t", timeout_s=7.0
+                    "Generate", token_ids={"ids": [5, 6, 7]}, request_id="mine", model=MODEL, tenant="t", timeout_s=7.0,
+                    priority=1,
                 )
             ]
             assert {r.request_id for r in replies} == {"mine"}
             assert [i for r in replies for i in r.token_ids] == [5, 6, 7, EOS]
             request = world.source.requests[0]
             assert (request.request_id, request.tenant, request.sampling.max_tokens) == ("mine", "t", 128)
-            assert request.deadline_s == 7.0
+            assert (request.deadline_s, request.priority) == (7.0, 1)
             [_ async for _ in stranger.call("Generate", token_ids={"ids": [5] * 200}, timeout=3.0)]
             assert world.source.requests[1].sampling.max_tokens == MAX_MODEL_LEN - 200
             assert 0 < world.source.requests[1].deadline_s < 5.0  # gRPC rounds up

@@ -108,6 +108,10 @@ def test_the_openai_client_completes_text_and_token_ids(tmp_path: Path) -> None:
             assert chunks[-1].choices[0].finish_reason == "length"
             await client.completions.create(model=MODEL, prompt="a" * 100)
             assert world.source.requests[-1].sampling.max_tokens == 16, "OpenAI's default of this endpoint"
+            assert world.source.requests[-1].priority == 0
+            for priority, classes in ((1, 1), (2**60, 2)):
+                await client.completions.create(model=MODEL, prompt="a", extra_body={"priority": priority})
+                assert world.source.requests[-1].priority == classes
 
     asyncio.run(scenario())
 
@@ -122,6 +126,9 @@ def test_the_openai_client_lists_models_and_sees_typed_errors(tmp_path: Path) ->
             assert missing.value.code == "model_not_found"
             with pytest.raises(openai.BadRequestError, match="not supported yet"):
                 await client.chat.completions.create(model=MODEL, messages=HI, reasoning_effort="low")
+            with pytest.raises(openai.BadRequestError, match="nobody can ask for a higher one") as proud:
+                await client.chat.completions.create(model=MODEL, messages=HI, extra_body={"priority": -1})
+            assert proud.value.param == "priority"
             world.source.fail_after, world.source.error = 0, Overloaded("full")
             with pytest.raises(openai.RateLimitError):
                 await client.chat.completions.create(model=MODEL, messages=HI)
