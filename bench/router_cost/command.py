@@ -51,14 +51,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 
 def _systems(names: Sequence[str], scratch: Path) -> list[System]:
-    chosen = [System("baton", systems.baton)] if "baton" in names else []
+    _, files = model_of(config.load({}))
+    chosen = [systems.baton(files.directory)] if "baton" in names else []
     if set(names) - {"baton"}:
         python = systems.installed(config.cache_dir(), say)
         proxies = {"sglang-router": (str(python), "-m", "sglang_router.launch_router"),
                    "vllm-router": (str(python), "-m", "vllm_router.launch_router")}
         chosen += [systems.proxy(name, command) for name, command in proxies.items() if name in names]
         if "dynamo" in names:
-            _, files = model_of(config.load({}))
             directory = systems.text_files(scratch / "model", files.directory, files.spec)
             chosen.append(systems.dynamo(python, directory, scratch))
     return chosen

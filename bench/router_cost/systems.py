@@ -12,19 +12,23 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-from baton.bench.load.host import family
 from baton.bench.peers.builds import LOG, environment, place, run
 from baton.bench.peers.systems import child
 from baton.bench.peers.weights import documents
 from baton.bench.router_cost import mock
-from baton.bench.stack import free_port, serving
+from baton.bench.stack import free_port
+from baton.cli.stack import end_group, start_router
+from baton.cluster.embedded import start_embedded_redis
+from baton.core import config
 from baton.core.errors import SetupError
 from baton.core.once import made_once
 from baton.models.spec import ModelSpec
@@ -36,7 +40,7 @@ mock workers run without it."""
 DYNAMO_NEEDS = ("pyyaml", "packaging", "transformers", "msgspec", "pyzmq", "uvloop", "zstandard", "pydantic")
 NUM_WORKERS = 4
 GAP_S = 0.01
-UP_S, POLL_S = 120.0, 0.2
+UP_S, POLL_S, STOP_S = 120.0, 0.2, 10.0
 DYNAMO_PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
 NAME = "smollm2"
 
@@ -56,20 +60,27 @@ class System:
     """Given: workers take GAP_S for a token, or as little as they can."""
 
 
-@contextlib.asynccontextmanager
-async def baton(paced: bool) -> AsyncIterator[Up]:
-    """The whole stack, with a hash model on one prefill and one decode worker."""
-    model = f"hash:step_s={GAP_S if paced else 0.0}"
-    async with serving(("--prefill", "1", "--decode", "1", "--set", f"model.name={model}")) as (url, pid):
-        yield Up(int(url.rpartition(":")[2]), _router_of(pid), model)
+def baton(model: Path) -> System:
+    """Its router over real gRPC streams to made-up workers, and a registry. `model`: a converted one's directory."""
 
+    @contextlib.asynccontextmanager
+    async def start(paced: bool) -> AsyncIterator[Up]:
+        async with contextlib.AsyncExitStack() as started:
+            redis = await start_embedded_redis()
+            started.push_async_callback(redis.close)
+            logs = Path(started.enter_context(tempfile.TemporaryDirectory()))
+            words = ("-m", "baton.bench.router_cost.workers", redis.url, str(model / "config.json"))
+            workers = await asyncio.create_subprocess_exec(
+                sys.executable, *words, "--gap-s", str(GAP_S if paced else 0.0), env=environment(1),
+                start_new_session=True,
+            )  # fmt: skip
+            started.push_async_callback(end_group, workers, signal.SIGKILL, STOP_S)
+            settings = config.load({}, ("router.http_port=0", "router.grpc_port=0"))
+            router = await start_router(settings, model, redis.url, logs, started)
+            await _until_it_answers(router.http, router.model, "Baton's router found no worker.")
+            yield Up(int(router.http.rpartition(":")[2]), router.process.pid, router.model)
 
-def _router_of(pid: int) -> int:
-    for candidate in family(frozenset({pid})):
-        with contextlib.suppress(OSError):
-            if b"baton.cli.router_child" in (Path("/proc") / str(candidate) / "cmdline").read_bytes():
-                return candidate
-    raise SetupError("baton serve has started no router.")
+    return System("baton", start)
 
 
 @contextlib.asynccontextmanager
