@@ -114,8 +114,10 @@ class KVSnapshot:
     hashes: tuple[BlockHash, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepMessage:
+    """Not frozen for the same reason as TokenChunk, nor is what each of them carries."""
+
     boot_id: str
     load: WorkerLoad
     chunks: tuple[TokenChunk, ...] = ()

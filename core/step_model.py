@@ -34,7 +34,7 @@ LIKENESS = 1e-2
 """Weight of 'a decode row costs like a prompt token', in steps."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepModel:
     """Seconds. The defaults are the prior: round figures of a small model on a few CPU cores."""
 

@@ -28,7 +28,7 @@ class WorkerInfo:
     capability: Capability
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerLoad:
     """What a worker says of its own load with each step message."""
 

@@ -106,9 +106,7 @@ class Admission:
     def look(self) -> None:
         """Some worker may have room now."""
         self._rate.passes(asyncio.get_running_loop().time())
-        if self._going is not None:
-            return
-        seat = self._next()
+        seat = self._next() if self._queue and self._going is None else None
         if seat is None:
             return
         self._going = seat

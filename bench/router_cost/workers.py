@@ -1,8 +1,8 @@
 """Workers that cost nothing, for Baton's own router: they speak its protocol, with made-up tokens.
 
 `python -m baton.bench.router_cost.workers REDIS_URL CONFIG_JSON --gap-s S`: one process with two prefill and two decode
-workers. A decode worker gives each of its requests one token in every step, S seconds apart or as fast as they are
-taken, says its load and tells of the blocks that come and go, as a real one does; nothing is computed or handed off.
+workers. A decode worker gives each of its requests one token in every step, S seconds apart or a millisecond,
+says its load and tells of the blocks that come and go, as a real one does; nothing is computed or handed off.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ NUM_OF_EACH_ROLE = 2
 NUM_BLOCKS, MAX_KEPT = 65_536, 4_096
 TOKEN_ID = 42
 REGISTER_S = 1.0
+FASTEST_S = 0.001
+"""No engine does a step in less, and a message for each request alone is not what routers get."""
 MODEL = StepModel(1e-4, 1e-7, 1e-12, 1e-7, 1e-12, num_prefill_steps=99, num_decode_steps=99)
 
 
@@ -67,7 +69,7 @@ class Worker:
                 except TimeoutError:
                     yield self._step()
                     continue
-                await asyncio.sleep(self.gap_s)
+                await asyncio.sleep(max(self.gap_s, FASTEST_S))
                 yield self._step()
         finally:
             reader.cancel()
