@@ -24,7 +24,7 @@ from baton.bench.router_cost.systems import System
 from baton.core import config
 from baton.core.errors import SetupError
 
-NAMES = ("baton", "sglang-router", "vllm-router", "dynamo")
+NAMES = ("baton", "floor", "sglang-router", "vllm-router", "dynamo")
 WARM_UP = Row("warm-up", 4, 40, 4)
 
 
@@ -52,8 +52,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 def _systems(names: Sequence[str], scratch: Path) -> list[System]:
     _, files = model_of(config.load({}))
-    chosen = [systems.baton(files.directory)] if "baton" in names else []
-    if set(names) - {"baton"}:
+    own = {"baton": systems.baton, "floor": systems.floor}
+    chosen = [of(files.directory) for name, of in own.items() if name in names]
+    if set(names) - set(own):
         python = systems.installed(config.cache_dir(), say)
         proxies = {"sglang-router": (str(python), "-m", "sglang_router.launch_router"),
                    "vllm-router": (str(python), "-m", "vllm_router.launch_router")}

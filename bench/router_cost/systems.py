@@ -65,22 +65,46 @@ def baton(model: Path) -> System:
 
     @contextlib.asynccontextmanager
     async def start(paced: bool) -> AsyncIterator[Up]:
-        async with contextlib.AsyncExitStack() as started:
-            redis = await start_embedded_redis()
-            started.push_async_callback(redis.close)
+        async with _made_up(model, paced) as (redis_url, started):
             logs = Path(started.enter_context(tempfile.TemporaryDirectory()))
-            words = ("-m", "baton.bench.router_cost.workers", redis.url, str(model / "config.json"))
-            workers = await asyncio.create_subprocess_exec(
-                sys.executable, *words, "--gap-s", str(GAP_S if paced else 0.0), env=environment(1),
-                start_new_session=True,
-            )  # fmt: skip
-            started.push_async_callback(end_group, workers, signal.SIGKILL, STOP_S)
             settings = config.load({}, ("router.http_port=0", "router.grpc_port=0"))
-            router = await start_router(settings, model, redis.url, logs, started)
+            router = await start_router(settings, model, redis_url, logs, started)
             await _until_it_answers(router.http, router.model, "Baton's router found no worker.")
             yield Up(int(router.http.rpartition(":")[2]), router.process.pid, router.model)
 
     return System("baton", start)
+
+
+def floor(model: Path) -> System:
+    """What the libraries under Baton's router cost without it (floor.py)."""
+
+    @contextlib.asynccontextmanager
+    async def start(paced: bool) -> AsyncIterator[Up]:
+        async with _made_up(model, paced) as (redis_url, started):
+            words = ("-m", "baton.bench.router_cost.floor", redis_url, str(model))
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, *words, stdout=asyncio.subprocess.PIPE, env=environment(1), start_new_session=True
+            )
+            started.push_async_callback(end_group, process, signal.SIGKILL, STOP_S)
+            assert process.stdout is not None
+            port = int(await asyncio.wait_for(process.stdout.readline(), UP_S))
+            yield Up(port, process.pid, NAME)
+
+    return System("floor", start)
+
+
+@contextlib.asynccontextmanager
+async def _made_up(model: Path, paced: bool) -> AsyncIterator[tuple[str, contextlib.AsyncExitStack]]:
+    """A registry's URL, with workers that cost nothing in it; and what is stopped before them."""
+    async with contextlib.AsyncExitStack() as started:
+        redis = await start_embedded_redis()
+        started.push_async_callback(redis.close)
+        words = ("-m", "baton.bench.router_cost.workers", redis.url, str(model / "config.json"))
+        workers = await asyncio.create_subprocess_exec(
+            sys.executable, *words, "--gap-s", str(GAP_S if paced else 0.0), env=environment(1), start_new_session=True
+        )
+        started.push_async_callback(end_group, workers, signal.SIGKILL, STOP_S)
+        yield redis.url, started
 
 
 @contextlib.asynccontextmanager
