@@ -180,6 +180,13 @@ def test_a_column_of_the_plot_names_what_its_rows_have_in_common() -> None:
     assert column({**row, "routers": 4, "world": "real"}) == "8 workers\nload 1.2\n4 routers\nreal"
 
 
+@pytest.mark.parametrize("wrong", [("--load", "0"), ("--pace", "-1"), ("--pace", "nan"), ("--workers", "0")])
+def test_load_pace_and_workers_are_above_zero(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--trace", str(HERE / "mooncake.jsonl"), *wrong])
+    assert f"{wrong[1]} is not a" in capsys.readouterr().err
+
+
 def test_rows_that_cannot_be_read_are_said_to_be_so(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("policy")
     with pytest.raises(SetupError, match="rows"):
