@@ -122,10 +122,14 @@ class Door:
 class Phase:
     seconds: float
     outcomes: list[Outcome] = field(default_factory=list)
+    left_late_s: list[float] = field(default_factory=list)
+    """Of each request: the client's own part of its times."""
     rss_bytes: int = 0
     """The router's, at most."""
     cpu_s: float = 0.0
     """The router's."""
+    cpu_wait_s: float = 0.0
+    """The router's, for a core that others had."""
 
     def figures(self) -> dict[str, Any]:
         answered = [o.took_s for o in self.outcomes if o.whole]
@@ -137,9 +141,11 @@ class Phase:
             "refused": len(refused),
             "refused_p50_s": quantile([o.took_s for o in refused], 0.5),
             "refused_p99_s": quantile([o.took_s for o in refused], 0.99),
+            "left_late_p99_s": quantile(self.left_late_s, 0.99),
             "told_when_to_come_back": sum(bool(o.retry_after) for o in refused),
             "other_statuses": dict(Counter(o.status for o in self.outcomes if o.status not in (200, 429))),
             "router_rss_mb": round(self.rss_bytes / 1e6, 1),
+            "router_waited_for_cores": round(self.cpu_wait_s / self.seconds, 3),
             "router_cpu_ms_per_request": round(1e3 * self.cpu_s / max(1, len(self.outcomes)), 2),
         }
 
@@ -163,6 +169,10 @@ class Bench:
         user, system = (self._router / "stat").read_text().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
+    def cpu_wait_s(self) -> float:
+        """Of the thread that its event loop runs in: runnable, and not run."""
+        return int((self._router / "schedstat").read_text().split()[1]) / 1e9
+
     def prompt(self) -> str:
         return "".join(self._rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(PROMPT_CHARS))
 
@@ -170,16 +180,18 @@ class Bench:
         """An open loop; ends when the last answer has. `arrivals`: drawn from these dice."""
         dice = arrivals or self._rng
         loop, phase = asyncio.get_running_loop(), Phase(seconds)
-        phase.cpu_s = -self.cpu_s()
+        phase.cpu_s, phase.cpu_wait_s = -self.cpu_s(), -self.cpu_wait_s()
         began, at, clients = loop.time(), 0.0, list[asyncio.Task[Outcome]]()
         while (at := at + dice.expovariate(rate)) < seconds:
             await asyncio.sleep(max(0.0, began + at - loop.time()))
+            phase.left_late_s.append(loop.time() - began - at)
             clients.append(asyncio.create_task(self._door.ask(self.prompt(), meant_s=began + at)))
             if len(clients) % 16 == 0:
                 phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
         phase.outcomes = list(await asyncio.gather(*clients))
         phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
         phase.cpu_s += self.cpu_s()
+        phase.cpu_wait_s += self.cpu_wait_s()
         self._say(f"{rate:6.1f}/s for {seconds:g} s: {json.dumps(phase.figures())}")
         return phase
 
