@@ -148,8 +148,8 @@ def options(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="A setting; tokens in grains.")
     parser.add_argument("--real", action="store_true", help="Beside each row, one of real processes on real time: give "
                         "--requests. Workers of the hash model, and a wire that costs nothing in both.")
-    parser.add_argument("--pace", type=above_zero, default=1.0, metavar="X", help="Everything X times as fast as on the "
-                        "trace's clock; figures are told in the trace's time.")
+    parser.add_argument("--pace", type=above_zero, default=1.0, metavar="X", help="Everything X times as fast as on "
+                        "the trace's clock; figures are told in the trace's time.")
     parser.add_argument("--jobs", type=positive, default=1, help="Processes.")
     parser.add_argument("--json", type=Path, help="Keep the rows there.")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="Draw the rows.")
