@@ -36,6 +36,8 @@ PROMPT_CHARS, OUTPUT_TOKENS = 32, 8
 TTFT_SLO_S, DEADLINE_S = 2.0, 4.0
 CAPACITY = 12.0
 """Requests a second to look for the peak around."""
+CALM_S, BACK_S = 30.0, 10.0
+"""Half the load for so long, before the flood and so long after it, with equal arrivals."""
 TIGHT = (
     f"model.name={MODEL}", f"router.request_timeout_s={DEADLINE_S}", "router.max_queue_wait_s=1",
     "router.worker_queue_s=0.3", "router.max_queued=64", "prefill.max_sequences=16", "decode.max_sequences=32",
@@ -120,10 +122,14 @@ class Door:
 class Phase:
     seconds: float
     outcomes: list[Outcome] = field(default_factory=list)
+    left_late_s: list[float] = field(default_factory=list)
+    """Of each request: the client's own part of its times."""
     rss_bytes: int = 0
     """The router's, at most."""
     cpu_s: float = 0.0
     """The router's."""
+    cpu_wait_s: float = 0.0
+    """The router's, for a core that others had."""
 
     def figures(self) -> dict[str, Any]:
         answered = [o.took_s for o in self.outcomes if o.whole]
@@ -135,9 +141,11 @@ class Phase:
             "refused": len(refused),
             "refused_p50_s": quantile([o.took_s for o in refused], 0.5),
             "refused_p99_s": quantile([o.took_s for o in refused], 0.99),
+            "left_late_p99_s": quantile(self.left_late_s, 0.99),
             "told_when_to_come_back": sum(bool(o.retry_after) for o in refused),
             "other_statuses": dict(Counter(o.status for o in self.outcomes if o.status not in (200, 429))),
             "router_rss_mb": round(self.rss_bytes / 1e6, 1),
+            "router_waited_for_cores": round(self.cpu_wait_s / self.seconds, 3),
             "router_cpu_ms_per_request": round(1e3 * self.cpu_s / max(1, len(self.outcomes)), 2),
         }
 
@@ -161,38 +169,48 @@ class Bench:
         user, system = (self._router / "stat").read_text().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
+    def cpu_wait_s(self) -> float:
+        """Of the thread that its event loop runs in: runnable, and not run."""
+        return int((self._router / "schedstat").read_text().split()[1]) / 1e9
+
     def prompt(self) -> str:
         return "".join(self._rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(PROMPT_CHARS))
 
-    async def load(self, rate: float, seconds: float) -> Phase:
-        """An open loop; ends when the last answer has."""
+    async def load(self, rate: float, seconds: float, arrivals: random.Random | None = None) -> Phase:
+        """An open loop; ends when the last answer has. `arrivals`: drawn from these dice."""
+        dice = arrivals or self._rng
         loop, phase = asyncio.get_running_loop(), Phase(seconds)
-        phase.cpu_s = -self.cpu_s()
+        phase.cpu_s, phase.cpu_wait_s = -self.cpu_s(), -self.cpu_wait_s()
         began, at, clients = loop.time(), 0.0, list[asyncio.Task[Outcome]]()
-        while (at := at + self._rng.expovariate(rate)) < seconds:
+        while (at := at + dice.expovariate(rate)) < seconds:
             await asyncio.sleep(max(0.0, began + at - loop.time()))
+            phase.left_late_s.append(loop.time() - began - at)
             clients.append(asyncio.create_task(self._door.ask(self.prompt(), meant_s=began + at)))
             if len(clients) % 16 == 0:
                 phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
         phase.outcomes = list(await asyncio.gather(*clients))
         phase.rss_bytes = max(phase.rss_bytes, self.rss_bytes())
         phase.cpu_s += self.cpu_s()
+        phase.cpu_wait_s += self.cpu_wait_s()
         self._say(f"{rate:6.1f}/s for {seconds:g} s: {json.dumps(phase.figures())}")
         return phase
 
     async def flood(self, times: float, seconds: float) -> dict[str, Any]:
         await self.load(CAPACITY, 10.0)  # the workers are no fresh ones, and have measured themselves
-        before = await self.load(CAPACITY / 2, 15.0)
+        calm = self._rng.random()
+        before = await self.load(CAPACITY / 2, CALM_S, random.Random(calm))
         peak = max([await self.load(share * CAPACITY, 15.0) for share in (0.9, 1.1, 1.3, 1.5)],
                    key=lambda phase: phase.figures()["goodput_per_s"])
         goodput = peak.figures()["goodput_per_s"]
         flood = await self.load(times * goodput, seconds)
-        await asyncio.sleep(10.0)
-        after = await self.load(CAPACITY / 2, 15.0)
+        await asyncio.sleep(BACK_S)
+        after = await self.load(CAPACITY / 2, CALM_S, random.Random(calm))
         figures = {name: phase.figures() for name, phase in
                    (("before", before), ("peak", peak), ("flood", flood), ("after", after))}
+        back = figures["after"]["answered_p99_s"] / figures["before"]["answered_p99_s"]
         return {**figures, "goodput_of_peak": round(figures["flood"]["goodput_per_s"] / goodput, 3),
-                "router_rss_of_peak": round(flood.rss_bytes / peak.rss_bytes, 3)}
+                "router_rss_of_peak": round(flood.rss_bytes / peak.rss_bytes, 3),
+                "p99_after_of_before": round(back, 3)}
 
     async def cancels(self) -> dict[str, Any]:
         """Each storm is cut off while it runs; then one request must be answered as one is on an idle stack."""

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,16 +111,21 @@ async def start_workers(
         for i in range(replicas)
     ]
     with step(f"Workers: {', '.join(spec.worker_id for spec in specs)}"):
-        failure: BatonError | None = None
-        try:
-            async with asyncio.TaskGroup() as starts:
-                for spec in specs:
-                    starts.create_task(pool.start(spec))
-        except* BatonError as group:
-            failure = next(leaves(group))
-        if failure is not None:  # raised up there, it would be in a group again
-            raise failure
+        await start_all(pool, specs)
     return pool
+
+
+async def start_all(pool: WorkerPool, specs: Iterable[WorkerSpec]) -> None:
+    """Side by side. Raises what the first one that failed did."""
+    failure: BatonError | None = None
+    try:
+        async with asyncio.TaskGroup() as starts:
+            for spec in specs:
+                starts.create_task(pool.start(spec))
+    except* BatonError as group:
+        failure = next(leaves(group))
+    if failure is not None:  # raised up there, it would be in a group again
+        raise failure
 
 
 async def start_router(

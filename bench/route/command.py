@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,7 @@ def options(prog: str) -> argparse.ArgumentParser:
                         help=f"all, or some of {', '.join(POLICIES)}.")
     parser.add_argument("--workers", type=positive, nargs="+", default=[4], help="Prefill workers.")
     parser.add_argument("--decode-workers", type=positive, help="Default: half as many.")
-    parser.add_argument("--load", type=float, nargs="+", default=[0.85],
+    parser.add_argument("--load", type=above_zero, nargs="+", default=[0.85],
                         help="Offered prompt tokens over what the prefill workers compute without a cache.")
     parser.add_argument("--mode", choices=MODES, default="production",
                         help="fcfs: one prompt after the other, all else free. production: chunks, hand-off, decode.")
@@ -147,12 +148,19 @@ def options(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="A setting; tokens in grains.")
     parser.add_argument("--real", action="store_true", help="Beside each row, one of real processes on real time: give "
                         "--requests. Workers of the hash model, and a wire that costs nothing in both.")
-    parser.add_argument("--pace", type=float, default=1.0, metavar="X", help="Everything X times as fast as on the "
-                        "trace's clock; figures are told in the trace's time.")
+    parser.add_argument("--pace", type=above_zero, default=1.0, metavar="X", help="Everything X times as fast as on "
+                        "the trace's clock; figures are told in the trace's time.")
     parser.add_argument("--jobs", type=positive, default=1, help="Processes.")
     parser.add_argument("--json", type=Path, help="Keep the rows there.")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="Draw the rows.")
     return parser
+
+
+def above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def positive(text: str) -> int:

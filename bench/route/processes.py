@@ -26,7 +26,7 @@ from baton.bench.load.traces import Traced
 from baton.bench.route.cell import Cell, Seen
 from baton.bench.route.questions import Question, questions
 from baton.bench.route.setup import Setup
-from baton.cli.stack import ENTRIES, RouterChild, start_registry, start_router, until_met
+from baton.cli.stack import ENTRIES, RouterChild, start_all, start_registry, start_router, until_met
 from baton.cluster.local_pool import LocalPool
 from baton.cluster.pool import WorkerSpec
 from baton.cluster.scratch import private_dir, sweep
@@ -77,12 +77,10 @@ async def _start(setup: Setup, logs: Path, started: AsyncExitStack) -> list[Rout
     redis_url = await start_registry(started)
     pool = LocalPool(logs)
     started.push_async_callback(pool.close)
-    numbers = {Role.PREFILL: setup.num_prefill, Role.DECODE: setup.num_decode}
-    async with asyncio.TaskGroup() as starts:
-        for role, number in numbers.items():
-            worker = config_of(setup, role).model_dump_json()
-            for i in range(number):
-                starts.create_task(pool.start(WorkerSpec(f"{role}-{i}", role, ENTRIES[role], worker, redis_url, 1)))
+    configs = {role: config_of(setup, role).model_dump_json() for role in Role}
+    await start_all(pool, [
+        WorkerSpec(name, role, ENTRIES[role], configs[role], redis_url, 1) for name, role in workers_of(setup)
+    ])
     config = config_of(setup, Role.DECODE)
     files = open_model(config.model)
     routers = []
@@ -92,6 +90,11 @@ async def _start(setup: Setup, logs: Path, started: AsyncExitStack) -> list[Rout
         routers.append(await start_router(config, files.directory, redis_url, own_logs, started))
         await until_met(config, routers[-1])
     return routers
+
+
+def workers_of(setup: Setup) -> list[tuple[str, Role]]:
+    numbers = ((Role.PREFILL, setup.num_prefill), (Role.DECODE, setup.num_decode))
+    return [(f"{role}-{i}", role) for role, number in numbers for i in range(number)]
 
 
 def config_of(setup: Setup, role: Role) -> Config:
@@ -150,18 +153,18 @@ async def _cell(
     for router in routers:
         async with GrpcAdmin(router.grpc) as admin:
             told.append(Counter({c.name: c.value for c in (await admin.status(STATUS_TIMEOUT_S)).counters}))
-    workers = told[0]  # every router tells what all workers count
-    costs = setup.costs(Role.PREFILL)
-    names = [(Role.PREFILL, i) for i in range(setup.num_prefill)] + [(Role.DECODE, i) for i in range(setup.num_decode)]
-    computed = {name: workers[_of("baton_step_tokens_total", *name, kind="prefill")] for name in names}
+    counted, workers, costs = told[0], workers_of(setup), setup.costs(Role.PREFILL)  # each router tells of all workers
+    if silent := [name for name, role in workers if not counted[_of("baton_worker_up", name, role)]]:
+        raise SetupError(f"{', '.join(silent)} did not tell what it counted in time.")
+    computed = {name: counted[_of("baton_step_tokens_total", name, role, kind="prefill")] for name, role in workers}
     busy_s = [
-        workers[_of("baton_steps_total", *name)] * costs.step_s + num_tokens * costs.token_s
-        for name, num_tokens in computed.items() if name[0] is Role.PREFILL
+        counted[_of("baton_steps_total", name, role)] * costs.step_s + computed[name] * costs.token_s
+        for name, role in workers if role is Role.PREFILL
     ]
     num_prompt_tokens = sum(len(question.request.prompt) for question in asked)
     hit = 1 - sum(computed.values()) / num_prompt_tokens
     return seen.cell(hit, busy_s, took_s, sum(told, Counter()))
 
 
-def _of(name: str, role: Role, number: int, **labels: str) -> str:
-    return rendered(name, {**labels, "worker": f"{role}-{number}", "role": role})
+def _of(metric: str, worker: str, role: Role, **labels: str) -> str:
+    return rendered(metric, {**labels, "worker": worker, "role": role})

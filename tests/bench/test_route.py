@@ -180,15 +180,23 @@ def test_a_column_of_the_plot_names_what_its_rows_have_in_common() -> None:
     assert column({**row, "routers": 4, "world": "real"}) == "8 workers\nload 1.2\n4 routers\nreal"
 
 
+@pytest.mark.parametrize("wrong", [("--load", "0"), ("--pace", "-1"), ("--pace", "nan"), ("--workers", "0")])
+def test_load_pace_and_workers_are_above_zero(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--trace", str(HERE / "mooncake.jsonl"), *wrong])
+    assert f"{wrong[1]} is not a" in capsys.readouterr().err
+
+
 def test_rows_that_cannot_be_read_are_said_to_be_so(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("policy")
     with pytest.raises(SetupError, match="rows"):
         main(["--rows", str(tmp_path / "rows.json")])
 
 
+@pytest.mark.slow
 def test_real_processes_replay_what_the_simulator_does(tmp_path: Path) -> None:
-    """At a twentieth of the trace's pace, so that a busy machine changes little. Where the prompts are computed, what
-    is found of them and how much work that is are the same; the times are those of a real machine."""
+    """At a twentieth of the trace's pace, so that a busy machine changes little. What is found of the prompts and how
+    much work is left are the same; the times are those of a real machine."""
     kept = tmp_path / "rows.json"
     main(["--trace", str(HERE / "mooncake.jsonl"), "--policy", "cost", "--workers", "2", "--pace", "0.05", "--real",
           "--json", str(kept)])
@@ -196,7 +204,6 @@ def test_real_processes_replay_what_the_simulator_does(tmp_path: Path) -> None:
     assert (simulated["world"], real["world"]) == ("simulated", "real")
     assert real["num_failed"] == 0, real["failure"]
     assert real["hit"] == simulated["hit"] > 0
-    assert real["local"] == simulated["local"]
     assert real["util"] * real["took_s"] == pytest.approx(simulated["util"] * simulated["took_s"], rel=0.1)
     assert real["mean_ttft_s"] > 0.9 * simulated["mean_ttft_s"]
 
