@@ -413,4 +413,4 @@ def shown(value: object) -> str:
 
 def printable(text: str) -> str:
     """Clients may choose request ids; a log line stays one line."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

@@ -60,6 +60,8 @@ class Placing:
         self._fleet = fleet
         self._decider = decider
         self._asked: tuple[object, float, tuple[Facts, Candidates]] | None = None
+        self._open: tuple[Candidates, bool] | None = None
+        """What was found of the candidates asked last: who is admitted has his turn in the same breath."""
         self._line = line
         self._room = Room(config, self.health)
 
@@ -163,7 +165,9 @@ class Placing:
         if self._line.somebody_waits:
             return False
         facts, candidates = self._ask(run)
-        return not candidates.decode or self._room.is_open(facts, candidates)
+        if self._open is None or self._open[0] is not candidates:
+            self._open = candidates, not candidates.decode or self._room.is_open(facts, candidates)
+        return self._open[1]
 
     def _is_too_large(self, run: Run) -> bool:
         """Asked of one that is not open: would a smaller one be?"""
