@@ -1,5 +1,5 @@
 // Paged attention with AMX tiles, for K and V in bf16 or int8 (whose elements are exact in bf16). fp32, and shapes that
-// no tile fits, take AVX-512's.
+// no tile fits, take AVX-512's. Up to four queries are attention_few_amx.cpp's.
 //
 // Sixteen queries (rows x heads of the group) are the sixteen columns of every tile, so that softmax runs down the rows
 // with one query per lane:
@@ -20,40 +20,16 @@
 // instructions ahead. A tile is stored two steps after its last product. A load of a tile takes the time of 16 vector
 // operations, so the operand that all steps share stays in its register. Zeroing a tile makes it wait for what it held;
 // loading one line 16 times does not.
-#include "vector_avx512.h"
+#include "attention_amx.h"
 
-#include <algorithm>
-#include <cmath>
 #include <utility>
 
-#include "isa.h"
-#include "kv_pool.h"
 #include "parts.h"
-#include "tiles_amx.h"
 
 namespace baton {
 namespace {
 
-constexpr int kLanes = 16;         // queries of a tile
-constexpr int kDepth = 32;         // bf16 values that one tile instruction sums up
-constexpr int kChunk = 64;         // keys between two looks at the reference: K and V of more leave the L1 cache
-constexpr int kGroups = kChunk / kDepth;
-constexpr int kTileBytes = 1024;   // 16 lines
-constexpr int kTileDims = 16;      // dims of an output tile
-constexpr float kMost = 1024.0f;   // of a chunk's weights; 64 if all are as great as the reference
 constexpr int kRowsPerTask = 128;  // enough that transposing V is a small part of the work
-constexpr int kMaxHeadDim = 256;
-
-// 2^x to 8e-5, which bf16 does not see; x may be -inf.
-Reg weight_of(Reg x) {
-  constexpr int kFloor = 0x09;
-  const Reg rest = _mm512_reduce_ps(x, kFloor);  // in [0, 1); 0 for -inf
-  Reg power = Vec::set(0.07802452147006989f);
-  power = Vec::mul_add(power, rest, Vec::set(0.2260671705007553f));
-  power = Vec::mul_add(power, rest, Vec::set(0.6958335041999817f));
-  power = Vec::mul_add(power, rest, Vec::set(0.9999251961708069f));
-  return _mm512_scalef_ps(power, x);  // floors x
-}
 
 // Lanes' state of sixteen queries.
 struct alignas(64) Lanes {
@@ -82,6 +58,7 @@ struct Softening {
 
   Softening(const float* scores, uint8_t* weights, int num_keys)
       : scores(scores), weights(weights), num_keys(num_keys) {}
+  Reg total() const { return Vec::add(even, odd); }
 };
 
 // kDim: head_dim, known to the compiler; 0: it is not.
@@ -146,7 +123,7 @@ class Attention {
   // [dim / 2][16][2] bf16, scaled so that weights are powers of two: softmax(q . k / sqrt(head_dim)). Lanes behind the
   // last query ask for nothing.
   void load_queries(int tile, int first) {
-    const Reg scale = Vec::set(kLog2E / std::sqrt(static_cast<float>(dim())));
+    const Reg scale = Vec::set(query_scale(dim()));
     const int num = std::min(num_queries_ - tile * kLanes, kLanes);
     const int64_t rows_ahead = static_cast<int64_t>(kLanes / group_) * task_.q_stride;  // the next tile's, about
     const float* from[kLanes];
@@ -160,9 +137,7 @@ class Attention {
       for (int lane = 0; lane < kLanes; ++lane) {
         square[lane] = Vec::zero();
         if (lane >= num) continue;
-        const float* q = from[lane] + at;
-        square[lane] = reinterpret_cast<Reg>(
-            _mm512_cvtne2ps_pbh(Vec::mul(Vec::load(q + kLanes), scale), Vec::mul(Vec::load(q), scale)));
+        square[lane] = reinterpret_cast<Reg>(rounded_query(from[lane] + at, scale));
       }
       Vec::transpose(square);
       float* to = reinterpret_cast<float*>(queries(tile)) + at / 2 * kLanes;
@@ -228,14 +203,9 @@ class Attention {
     return reinterpret_cast<const uint16_t*>(pool_.elements(token, which));
   }
 
-  // int8 to bf16, which is exact, and the tokens' scales.
   const uint16_t* copy_rows(int token, int at, int num, int which) {
     uint16_t* to = copied_[which] + at * dim();
-    const int8_t* from = reinterpret_cast<const int8_t*>(pool_.elements(token, which));
-    for (int i = 0; i < num * dim(); i += 2 * kLanes) {
-      const __m512 low = Vec::load_int8(from + i), high = Vec::load_int8(from + i + kLanes);
-      _mm512_store_si512(to + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-    }
+    widen(reinterpret_cast<const int8_t*>(pool_.elements(token, which)), num * dim(), to);
     std::memcpy(scales_[which] + at, pool_.scales(token, which), num * sizeof(float));
     return to;
   }
@@ -362,8 +332,7 @@ class Attention {
   void add_sums(int tile, Softening& softening) {
     Lanes& lanes = lanes_[tile];
     Reg sums = Vec::load(lanes.sums);
-    const __mmask16 passed =
-        _mm512_cmp_ps_mask(Vec::add(softening.even, softening.odd), Vec::set(kMost), _CMP_GT_OQ);
+    const __mmask16 passed = _mm512_cmp_ps_mask(softening.total(), Vec::set(kMost), _CMP_GT_OQ);
     if (passed) {
       const Reg scale = raise_tops(lanes, scores_[tile & 1], softening.num_keys, passed);
       sums = Vec::mul(sums, scale);
@@ -372,7 +341,7 @@ class Attention {
       softening.even = softening.odd = Vec::zero();
       soften(softening, kChunk);
     }
-    Vec::store(lanes.sums, Vec::add(sums, Vec::add(softening.even, softening.odd)));
+    Vec::store(lanes.sums, Vec::add(sums, softening.total()));
   }
 
   // Scores of keys up to `end` to weights, eight at a time, in pairs of keys.
@@ -435,6 +404,11 @@ class Attention {
   int num_ahead_, ahead_bytes_, lines_at_once_, fetched_, line_;
 };
 
+// A tile of few lanes is no faster than a full one, so few queries are arranged in another way.
+bool are_few(const AttentionTask& task) {
+  return (task.row_end - task.row_begin) * (task.shape->num_heads / task.shape->num_kv_heads) <= amx::kFewQueries;
+}
+
 bool fits_tiles(const BatonShape& shape) {
   return shape.kv_format != BATON_FP32 && shape.head_dim % kDepth == 0 && shape.block_size % kLanes == 0;
 }
@@ -445,6 +419,7 @@ namespace amx {
 
 void attention(const AttentionTask& task, uint8_t* scratch) {
   if (fits_tiles(*task.shape)) {
+    if (are_few(task)) return attention_of_few(task, scratch);
     if (task.shape->head_dim == 64) return Attention<64>(task, scratch).run();
     if (task.shape->head_dim == 128) return Attention<128>(task, scratch).run();
     return Attention<0>(task, scratch).run();

@@ -54,6 +54,7 @@ struct AttentionTask {
   const float* q;              // [batch rows, q_stride], rotated, not scaled; head h at h * head_dim
   int32_t q_stride;
   float* out;                  // [batch rows, num_heads * head_dim]
+  const AttentionTask* next = nullptr;  // whose K and V may be fetched towards the end of this one
 };
 
 struct Isa {

@@ -274,13 +274,21 @@ void Step::list_attention_tasks() {
   });
 }
 
+// A thread knows what it takes next, so that a task can fetch the beginning of it.
 void Step::attention(int layer) {
   const BatonShape& s = p_.shape;
-  parallel(int(items_.size()) * s.num_kv_heads, [&](int task, int thread) {
+  const int num_tasks = int(items_.size()) * s.num_kv_heads, shares = std::max(1, std::min(num_threads_, num_tasks));
+  const auto task_of = [&](int task) {
     const Item& item = items_[task / s.num_kv_heads];
-    p_.isa.attention({&s, &batch_, item.span, layer, task % s.num_kv_heads, item.begin, item.end, p_.wide.get(),
-                      s.num_heads * s.head_dim, p_.mixed.get()},
-                     space_of(thread).attention.get());
+    return AttentionTask{&s, &batch_, item.span, layer, task % s.num_kv_heads, item.begin, item.end, p_.wide.get(),
+                         s.num_heads * s.head_dim, p_.mixed.get()};
+  };
+  each_share(shares, (num_tasks + shares - 1) / shares, [&](int share, int unit, int thread) {
+    const int number = unit * shares + share;
+    if (number >= num_tasks) return;
+    AttentionTask task = task_of(number), next;
+    if (number + shares < num_tasks) next = task_of(number + shares), task.next = &next;
+    p_.isa.attention(task, space_of(thread).attention.get());
   });
 }
 

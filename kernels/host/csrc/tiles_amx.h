@@ -24,8 +24,8 @@ void load_tile(const void* from, int64_t stride) {
 }
 
 template <int kTile>
-void store_tile(void* to) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(int64_t{64}), "i"(kTile) : "memory");
+void store_tile(void* to, int64_t stride = 64) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
 }
 
 template <int kSums, int kA, int kB>
@@ -34,7 +34,7 @@ void multiply_tiles() {
 }
 
 // Rows of two keys as rows of pairs: lane i of the result holds lane i of both.
-__m512i pair_up(Reg first, Reg second) {
+inline __m512i pair_up(Reg first, Reg second) {
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -42,7 +42,7 @@ __m512i pair_up(Reg first, Reg second) {
 }
 
 // Eight dims of 32 tokens, from rows of values to rows of dims: out + i * 64 gets dim i of all tokens.
-void transpose_dims(const uint16_t* const* rows, int dim, uint8_t* out) {
+inline void transpose_dims(const uint16_t* const* rows, int dim, uint8_t* out) {
   __m512i a[8], b[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // quarter q holds token 8 q + i
