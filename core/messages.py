@@ -124,7 +124,10 @@ class StepMessage:
     kv_events: tuple[KVEvents, ...] = ()
     snapshot: KVSnapshot | None = None
     ledger: Ledger | None = None
-    """With heartbeats only."""
+    """Every heartbeat_s, with whatever message is due then."""
+    pair_bandwidth: tuple[tuple[str, str, float], ...] = ()
+    """(peer worker_id, transport chosen, measured bytes/s) for each peer this worker has pulled from. With the ledger
+    only: there is a message for every step, and these are as many as the fleet has workers."""
     taken: tuple[int, ...] = ()
     """Epochs of this router's attempts whose work here `load` covers from now on: it shows it, or it is over."""
 

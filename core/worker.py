@@ -59,8 +59,6 @@ class WorkerLoad:
     """It takes nothing new; its requests should be taken over."""
     num_lent_out: int = 0
     """Leases that live: what somebody may still pull. A draining worker may go when this and its requests are 0."""
-    pair_bandwidth: tuple[tuple[str, str, float], ...] = ()
-    """(peer worker_id, transport chosen, measured bytes/s) for each peer this worker has pulled from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -382,7 +382,7 @@ class Puller:
         return tuple(self._links.values())
 
     def bandwidths(self) -> tuple[tuple[str, str, float], ...]:
-        """(peer worker_id, transport in use, measured bytes/s), as in WorkerLoad.pair_bandwidth."""
+        """(peer worker_id, transport in use, measured bytes/s), as in StepMessage.pair_bandwidth."""
         return tuple((k.peer_id, k.transport, k.bytes_per_s) for k in self._links.values())
 
     def in_flight_blocks(self) -> set[int]:

@@ -41,9 +41,10 @@ class RoundRobin:
         if not candidates.decode:
             return None
         turn = facts.turn
-        decode = candidates.decode[turn % len(candidates.decode)].info
+        its_turn = candidates.decode[turn % len(candidates.decode)]
+        decode = its_turn.info
         fitting = [p.info for p in _fitting(decode, candidates)]
-        if not fitting or facts.num_tokens <= self._config.local_prefill_max_tokens:
+        if not fitting or its_turn.uncached(facts.num_tokens) <= self._config.local_prefill_max_tokens:
             return Route(decode.worker_id, None, reason=f"{decode.worker_id} alone: its turn")
         # Pools whose sizes have a divisor in common would meet in some pairs only: a step aside after each round.
         sizes = len(fitting), len(candidates.decode)
@@ -69,8 +70,8 @@ class Ranked:
             return None
         (decode, _), *_ = self._best_first(self.decode_rule(facts, roomy), roomy)
         decode_id, able = decode.info.worker_id, _fitting(decode.info, candidates)
-        if not able or facts.num_tokens <= self.config.local_prefill_max_tokens:
-            return Route(decode_id, None, reason=f"{decode_id} alone: nobody fits, or the prompt is short")
+        if not able or decode.uncached(facts.num_tokens) <= self.config.local_prefill_max_tokens:
+            return Route(decode_id, None, reason=f"{decode_id} alone: nobody fits, or little is left to compute")
         order = self._best_first(self.prefill_rule(facts, able), able)
         prefill, *spares = (p.info for p, _ in order)
         ranks = ", ".join(f"{p.info.worker_id} {' '.join(f'{r:g}' for r in rank)}" for p, rank in order)

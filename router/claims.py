@@ -4,7 +4,9 @@ What runs is let in however many wait, and was paid for where it began. So whoev
 prompt and ask several workers before it can refuse him, and a mark is easily made up: only a key that all routers share
 could tell. Instead an account is believed until too many of its claims proved false within a short time. After that its
 claims are treated as what is new: refused before the prompt is read where that is certain, and charged before any
-worker is asked. What truly runs is read on with all the same.
+worker is asked. Where there is room, what truly runs is read on with all the same, and the charge given back.
+
+Clients that give neither tenant nor key are one account: one of them that makes up marks costs all of them this trust.
 
 Counts what was false, not what was asked: when a router dies, hundreds of clients of one account come at once.
 """

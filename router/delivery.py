@@ -62,6 +62,13 @@ class Delivery:
         """Of `remaining(...).shared`: what all unfinished answers begin with."""
         return self.longest if len(self.unfinished) == 1 else len(self.request.prompt)
 
+    def shared_from(self, start: int) -> tuple[int, ...]:
+        """Of these tokens those from there on."""
+        prompt = self.request.prompt
+        if len(self.unfinished) != 1:
+            return prompt[start:]
+        return (*prompt[start:], *self.unfinished[0].tokens[max(0, start - len(prompt)) :])
+
     @property
     def num_apart_tokens(self) -> int:
         """What each of several unfinished answers has beyond that, in all."""

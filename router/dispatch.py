@@ -19,7 +19,8 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from baton.core.config import Config
 from baton.core.errors import (
@@ -97,11 +98,12 @@ class Dispatcher:
     def num_inflight(self) -> int:
         return len(self._live)
 
-    def check_early(self, tenant: str, deadline_s: float) -> None:
+    def check_early(self, request_id: str, tenant: str, deadline_s: float) -> None:
         """Raises Overloaded for what would be refused whatever it asks."""
-        if len(self._live) >= self._config.max_inflight:
-            raise self._too_many()
-        self._admission.check_early(tenant, deadline_s)
+        with self._refusals_kept(request_id):
+            if len(self._live) >= self._config.max_inflight:
+                raise self._too_many()
+            self._admission.check_early(tenant, deadline_s)
 
     def max_model_len(self) -> int:
         """Most tokens, prompt and output, that any known worker holds for one request; 0 while none is known."""
@@ -126,7 +128,8 @@ class Dispatcher:
         Raises BatonError: Overloaded, InvalidRequest, RequestQuarantined and DeadlineExceeded as they are, PeerLost and
         the like once router.max_attempts are spent. Closing the iterator cancels the request on its workers.
         """
-        run = self._admit(request, last_seen)
+        with self._refusals_kept(request.request_id):
+            run = self._admit(request, last_seen)
         run.unknown = unknown
         # The worker ends the request at its deadline; we do, a heartbeat later, if it did not.
         late_at = run.deadline + self._config.heartbeat_s
@@ -161,6 +164,15 @@ class Dispatcher:
             self.traces.add(self._account(run, outcome or run.delivery.how_it_ended()))
 
     # ---- admission ----
+
+    @contextmanager
+    def _refusals_kept(self, request_id: str) -> Iterator[None]:
+        """Who was refused can be told why afterwards, too."""
+        try:
+            yield
+        except BatonError as e:
+            self.traces.refuse(request_id, e.message)
+            raise
 
     def _admit(self, request: Request, last_seen: str | None) -> Run:
         before = self._live.get(request.request_id)

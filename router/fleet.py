@@ -63,6 +63,8 @@ class WorkerView:
     state: WorkerState
     load: WorkerLoad
     ledger: Ledger | None
+    pairs: tuple[tuple[str, str, float], ...]
+    """(peer, transport, measured bytes/s) of those it has pulled from."""
     num_requests: int
     """Of this router, on this worker."""
     queued_prefill_tokens: int
@@ -429,6 +431,7 @@ class Fleet:
             link.state,
             link.load,
             link.ledger,
+            link.pairs,
             link.num_requests,
             link.load.queued_prefill_tokens + link.in_flight.queued_prefill_tokens,
             self.index.num_held(link.info.worker_id),

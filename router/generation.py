@@ -74,7 +74,7 @@ class TokenSource(Protocol):
         """The worker that a running request is on; empty if none is."""
         ...
 
-    def check_early(self, tenant: str, deadline_s: float) -> None:
+    def check_early(self, request_id: str, tenant: str, deadline_s: float) -> None:
         """Raises Overloaded for what would be refused whatever its prompt."""
         ...
 
@@ -195,7 +195,7 @@ class Generation:
         deadline_s = min(call.timeout_s or self._config.request_timeout_s, self._config.request_timeout_s)
         is_new = bookmark is None or not self._claims.believes(call.account, arrived_s)
         if is_new:  # else it was let in at another router
-            self._tokens.check_early(call.tenant, deadline_s)
+            self._tokens.check_early(request_id, call.tenant, deadline_s)
         prompt = await self._encode(call.prompt)
         request = Request(
             request_id, prompt, self._with_max_tokens(call, len(prompt)), tuple(map(Choice, range(call.n))),
@@ -371,6 +371,8 @@ class _Bill:
         self._limits = limits
         self._claims = claims
         self._charge: Charge | None = None
+        self._runs_elsewhere = job.bookmark is not None
+        """So it says, and nobody has found otherwise: then it was paid for there."""
 
     async def pay(self) -> None:
         """Raises RateLimited."""
@@ -379,12 +381,17 @@ class _Bill:
 
     async def pay_late(self) -> None:
         """It said that it ran, and no worker works on it. Raises RateLimited."""
+        self._runs_elsewhere = False
         self._claims.was_false(self._job.account, asyncio.get_running_loop().time())
         await self.pay()
 
     def settle(self, record: _Record) -> None:
         """It has ended here. Who reads on elsewhere has paid for the rest as well."""
-        if self._charge is not None and record.outcome != ResumedElsewhere.code:
+        if self._charge is None or record.outcome == ResumedElsewhere.code:
+            return
+        if self._runs_elsewhere:
+            self._limits.settle(self._charge, self._job.request, 0, failed=True)
+        else:
             self._limits.settle(self._charge, self._job.request, record.usage.output_tokens, record.failed)
 
 

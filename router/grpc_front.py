@@ -178,6 +178,8 @@ class AdminFront(admin_pb2_grpc.AdminServicer):
             record = dispatcher.running(request_id) or traces.get(request_id)
         else:
             record = next(iter(traces.recent(1)), None)
+        if record is None and (why := traces.why_refused(request_id)) is not None:
+            raise NotFound(f"request {shown(request_id)} has no trace, for it was not let in: {why}", "request_id")
         if record is None:
             asked = f"request {shown(request_id)}" if request_id else "any request"
             raise NotFound(f"no trace of {asked}: those that run and the newest finished ones are kept.", "request_id")
@@ -216,7 +218,7 @@ def _worker(view: WorkerView) -> admin_pb2.FleetWorker:
 def _pairs(workers: tuple[WorkerView, ...]) -> list[admin_pb2.FleetPair]:
     pairs = []
     for decode in (w for w in workers if w.info.role is Role.DECODE):
-        measured = {peer: (transport, rate) for peer, transport, rate in decode.load.pair_bandwidth}
+        measured = {peer: (transport, rate) for peer, transport, rate in decode.pairs}
         refused = dict(decode.refused)
         for prefill in (w for w in workers if w.info.role is Role.PREFILL):
             name = prefill.info.worker_id

@@ -200,7 +200,10 @@ class Link:
         self.load = WorkerLoad()
         self.ledger: Ledger | None = None
         self.in_flight = InFlight()
+        self.pairs: tuple[tuple[str, str, float], ...] = ()
+        """As in StepMessage.pair_bandwidth."""
         self.bandwidth: Mapping[str, float] = {}
+        """Of these, by peer."""
         self._around = around
         self._up: UpQueue | None = None
         self._life = Life(WORKER)
@@ -356,10 +359,10 @@ class Link:
         is_idle = message.load.num_running + message.load.num_waiting == 0
         if is_idle or message.load.steps != self.load.steps or not self._synced:
             self._moved_on = now
-        if message.load.pair_bandwidth is not self.load.pair_bandwidth:
-            self.bandwidth = {peer: bytes_per_s for peer, _, bytes_per_s in message.load.pair_bandwidth}
         self.load = message.load
-        self.ledger = message.ledger or self.ledger
+        if message.ledger is not None:
+            self.ledger, self.pairs = message.ledger, message.pair_bandwidth
+            self.bandwidth = {peer: bytes_per_s for peer, _, bytes_per_s in self.pairs}
         for epoch in message.taken:
             self.in_flight.settle(epoch)
         for chunk in message.chunks:

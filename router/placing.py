@@ -139,10 +139,10 @@ class Placing:
         for fleet_scope, block_size in self._fleet.scopes():
             scope = _scope(fleet_scope, run.request.tenant)
             hashes = run.hashes.setdefault((scope, block_size), [])
-            rest = run.delivery.num_shared_tokens - len(hashes) * block_size
-            if rest >= block_size:  # at first the prompt, later what was delivered since
+            known = len(hashes) * block_size
+            if run.delivery.num_shared_tokens - known >= block_size:  # at first the prompt, later what came since
                 parent = hashes[-1] if hashes else scope.root()
-                hashes += extend(parent, run.delivery.remaining(0.0).shared[-rest:], block_size)
+                hashes += extend(parent, run.delivery.shared_from(known), block_size)
         return run.hashes
 
     def _held(self, hashes: Mapping[tuple[HashScope, int], Sequence[BlockHash]]) -> Mapping[str, int]:

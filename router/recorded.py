@@ -137,13 +137,13 @@ def replay(document: Mapping[str, Any]) -> Replayed:
         dice = Dice(int(document["dice"] or "0", 16))
         then = document["route"]
         where = None if then is None else [then[name] for name in PICK]
-    except (KeyError, TypeError, ValueError, ValidationError) as e:
+        candidates = Candidates(fits=_fits, **offered)
+        if source is not None:
+            route = price_move(facts, config, source, candidates)
+        else:
+            route = make_policy(config, dice).price(facts, candidates)
+    except (KeyError, TypeError, ValueError, ArithmeticError, ValidationError) as e:
         raise InvalidRequest(f"this is no decision that `baton explain --json` wrote: {e}") from None
-    candidates = Candidates(fits=_fits, **offered)
-    if source is not None:
-        route = price_move(facts, config, source, candidates)
-    else:
-        route = make_policy(config, dice).price(facts, candidates)
     if route is None or then is None:
         return Replayed(route, route is then, route is then)
     now = plain(route)

@@ -17,6 +17,7 @@ RUNNING = "running"
 """The outcome of what has not ended yet."""
 CAPACITY = 256
 CAPACITY_BYTES = 16 << 20
+MAX_REFUSED = 4096
 RECORD_BYTES, SPAN_BYTES = 2_000, 300
 """What a record, and each span of it, keeps alive at most."""
 
@@ -100,6 +101,7 @@ class TraceLog:
         self._capacity = capacity
         self._capacity_bytes = capacity_bytes
         self._records: OrderedDict[str, TraceRecord] = OrderedDict()
+        self._refused: OrderedDict[str, str] = OrderedDict()
         self.num_bytes = 0
 
     def add(self, record: TraceRecord) -> None:
@@ -109,6 +111,15 @@ class TraceLog:
         while len(self._records) > (self._capacity if self.num_bytes <= self._capacity_bytes else 1):
             _, oldest = self._records.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
+
+    def refuse(self, request_id: str, why: str) -> None:
+        """It was not let in. Kept apart: thousands of these must not push out what ran."""
+        self._refused[request_id] = why
+        if len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    def why_refused(self, request_id: str) -> str | None:
+        return self._refused.get(request_id)
 
     def get(self, request_id: str) -> TraceRecord | None:
         return self._records.get(request_id)

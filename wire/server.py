@@ -258,7 +258,10 @@ def _guarded(behaviour: Callable[[Any, Any], Any], method: str,
             await abort(context, e)
         except grpc.aio.BaseError:
             log.debug("%s: the caller had gone", method, exc_info=True)
-        except Exception:
+        except (Exception, asyncio.CancelledError) as e:
+            task = asyncio.current_task()
+            if isinstance(e, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the call is, and not something that it waited for
             log.exception("%s failed", method)
             await abort(context, InternalError("internal error; the server's log says more."))
         return None

@@ -223,7 +223,7 @@ class StepModel(_message.Message):
     def __init__(self, step_s: _Optional[float] = ..., token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., row_s: _Optional[float] = ..., context_s: _Optional[float] = ..., num_prefill_steps: _Optional[int] = ..., num_decode_steps: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("queued_prefill_tokens", "num_running", "num_waiting", "context_tokens", "available_blocks", "total_blocks", "steps", "pair_bandwidth", "oldest_waiting_s", "draining", "num_lent_out", "model", "queued_prefill_pairs", "chunk_tokens", "num_arriving")
+    __slots__ = ("queued_prefill_tokens", "num_running", "num_waiting", "context_tokens", "available_blocks", "total_blocks", "steps", "oldest_waiting_s", "draining", "num_lent_out", "model", "queued_prefill_pairs", "chunk_tokens", "num_arriving")
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -231,7 +231,6 @@ class WorkerLoad(_message.Message):
     AVAILABLE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
-    PAIR_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     OLDEST_WAITING_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     NUM_LENT_OUT_FIELD_NUMBER: _ClassVar[int]
@@ -246,7 +245,6 @@ class WorkerLoad(_message.Message):
     available_blocks: int
     total_blocks: int
     steps: int
-    pair_bandwidth: _containers.RepeatedCompositeFieldContainer[PairBandwidth]
     oldest_waiting_s: float
     draining: bool
     num_lent_out: int
@@ -254,7 +252,7 @@ class WorkerLoad(_message.Message):
     queued_prefill_pairs: int
     chunk_tokens: int
     num_arriving: int
-    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., available_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., pair_bandwidth: _Optional[_Iterable[_Union[PairBandwidth, _Mapping]]] = ..., oldest_waiting_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_lent_out: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ..., queued_prefill_pairs: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., num_arriving: _Optional[int] = ...) -> None: ...
+    def __init__(self, queued_prefill_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., context_tokens: _Optional[int] = ..., available_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., steps: _Optional[int] = ..., oldest_waiting_s: _Optional[float] = ..., draining: _Optional[bool] = ..., num_lent_out: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ..., queued_prefill_pairs: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., num_arriving: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
     __slots__ = ("quarantined", "lent", "active", "cached", "free")
@@ -481,7 +479,7 @@ class KVSnapshot(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class StepMessage(_message.Message):
-    __slots__ = ("boot_id", "load", "chunks", "kv_events", "snapshot", "ledger", "taken")
+    __slots__ = ("boot_id", "load", "chunks", "kv_events", "snapshot", "ledger", "taken", "pair_bandwidth")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
@@ -489,6 +487,7 @@ class StepMessage(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
+    PAIR_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     load: WorkerLoad
     chunks: _containers.RepeatedCompositeFieldContainer[TokenChunk]
@@ -496,7 +495,8 @@ class StepMessage(_message.Message):
     snapshot: KVSnapshot
     ledger: Ledger
     taken: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, boot_id: _Optional[str] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[TokenChunk, _Mapping]]] = ..., kv_events: _Optional[_Iterable[_Union[KVEvents, _Mapping]]] = ..., snapshot: _Optional[_Union[KVSnapshot, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., taken: _Optional[_Iterable[int]] = ...) -> None: ...
+    pair_bandwidth: _containers.RepeatedCompositeFieldContainer[PairBandwidth]
+    def __init__(self, boot_id: _Optional[str] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[TokenChunk, _Mapping]]] = ..., kv_events: _Optional[_Iterable[_Union[KVEvents, _Mapping]]] = ..., snapshot: _Optional[_Union[KVSnapshot, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., taken: _Optional[_Iterable[int]] = ..., pair_bandwidth: _Optional[_Iterable[_Union[PairBandwidth, _Mapping]]] = ...) -> None: ...
 
 class LentBlock(_message.Message):
     __slots__ = ("index", "block_id", "generation", "digest", "num_tokens")

@@ -353,8 +353,10 @@ class WorkerNode:
     ) -> StepMessage:
         if heartbeat:
             self._gauge_ledger()
-        ledger = self.parts.pool.ledger() if heartbeat or snapshot is not None else None
-        return StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, ledger, taken)
+        said = StepMessage(self.info.boot_id, self.load(), chunks, kv_events, snapshot, taken=taken)
+        if heartbeat or snapshot is not None:
+            said.ledger, said.pair_bandwidth = self.parts.pool.ledger(), self._shared.bandwidths()
+        return said
 
     def load(self) -> WorkerLoad:
         s, pool = self.parts.scheduler, self.parts.pool
@@ -376,7 +378,6 @@ class WorkerNode:
             oldest_waiting_s=s.oldest_waiting_s(asyncio.get_running_loop().time()),
             draining=self._draining,
             num_lent_out=self.parts.leases.num_live,
-            pair_bandwidth=self._shared.bandwidths(),
         )
 
     # ---- timers and the ledger -----------------------------------------------------------------------------------

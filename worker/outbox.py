@@ -1,5 +1,5 @@
 """What a worker has to say to one router: token chunks, KV events, load. One message per engine step, and a
-heartbeat when there is nothing.
+heartbeat now and then, alone when there is nothing else.
 
 A router that reads slowly gets fewer, larger messages: what is pending is merged, and past `MAX_PENDING` entries the
 stream is closed (the router has stopped draining): it may come back, and resume its requests, or another one may.
@@ -8,6 +8,7 @@ stream is closed (the router has stopped draining): it may come back, and resume
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -34,6 +35,8 @@ class Outbox:
         self._taken: list[int] = []
         self._ready = asyncio.Event()
         self._soon: asyncio.TimerHandle | None = None
+        self._heartbeat_at = 0.0
+        """When the next message is one (the loop's time)."""
         self.router_id = ""
         """Who reads it, once it said so."""
         self.greeted = False
@@ -85,13 +88,15 @@ class Outbox:
         self._ready.set()
 
     async def next(self, heartbeat_s: float) -> StepMessage | None:
-        """The next message: at a flush, or an empty one after `heartbeat_s`. None once closed and drained."""
-        heartbeat = False
-        try:
+        """The next message: at a flush, or an empty one after `heartbeat_s`. Every `heartbeat_s` the one that is due is
+        a heartbeat as well. None once closed and drained."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(heartbeat_s):
                 await self._ready.wait()
-        except TimeoutError:
-            heartbeat = True
+        now = asyncio.get_running_loop().time()
+        heartbeat = now >= self._heartbeat_at
+        if heartbeat:
+            self._heartbeat_at = now + heartbeat_s
         self._ready.clear()
         self._hush()
         if self.closed and not self._chunks:

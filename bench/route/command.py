@@ -87,9 +87,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "baton bench route"
 def kept(paths: Sequence[Path]) -> list[Row]:
     """What `--json` has written."""
     try:
-        return [row for path in paths for row in json.loads(path.read_text())]
-    except (OSError, ValueError) as e:
+        rows = [row for path in paths for row in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as e:
         raise SetupError(f"cannot read the rows: {e}.") from e
+    if not all(isinstance(row, dict) and set(HEAD) <= row.keys() for row in rows):
+        raise SetupError("these are no rows that `bench route --json` has kept.")
+    return rows
 
 
 def jobs_of(asked: argparse.Namespace) -> list[Job]:

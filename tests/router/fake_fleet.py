@@ -129,6 +129,7 @@ class ScriptedWorker:
     unreachable: bool = False
     """Whoever dials it hears nothing at all."""
     load: WorkerLoad = field(default_factory=lambda: WorkerLoad(available_blocks=64, total_blocks=64))
+    pairs: tuple[tuple[str, str, float], ...] = ()
     held: dict[BlockHash, None] = field(default_factory=dict)
     seq: int = 0
     submits: list[Submit] = field(default_factory=list)
@@ -201,7 +202,7 @@ class ScriptedWorker:
             async with asyncio.timeout(0.5):
                 said = await down.get()
         except TimeoutError:
-            said = StepMessage(self.info.boot_id, self.load, ledger=LEDGER)
+            said = StepMessage(self.info.boot_id, self.load, ledger=LEDGER, pair_bandwidth=self.pairs)
         while self.frozen:
             await asyncio.sleep(0.02)
         return said

@@ -117,7 +117,7 @@ class EchoDispatcher:
     """Of each request, where it is said to have run."""
     cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
 
-    def check_early(self, tenant: str, deadline_s: float) -> None:
+    def check_early(self, request_id: str, tenant: str, deadline_s: float) -> None:
         if self.full is not None:
             raise self.full
 

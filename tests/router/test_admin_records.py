@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
 from baton.cli.explain import explanation
 from baton.core.config import RouterConfig
+from baton.core.errors import NotFound, Overloaded
 from baton.core.worker import Role, WorkerLoad
 from baton.router.baselines import RoundRobin
 from baton.router.grpc_front import AdminFront, Identity
@@ -32,6 +35,23 @@ def test_the_newest_requests_are_told_with_where_they_stand_on_one_clock() -> No
             for told in newest:
                 assert told == await admin.Trace(TraceRequest(request_id=told.request_id), None)
                 assert 0 <= told.zero_s <= told.total_s
+
+    simulate(main)
+
+
+def test_a_request_that_was_not_let_in_has_no_trace_and_a_reason() -> None:
+    async def main() -> None:
+        async with ScriptedFleet(ScriptedWorker("d0"), max_inflight=1) as fleet:
+            running = asyncio.create_task(fleet.answer(request("r", max_tokens=50)))
+            await asyncio.sleep(0.2)
+            with pytest.raises(Overloaded):
+                await fleet.answer(request("late"))
+            with pytest.raises(Overloaded):
+                fleet.dispatcher.check_early("early", "", 10.0)
+            for name in ("late", "early"):
+                with pytest.raises(NotFound, match="not let in: the router has 1 requests"):
+                    await admin_of(fleet).Explain(ExplainRequest(request_id=name), None)
+            await running
 
     simulate(main)
 

@@ -40,6 +40,13 @@ def test_round_robin_meets_every_pair_equally_often(num_prefill: int, num_decode
     assert set(pairs.values()) == {2}
 
 
+@pytest.mark.parametrize("name", ["round_robin", "prefix_affinity", "llm_d"])
+def test_what_little_is_left_to_compute_is_computed_where_the_rest_is_held(name: PolicyName) -> None:
+    prefill = worker("p0")
+    assert ask(name, prefill, worker("d0", held=10), num_tokens=PROMPT + 4).prefill is None
+    assert ask(name, prefill, worker("d0", held=9), num_tokens=PROMPT + 4).prefill is not None
+
+
 def test_least_requests_counts_requests_and_least_work_counts_tokens() -> None:
     many, long = worker("p0", sequences=5, queued=50), worker("p1", sequences=1, queued=5000)
     assert prefill_of("least_requests", many, long) == "p1"

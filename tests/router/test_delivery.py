@@ -102,9 +102,11 @@ def test_the_next_attempt_leaves_out_what_is_finished_and_replays_the_rest_choic
     assert again.deadline_s == 7.0
     assert (delivery.longest, delivery.num_shared_tokens, delivery.num_apart_tokens) == (5, 3, 2)
     assert again.shared == (1, 2, 3)
+    assert delivery.shared_from(1) == (2, 3)
     delivery.accept(chunk(2, 0, LENGTH, FinishReason.LENGTH))
     assert (delivery.longest, delivery.num_shared_tokens, delivery.num_apart_tokens) == (5, 5, 0)
     assert delivery.remaining(7.0).shared == (1, 2, 3, token("r", 0), token("r", 1))
+    assert [delivery.shared_from(start) for start in (2, 4)] == [(3, token("r", 0), token("r", 1)), (token("r", 1),)]
 
 
 def test_choices_whose_tokens_end_them_are_finished_and_the_others_are_not() -> None:

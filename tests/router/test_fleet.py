@@ -424,20 +424,22 @@ def test_dispatched_work_counts_until_the_worker_says_that_it_covers_it() -> Non
 
 def test_candidates_are_the_ready_ones_with_their_load_and_what_was_sent_since() -> None:
     async def main() -> None:
-        load = WorkerLoad(queued_prefill_tokens=10, num_running=1, num_waiting=2, pair_bandwidth=(("p0", "shm", 5e9),))
-        async with ScriptedFleet(ScriptedWorker("d0", load=load), ScriptedWorker("d1", down=True)) as fleet:
+        load = WorkerLoad(queued_prefill_tokens=10, num_running=1, num_waiting=2)
+        there = ScriptedWorker("d0", load=load, pairs=(("p0", "shm", 5e9),))
+        async with ScriptedFleet(there, ScriptedWorker("d1", down=True)) as fleet:
             fleet.fleet.charge("d0", 1, Work(40, 820, 60))
             (found,) = fleet.fleet.candidates(Role.DECODE, {"d0": 3})
             assert (found.queued_prefill_tokens, found.num_sequences, found.held_blocks) == (50, 4, 3)
-            assert found.bandwidth == {"p0": 5e9}
             await asyncio.sleep(0.6)
             (found,) = fleet.fleet.candidates(Role.DECODE, {})
+            assert found.bandwidth == {"p0": 5e9}
             assert (found.queued_prefill_tokens, found.num_sequences) == (50, 4), "a heartbeat came, it says nothing"
             assert (found.queued_prefill_pairs, found.context_tokens) == (820, 60)
             assert found.age_s == pytest.approx(0.3)
             fleet.workers["d0"].say(taken=(1,))
             await asyncio.sleep(0.01)
             (found,) = fleet.fleet.candidates(Role.DECODE, {})
+            assert found.bandwidth == {"p0": 5e9}, "a step that says nothing of it changes nothing"
             assert (found.queued_prefill_tokens, found.num_sequences) == (10, 3), "now it is covered"
 
     simulate(main)

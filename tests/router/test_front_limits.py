@@ -166,6 +166,21 @@ def test_who_is_not_believed_pays_before_any_worker_is_asked(tmp_path: Path) -> 
     asyncio.run(scenario())
 
 
+def test_who_is_not_believed_and_reads_on_all_the_same_gets_that_charge_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        source = EchoDispatcher(confirms=False)
+        enough = f'router.tenants={{"*": {{"requests_per_min": {3 * MAX_FALSE}}}}}'
+        async with open_front(tmp_path, source, enough) as world:
+            liar = {"x-baton-tenant": "a", "last-event-id": MADE_UP}
+            for _ in range(2 * MAX_FALSE):
+                await ask(world, liar, stream=True)
+            source.confirms = True
+            statuses = {(await ask(world, liar, stream=True)).status_code for _ in range(3 * MAX_FALSE)}
+            assert statuses == {200}, "each is paid for where it runs"
+
+    asyncio.run(scenario())
+
+
 def test_false_claims_wear_off_and_made_up_accounts_are_not_remembered_without_bound() -> None:
     claims = Claims()
     for _ in range(MAX_FALSE):

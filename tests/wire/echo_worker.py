@@ -23,7 +23,7 @@ class EchoWorker:
     """A worker whose answers say what it was told. `error` is what its next call fails with."""
 
     def __init__(self) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.open: set[str] = set()
         self.heard: list[object] = []
         self.all_closed = asyncio.Event()

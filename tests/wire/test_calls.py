@@ -113,6 +113,19 @@ def test_a_bug_in_the_service_is_an_internal_error_told_to_the_log_only(caplog: 
     assert caplog.text.count("secret of the house") >= 2
 
 
+def test_a_bug_that_ends_something_the_service_waits_for_does_not_leave_the_caller_waiting(
+    caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(worker: EchoWorker, client: GrpcWorker, server: GrpcServer) -> None:
+        worker.error = asyncio.CancelledError("inside")
+        for call in (client.status(5), anext(client.prefill(CALL))):
+            with pytest.raises(InternalError):
+                await call
+
+    served(body)
+    assert caplog.text.count("CancelledError: inside") >= 2
+
+
 def test_a_call_past_its_deadline_says_so() -> None:
     async def body(worker: EchoWorker, client: GrpcWorker, server: GrpcServer) -> None:
         with pytest.raises(DeadlineExceeded, match="w-1"):
