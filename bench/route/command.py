@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "baton bench route"
     print("  ".join(f"{name:>{width(name)}}" for name in HEAD))
     for row in kept(asked.rows) if asked.rows else replayed(jobs_of(asked), asked.jobs):
         rows.append(row)
-        print("  ".join(f"{shown(row.get(name)):>{width(name)}}" for name in HEAD), flush=True)
+        print("  ".join(f"{shown(row[name]):>{width(name)}}" for name in HEAD), flush=True)
         if row["num_failed"]:
             print(f"  {row['num_failed']} of {row['num_requests']} requests failed: {row['failure']}")
         if asked.json:

@@ -39,5 +39,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def column(row: Row) -> str:
     """What a column of a table is called."""
     more = [f"{row['routers']} routers"] if row["routers"] > 1 else []
-    more += [row["world"]] if row.get("world", "simulated") != "simulated" else []
+    more += [row["world"]] if row["world"] != "simulated" else []
     return "\n".join([f"{row['workers']} workers", f"load {row['load']:g}", *more])
